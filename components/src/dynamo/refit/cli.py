@@ -1,0 +1,129 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo-refit``: look at a running deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+import typer
+from dynamo.runtime import DistributedRuntime
+from rich.console import Console
+from rich.table import Table
+
+from dynamo.refit.bus import EventSubscriber, RejectedPayload
+from dynamo.refit.errors import RefitError
+from dynamo.refit.events import REFIT_EVENTS
+from dynamo.refit.protocol import FleetStatus, GetStatus, Refused
+from dynamo.refit.rpc import Caller
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Namespace = Annotated[
+    str, typer.Option(envvar="DYN_NAMESPACE", help="Dynamo namespace")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
+
+#: How long the coordinator may take to be found and to answer.
+STATUS_SECONDS = 5.0
+
+
+@app.command()
+def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
+    """Show which worker serves which version."""
+    fleet = asyncio.run(_fetch_status(namespace))
+    if as_json:
+        print(msgspec.json.encode(fleet).decode())
+        return
+    under_way = "-" if fleet.under_way is None else fleet.under_way
+    table = Table(
+        title=f"{fleet.model}: desired {_show(fleet.desired)}, "
+        f"completed {_show(fleet.completed)}, under way {under_way}"
+    )
+    for heading in ("worker", "component", "ranks", "serves", "phase", "KV epoch"):
+        table.add_column(heading)
+    for member in fleet.members:
+        view = member.status
+        table.add_row(
+            str(member.worker),
+            member.component,
+            str(view.ranks),
+            _show(view.version),
+            view.phase,
+            view.kv_epoch or "-",
+        )
+    Console().print(table)
+
+
+@app.command()
+def watch(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
+    """Print refit events as they come, until interrupted."""
+    asyncio.run(_watch(namespace, as_json))
+
+
+def main() -> None:
+    """Console entry point: an error is one line and exit code 1."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.TyperException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RefitError as error:
+        print(f"dynamo-refit: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+async def _fetch_status(namespace: str) -> FleetStatus:
+    caller = Caller(_runtime())
+    path = f"{namespace}.refit.status"
+    deadline = asyncio.get_running_loop().time() + STATUS_SECONDS
+    while not (found := await caller.instances(path)):
+        if asyncio.get_running_loop().time() > deadline:
+            raise RefitError(
+                f"no coordinator in namespace {namespace!r}: start `python -m "
+                "dynamo.refit`, and check that DYN_NAMESPACE and the discovery "
+                "variables are the graph's"
+            )
+        await asyncio.sleep(0.05)
+    reply = await caller.call(
+        path, max(found), GetStatus(), FleetStatus | Refused, STATUS_SECONDS
+    )
+    if isinstance(reply, Refused):
+        raise RefitError(str(reply.failure))
+    return reply
+
+
+async def _watch(namespace: str, as_json: bool) -> None:
+    topic = _runtime().endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
+    async with EventSubscriber(topic) as events:
+        async for event in events:
+            if isinstance(event, RejectedPayload):
+                print(f"dynamo-refit: {event.detail}", file=sys.stderr)
+            elif as_json:
+                print(msgspec.json.encode(event).decode(), flush=True)
+            else:
+                at = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
+                print(f"{at} {event.publisher} {event}", flush=True)
+
+
+def _runtime() -> DistributedRuntime:
+    return DistributedRuntime(
+        asyncio.get_running_loop(),
+        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
+        os.environ.get("DYN_REQUEST_PLANE", "tcp"),
+    )
+
+
+def _show(version: int | None) -> str:
+    return "start-up weights" if version is None else str(version)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Typed errors, and the one form in which they cross a process boundary.
+
+Inside a process a part raises a :class:`RefitError`; at a process boundary it is
+turned into a :class:`Failure`, which names the stage, tensor, rank and version
+and says what to do. Nothing here knows Dynamo, vLLM or NIXL.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An error as it travels in replies and events.
+
+    ``kind`` is the class name of the error, ``stage`` the step it happened in
+    (``announce``, ``prepare``, ``stage``, ``vote``, ``install``, ...).
+    """
+
+    kind: str
+    message: str
+    stage: str
+    tensor: str | None = None
+    rank: int | None = None
+    worker: int | None = None
+    version: int | None = None
+
+    def __str__(self) -> str:
+        where = [
+            f"{name} {value}"
+            for name, value in (
+                ("version", self.version),
+                ("worker", self.worker),
+                ("rank", self.rank),
+                ("tensor", self.tensor),
+            )
+            if value is not None
+        ]
+        place = f" ({', '.join(where)})" if where else ""
+        return f"{self.stage}: {self.kind}: {self.message}{place}"
+
+
+class RefitError(Exception):
+    """Base of all errors of this package."""
+
+    def __init__(
+        self, message: str, *, tensor: str | None = None, rank: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.rank = rank
+
+
+class EventRefused(RefitError):
+    """An event that is malformed, oversized or of an unknown schema."""
+
+
+class ManifestInvalid(RefitError):
+    """A manifest that does not describe every tensor exactly once."""
+
+
+class LayoutRefused(RefitError):
+    """The published tensors cannot be mapped onto this model's parameters."""
+
+
+class PackedWeights(RefitError):
+    """The engine keeps a parameter in a layout that cannot be written in place."""
+
+
+class UnsupportedParallelism(RefitError):
+    """A parallel layout (data or pipeline parallel) this release does not refit."""
+
+
+class SourceLost(RefitError):
+    """The trainer that holds the version is gone or does not answer."""
+
+
+class TransferFailed(RefitError):
+    """NIXL refused or broke off a transfer."""
+
+
+class StagingCancelled(RefitError):
+    """The stage was given up: superseded, aborted or past its deadline."""
+
+
+class PointerMoved(RefitError):
+    """A live parameter is no longer at the address the session was built for."""
+
+
+class NothingStaged(RefitError):
+    """An install was asked for a version that is not staged on this rank."""
+
+
+class StaleEpoch(RefitError):
+    """A command of a coordinator that a newer one has replaced."""
+
+
+class OutOfStep(RefitError):
+    """A rank answered another request than the one asked: fence the replica."""
+
+
+class LeaseHeld(RefitError):
+    """The buffers of a version are still being read."""
+
+
+def failure_from(
+    error: BaseException,
+    *,
+    stage: str,
+    rank: int | None = None,
+    worker: int | None = None,
+    version: int | None = None,
+) -> Failure:
+    """The :class:`Failure` that carries ``error`` across a process boundary."""
+    return Failure(
+        kind=type(error).__name__,
+        message=str(error) or repr(error),
+        stage=stage,
+        tensor=getattr(error, "tensor", None),
+        rank=rank if rank is not None else getattr(error, "rank", None),
+        worker=worker,
+        version=version,
+    )

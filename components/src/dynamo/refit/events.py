@@ -1,0 +1,200 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a refit: typed, versioned, small.
+
+Events are hints and the state behind them is the truth: each one is safe to
+lose, to repeat and to reorder. The bus stamps ``publisher``, ``seq``, ``epoch``
+and ``at`` on every event it sends, so that a receiver can tell a gap or a repeat.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from dynamo.refit.errors import EventRefused, Failure
+from dynamo.refit.protocol import CommitTimings, InFlightPolicy, RankVote
+
+#: Raised when a field changes its meaning; new optional fields do not count.
+SCHEMA = 1
+
+#: The NATS event plane refuses payloads above 1 MB; events stay far below.
+MAX_EVENT_BYTES = 256 * 1024
+
+#: Endpoint names under ``<namespace>.refit`` that carry the two event streams.
+WEIGHT_VERSIONS = "weight_versions"
+REFIT_EVENTS = "refit_events"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """What every event carries.
+
+    ``seq`` counts the events of one ``publisher``; ``epoch`` is the coordinator's
+    (0 for a publisher that has none); ``at`` is seconds since the Unix epoch.
+    """
+
+    schema: int = SCHEMA
+    publisher: str = ""
+    seq: int = 0
+    epoch: int = 0
+    at: float = 0.0
+
+
+class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
+    """A trainer's version can be read.
+
+    ``announcement`` names one call of ``publish()``: repeats of the event carry
+    the same one. ``endpoint`` and ``instance`` say where the manifest with the
+    fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
+    """
+
+    model: str
+    version: int
+    announcement: str
+    endpoint: str
+    instance: int
+    manifest: str
+    slot: int
+    in_flight: InFlightPolicy | None = None
+
+
+class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
+    """The coordinator asks ``workers`` to stage ``version``."""
+
+    model: str
+    version: int
+    workers: tuple[int, ...]
+
+
+class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
+    """Every rank of a worker holds the version, and the worker votes for it."""
+
+    worker: int
+    version: int
+    ranks: tuple[RankVote, ...]
+
+
+class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
+    """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys."""
+
+    worker: int
+    version: int
+    kv_epoch: str
+    in_flight: InFlightPolicy
+    timings: CommitTimings
+
+
+class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
+    """Every worker serves ``version``.
+
+    ``seconds`` is the time from the announcement's arrival at the coordinator;
+    ``None`` if this coordinator found the version already installed.
+    """
+
+    model: str
+    version: int
+    announcement: str
+    workers: tuple[int, ...]
+    seconds: float | None
+
+
+class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
+    """A version is not installed: why, and what each worker serves instead.
+
+    ``serving`` has a pair ``(worker, version)`` per worker; version ``None``
+    stands for the weights the worker started with.
+    """
+
+    version: int
+    failure: Failure
+    serving: tuple[tuple[int, int | None], ...]
+
+
+class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):
+    """``version`` was given up before its commit for the newer ``by``."""
+
+    version: int
+    by: int
+
+
+RefusalReason = Literal["unknown_model", "malformed_event", "oversized_event", "stale"]
+
+
+class RefitRefused(Event, frozen=True, kw_only=True, tag=True):
+    """An announcement that starts nothing: why, and what to do about it."""
+
+    reason: RefusalReason
+    detail: str
+    version: int | None = None
+    announcement: str | None = None
+
+
+class WorkerFenced(Event, frozen=True, kw_only=True, tag=True):
+    """A worker was taken out of service for good: its weights are not known."""
+
+    worker: int
+    version: int
+    failure: Failure
+
+
+class WorkerJoined(Event, frozen=True, kw_only=True, tag=True):
+    """The coordinator sees a worker it did not know; ``version`` as above."""
+
+    worker: int
+    version: int | None
+
+
+AnyEvent = (
+    WeightVersionReady
+    | RefitStarted
+    | WorkerStaged
+    | WorkerRefitted
+    | RefitCompleted
+    | RefitFailed
+    | RefitSuperseded
+    | RefitRefused
+    | WorkerFenced
+    | WorkerJoined
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyEvent)
+
+
+def encode(event: Event) -> bytes:
+    """The event as msgpack.
+
+    Raises:
+        EventRefused: it is larger than :data:`MAX_EVENT_BYTES`.
+    """
+    payload = _encoder.encode(event)
+    if len(payload) > MAX_EVENT_BYTES:
+        raise EventRefused(
+            f"{type(event).__name__} has {len(payload)} bytes, at most "
+            f"{MAX_EVENT_BYTES} go over the event plane: send an id, not the data"
+        )
+    return payload
+
+
+def decode(payload: bytes) -> AnyEvent:
+    """The event in ``payload``.
+
+    Raises:
+        EventRefused: it is too large, not an event of this package, or of a
+            schema this release does not read.
+    """
+    if len(payload) > MAX_EVENT_BYTES:
+        raise EventRefused(
+            f"oversized event: {len(payload)} bytes, at most {MAX_EVENT_BYTES}"
+        )
+    try:
+        event = _decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise EventRefused(f"malformed event: {error}") from error
+    if event.schema != SCHEMA:
+        raise EventRefused(
+            f"event schema {event.schema}, this release reads {SCHEMA}: run the same "
+            "release of dynamo-refit everywhere"
+        )
+    return event

@@ -1,0 +1,210 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a weight version is: tensors, the shards they lie in, and where to read them.
+
+A manifest describes a *layout* and the *addresses* of it, not one version: a
+publisher that writes each version into the same buffers keeps its manifest, and
+a version is then a ``slot`` of it. Pure data: no torch, no NIXL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from itertools import combinations
+from typing import Literal
+
+import msgspec
+
+from dynamo.refit.errors import ManifestInvalid
+
+#: Bytes per element of the dtypes that weights are published in (torch's names).
+ITEMSIZE = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+Box = tuple[tuple[int, int], ...]
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """A registered range of a source's memory: ``nbytes`` from ``address``."""
+
+    address: int
+    nbytes: int
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """One NIXL agent that serves shards.
+
+    ``metadata`` is the agent's NIXL metadata. ``slots[s][r]`` is region ``r`` of
+    slot ``s``; every slot has the same regions with the same sizes, so that a
+    shard is addressed alike in all of them.
+    """
+
+    agent: str
+    metadata: bytes
+    memory: Literal["DRAM", "VRAM"]
+    device: int
+    slots: tuple[tuple[Region, ...], ...]
+
+
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
+    """A row-major block of a tensor: ``shape`` elements from ``offset`` on.
+
+    It lies contiguously at ``byte_offset`` of region ``region`` of source
+    number ``source``.
+    """
+
+    source: int
+    region: int
+    byte_offset: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """Per dimension ``(start, stop)`` in the full tensor's coordinates."""
+        return tuple((o, o + s) for o, s in zip(self.offset, self.shape, strict=True))
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A full tensor under its checkpoint (Hugging Face) name, and its shards."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Every tensor of a model, where its shards lie, and who serves them."""
+
+    model: str
+    tensors: tuple[TensorEntry, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def slots(self) -> int:
+        """How many versions the sources can hold at a time."""
+        return len(self.sources[0].slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one version, each tensor counted once."""
+        return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
+
+    def layout_fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and shard boxes: what a plan rests on."""
+        layout = [
+            (
+                t.name,
+                t.dtype,
+                t.shape,
+                [(s.source, s.offset, s.shape) for s in t.shards],
+            )
+            for t in self.tensors
+        ]
+        return _digest([self.model, layout])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the whole manifest: the layout, the agents and the addresses."""
+        return _digest(self)
+
+    def validate(self) -> None:
+        """Refuse a manifest that does not hold every element exactly once.
+
+        Raises:
+            ManifestInvalid: names the tensor and what is wrong with it.
+        """
+        if not self.tensors or not self.sources:
+            raise ManifestInvalid("a manifest needs at least one tensor and one source")
+        for source in self.sources:
+            _check_slots(source, self.slots)
+        seen: set[str] = set()
+        for tensor in self.tensors:
+            if tensor.name in seen:
+                raise ManifestInvalid("the name occurs twice", tensor=tensor.name)
+            seen.add(tensor.name)
+            if tensor.dtype not in ITEMSIZE:
+                raise ManifestInvalid(
+                    f"dtype {tensor.dtype!r} is not one of {sorted(ITEMSIZE)}",
+                    tensor=tensor.name,
+                )
+            for shard in tensor.shards:
+                _check_shard(tensor, shard, self.sources)
+            _check_cover(tensor)
+
+
+def _digest(data: object) -> str:
+    return hashlib.sha256(msgspec.msgpack.encode(data)).hexdigest()
+
+
+def _check_slots(source: Source, slots: int) -> None:
+    if len(source.slots) != slots or slots == 0:
+        raise ManifestInvalid(
+            f"source {source.agent!r} has {len(source.slots)} slots, the first one "
+            f"{slots}"
+        )
+    sizes = [[region.nbytes for region in regions] for regions in source.slots]
+    if any(row != sizes[0] for row in sizes):
+        raise ManifestInvalid(f"source {source.agent!r}: its slots differ in size")
+
+
+def _check_shard(tensor: TensorEntry, shard: Shard, sources: tuple) -> None:
+    rank = len(tensor.shape)
+    if len(shard.offset) != rank or len(shard.shape) != rank:
+        raise ManifestInvalid(
+            f"a shard of {len(shard.shape)} dimensions in a tensor of {rank}",
+            tensor=tensor.name,
+        )
+    inside = all(
+        0 <= start < stop <= size
+        for (start, stop), size in zip(shard.box, tensor.shape, strict=True)
+    )
+    if not inside:
+        raise ManifestInvalid(
+            f"the shard {shard.box} is empty or reaches out of {tensor.shape}",
+            tensor=tensor.name,
+        )
+    if not 0 <= shard.source < len(sources):
+        raise ManifestInvalid(f"no source number {shard.source}", tensor=tensor.name)
+    regions = sources[shard.source].slots[0]
+    if not 0 <= shard.region < len(regions):
+        raise ManifestInvalid(f"no region number {shard.region}", tensor=tensor.name)
+    end = shard.byte_offset + math.prod(shard.shape) * ITEMSIZE[tensor.dtype]
+    if shard.byte_offset < 0 or end > regions[shard.region].nbytes:
+        raise ManifestInvalid(
+            f"the shard's bytes [{shard.byte_offset}, {end}) are outside its "
+            f"registered region of {regions[shard.region].nbytes} bytes",
+            tensor=tensor.name,
+        )
+
+
+def _check_cover(tensor: TensorEntry) -> None:
+    """Equal boxes are replicas; all others must be disjoint and leave no gap."""
+    boxes = {shard.box: shard for shard in tensor.shards}
+    for first, second in combinations(boxes, 2):
+        if all(
+            a0 < b1 and b0 < a1
+            for (a0, a1), (b0, b1) in zip(first, second, strict=True)
+        ):
+            raise ManifestInvalid(
+                f"shards {first} and {second} overlap", tensor=tensor.name
+            )
+    held = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+    if held != math.prod(tensor.shape):
+        raise ManifestInvalid(
+            f"its shards hold {held} of {math.prod(tensor.shape)} elements",
+            tensor=tensor.name,
+        )

@@ -1,0 +1,219 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The class that vLLM mixes into its worker: one method, called on every rank.
+
+At TP >= 2 a worker method that raises leaves vLLM's answer queues out of step
+for good, and one that takes long stops decoding. So the method catches at its
+outermost line and answers with a typed failure, long work runs on a thread and
+is polled, and every answer carries the number of the call it belongs to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import msgspec
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.logger import init_logger
+
+from dynamo.refit.errors import (
+    Failure,
+    NothingStaged,
+    RefitError,
+    UnsupportedParallelism,
+    failure_from,
+)
+from dynamo.refit.manifest import Manifest
+from dynamo.refit.protocol import (
+    Describe,
+    Described,
+    Discard,
+    Done,
+    Install,
+    Installed,
+    Poll,
+    RankAnswer,
+    RankCall,
+    RankReply,
+    RankRequest,
+    Refused,
+    Restore,
+    Running,
+    Stage,
+)
+from dynamo.refit.rank.capture import build_twin
+from dynamo.refit.rank.cpu_layout import keep_plain_layout
+from dynamo.refit.rank.session import Limit
+from dynamo.refit.rank.stager import RankStager
+
+logger = init_logger("vllm.dynamo_refit")
+
+# vLLM imports this module in every worker process before it loads the model; it
+# is the only moment at which an extension can have a say in the layout.
+keep_plain_layout()
+
+
+class RefitWorkerExtension:
+    """Mixed into vLLM's worker by ``--worker-extension-cls``."""
+
+    @property
+    def refit_rank_class(self) -> type[RefitRank]:
+        """What carries out the requests; tests put one here that fails on purpose."""
+        return RefitRank
+
+    def refit_call(self, payload: bytes) -> bytes:
+        """Answer an encoded :class:`RankCall` with an encoded :class:`RankAnswer`.
+
+        Never raises and never takes long; see the module.
+        """
+        call, request = -1, None
+        try:
+            decoded = msgspec.msgpack.decode(payload, type=RankCall)
+            call, request = decoded.call, decoded.request
+            reply = self._refit_rank().answer(request)
+        except Exception as error:
+            logger.exception("dynamo-refit: %s failed", type(request).__name__)
+            reply = Refused(failure=self._failure(request, error))
+        return msgspec.msgpack.encode(RankAnswer(call, reply))
+
+    def _refit_rank(self) -> RefitRank:
+        if not hasattr(self, "_refit"):
+            self._refit = self.refit_rank_class(self)
+        return self._refit
+
+    def _failure(self, request: RankRequest | None, error: Exception) -> Failure:
+        return failure_from(
+            error,
+            stage=type(request).__name__.lower(),
+            rank=get_tensor_model_parallel_rank(),
+            version=getattr(request, "version", None),
+        )
+
+
+class RefitRank:
+    """Carries out the requests of one rank.
+
+    Args:
+        worker: vLLM's worker object, with ``model_runner`` and ``vllm_config``.
+    """
+
+    #: What does the work; see ``refit_rank_class``.
+    stager_class = RankStager
+
+    def __init__(self, worker: object) -> None:
+        parallel = worker.vllm_config.parallel_config
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
+            if getattr(parallel, name) > 1:
+                raise UnsupportedParallelism(
+                    f"{name}={getattr(parallel, name)}: this release refits tensor-"
+                    "parallel replicas only"
+                )
+        self.rank = get_tensor_model_parallel_rank()
+        self._ranks = get_tensor_model_parallel_world_size()
+        self._stager = self.stager_class(
+            worker.model_runner.get_model(), build_twin(worker.vllm_config), self.rank
+        )
+        self._manifests: dict[str, Manifest] = {}
+        self._job: _StageJob | None = None
+
+    def answer(self, request: RankRequest) -> RankReply:
+        """Carry out one request; raises a :class:`RefitError` on a refusal."""
+        match request:
+            case Describe():
+                return self._describe()
+            case Stage():
+                return self._start(request)
+            case Poll(version=version):
+                return self._poll(version)
+            case Install(version=version):
+                self._require_idle()
+                ms = self._stager.install(version)
+                return Installed(rank=self.rank, copy_ms=ms)
+            case Restore(version=version):
+                self._require_idle()
+                ms = self._stager.restore(version)
+                return Installed(rank=self.rank, copy_ms=ms)
+            case Discard(version=version):
+                return self._discard(version)
+
+    def _describe(self) -> RankReply:
+        return Described(
+            rank=self.rank,
+            ranks=self._ranks,
+            parameters=len(self._stager.parameters),
+            nbytes=self._stager.nbytes,
+        )
+
+    def _start(self, request: Stage) -> RankReply:
+        self._require_idle()
+        if request.payload is not None:
+            manifest = msgspec.msgpack.decode(request.payload, type=Manifest)
+            # One manifest at a time: the next one replaces it.
+            self._manifests = {request.manifest: manifest}
+        manifest = self._manifests.get(request.manifest)
+        if manifest is None:
+            raise RefitError(f"this rank has no manifest {request.manifest[:12]}")
+        self._job = _StageJob(self._stager, request, manifest, self.rank)
+        return Running()
+
+    def _poll(self, version: int) -> RankReply:
+        if self._job is None or self._job.version != version:
+            raise NothingStaged(f"no stage of version {version} was started here")
+        return self._job.reply or Running()
+
+    def _discard(self, version: int) -> RankReply:
+        job = self._job
+        if job is not None and job.version == version:
+            if job.running:
+                job.cancel()
+                return Running()
+            self._job = None
+            self._stager.discard()
+        return Done()
+
+    def _require_idle(self) -> None:
+        if self._job is not None and self._job.running:
+            raise RefitError(f"version {self._job.version} is still being staged here")
+
+
+class _StageJob:
+    """A stage on its own thread; ``reply`` is set when it has ended."""
+
+    def __init__(
+        self, stager: RankStager, request: Stage, manifest: Manifest, rank: int
+    ) -> None:
+        self.version = request.version
+        self.reply: RankReply | None = None
+        self._cancelled = threading.Event()
+        self._limit = Limit(time.monotonic() + request.seconds, self._cancelled.is_set)
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(stager, request, manifest, rank),
+            name=f"refit-stage-{request.version}",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self.reply is None
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _run(
+        self, stager: RankStager, request: Stage, manifest: Manifest, rank: int
+    ) -> None:
+        version = request.version
+        try:
+            self.reply = stager.stage(
+                version, manifest, request.manifest, request.slot, self._limit
+            )
+        except Exception as error:
+            logger.exception("dynamo-refit: staging version %d failed", version)
+            failure = failure_from(error, stage="stage", rank=rank, version=version)
+            self.reply = Refused(failure=failure)

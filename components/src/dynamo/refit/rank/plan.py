@@ -1,0 +1,420 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From "which slices does this rank read" to "which bytes move where".
+
+Pure: numpy and data. A rank's parameters are laid out one after another in a
+staging arena; every slice that the engine's loader reads is intersected with the
+published shards and becomes byte runs from a source region into the arena. A
+slice that falls into many short runs (row-parallel weights) is pulled as one
+contiguous span into scratch and cut out locally, where that is cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamo.refit.errors import LayoutRefused
+from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, Shard, TensorEntry
+
+#: Parameters start at multiples of this in the arena: a cache line pair, and what
+#: CUDA's vectorised copies like.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class ReadSlice:
+    """One copy of the engine's loader: a box of a source tensor into a parameter.
+
+    ``strides`` are the destination's, in elements, one per dimension of the
+    *source*; ``offset`` is the destination's first element in the parameter.
+    """
+
+    tensor: str
+    box: Box
+    parameter: str
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A live parameter as the plan needs it. ``unloaded`` elements (vocabulary
+    padding) are covered by no source and stay zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    unloaded: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class TransferCost:
+    """What the choice between exact runs and one contiguous pull rests on."""
+
+    descriptor_seconds: float
+    bytes_per_second: float
+    reslice_bytes_per_second: float
+
+    def exact(self, runs: int, nbytes: int) -> float:
+        return runs * self.descriptor_seconds + nbytes / self.bytes_per_second
+
+    def contiguous(self, span: int, nbytes: int) -> float:
+        wire = self.descriptor_seconds + span / self.bytes_per_second
+        return wire + nbytes / self.reslice_bytes_per_second
+
+
+#: Measured with nixl 1.4.1: shared memory (cma), and CUDA IPC within one H100.
+COST = {
+    "DRAM": TransferCost(4.5e-6, 6e9, 5e9),
+    "VRAM": TransferCost(12e-6, 620e9, 785e9),
+}
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Byte runs from one source. Arrays of int64, one row per run.
+
+    ``local`` is an offset in the arena, or in scratch for a wave that reslices.
+    """
+
+    source: int
+    region: np.ndarray
+    remote: np.ndarray
+    local: np.ndarray
+    nbytes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reslice:
+    """A strided copy from scratch into the arena, after its wave has arrived.
+
+    Offsets are bytes, strides elements of ``dtype``.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    scratch: int
+    scratch_strides: tuple[int, ...]
+    arena: int
+    arena_strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Reads that are in flight together, then the local copies they allow."""
+
+    segments: tuple[Segments, ...]
+    reslices: tuple[Reslice, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a rank does to stage a version of one layout.
+
+    ``offsets`` maps a parameter to its byte offset in the arena; ``reads`` maps
+    a source tensor to the bounding box of what this rank reads of it.
+    """
+
+    parameters: tuple[Parameter, ...]
+    offsets: dict[str, int]
+    arena_nbytes: int
+    scratch_nbytes: int
+    waves: tuple[Wave, ...]
+    nbytes: int
+    wire_nbytes: int
+    reads: dict[str, Box]
+
+    @property
+    def descriptors(self) -> int:
+        return sum(len(s.remote) for wave in self.waves for s in wave.segments)
+
+
+def make_plan(
+    manifest: Manifest,
+    parameters: Sequence[Parameter],
+    slices: Iterable[ReadSlice],
+    *,
+    rank: int,
+    scratch_limit: int,
+    costs: dict[str, TransferCost] | None = None,
+) -> Plan:
+    """Plan how ``rank`` stages ``manifest`` for ``parameters``.
+
+    Replicated shards are spread over the ranks. ``scratch_limit`` (bytes) bounds
+    one wave of contiguous pulls; a single span may exceed it.
+
+    Raises:
+        LayoutRefused: a parameter is not covered exactly, a slice reaches past
+            its tensor, or the dtypes differ. Nothing has been built then.
+    """
+    slices = list(slices)
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    by_name = {parameter.name: parameter for parameter in parameters}
+    _check_cover(parameters, slices)
+    offsets, arena_nbytes = _lay_out(parameters)
+    builder = _WaveBuilder(manifest, scratch_limit, costs or COST)
+    for piece in slices:
+        tensor, parameter = tensors[piece.tensor], by_name[piece.parameter]
+        if tensor.dtype != parameter.dtype:
+            raise LayoutRefused(
+                f"published as {tensor.dtype}, the engine holds {piece.parameter} as "
+                f"{parameter.dtype}: publish it as {parameter.dtype}",
+                tensor=tensor.name,
+            )
+        start = offsets[piece.parameter] + piece.offset * ITEMSIZE[tensor.dtype]
+        for shard in _pick_replicas(tensor, rank):
+            builder.add(tensor, shard, piece, start)
+    waves, scratch_nbytes, wire = builder.finish()
+    loaded = sum(_volume(p.box) * ITEMSIZE[tensors[p.tensor].dtype] for p in slices)
+    return Plan(
+        parameters=tuple(parameters),
+        offsets=offsets,
+        arena_nbytes=arena_nbytes,
+        scratch_nbytes=scratch_nbytes,
+        waves=waves,
+        nbytes=loaded,
+        wire_nbytes=wire,
+        reads=_bounding_boxes(slices),
+    )
+
+
+def check_extents(manifest: Manifest, reads: Iterable[dict[str, Box]]) -> None:
+    """Refuse a tensor of which no rank reads the far end: it has another shape.
+
+    A loader that narrows its source takes the front of a tensor that is too
+    large without a word. ``reads`` has the bounding boxes of every rank.
+
+    Raises:
+        LayoutRefused: names the tensor, its shape, and what is read of it.
+    """
+    union: dict[str, Box] = {}
+    for boxes in reads:
+        for name, box in boxes.items():
+            union[name] = _hull(union[name], box) if name in union else box
+    for tensor in manifest.tensors:
+        whole = tuple((0, size) for size in tensor.shape)
+        read = union.get(tensor.name)
+        if read is None:
+            raise LayoutRefused(
+                "the engine's loader does not read this tensor: it is not part of "
+                "the served model",
+                tensor=tensor.name,
+            )
+        if tuple(map(tuple, read)) != whole:
+            raise LayoutRefused(
+                f"published with shape {tensor.shape}, but all ranks together read "
+                f"only {read}: it has another shape in the served model",
+                tensor=tensor.name,
+            )
+
+
+class _WaveBuilder:
+    """Collects runs: exact ones into wave 0, contiguous spans into bounded waves."""
+
+    def __init__(
+        self, manifest: Manifest, scratch_limit: int, costs: dict[str, TransferCost]
+    ) -> None:
+        self._manifest = manifest
+        self._limit = scratch_limit
+        self._costs = costs
+        self._waves: list[tuple[dict[int, list[np.ndarray]], list[Reslice]]] = [
+            ({}, [])
+        ]
+        self._used = 0
+        self._scratch = 0
+        self._wire = 0
+
+    def add(
+        self, tensor: TensorEntry, shard: Shard, piece: ReadSlice, start: int
+    ) -> None:
+        """Plan what ``piece`` needs of ``shard``; ``start`` is where the piece's
+        first element lies in the arena (bytes)."""
+        overlap = _intersect(piece.box, shard.box)
+        if overlap is None:
+            return
+        size = ITEMSIZE[tensor.dtype]
+        strides = _row_major(shard.shape)
+        remote = _element(overlap, shard.offset, strides)
+        local = _element(overlap, [lo for lo, _ in piece.box], piece.strides)
+        extent = [hi - lo for lo, hi in overlap]
+        run, outer = _run_length(extent, strides, piece.strides)
+        runs = math.prod(extent[:outer])
+        nbytes = runs * run * size
+        span = (_last(extent, strides) + 1) * size
+        cost = self._costs[self._manifest.sources[shard.source].memory]
+        if runs > 1 and cost.contiguous(span, nbytes) < cost.exact(runs, nbytes):
+            self._add_span(
+                shard,
+                shard.byte_offset + remote * size,
+                span,
+                Reslice(
+                    dtype=tensor.dtype,
+                    shape=tuple(extent),
+                    scratch=0,
+                    scratch_strides=tuple(strides),
+                    arena=start + local * size,
+                    arena_strides=piece.strides,
+                ),
+            )
+            return
+        rows = np.empty((runs, 4), dtype=np.int64)
+        rows[:, 0] = shard.region
+        rows[:, 1] = _offsets(extent[:outer], strides, remote) * size
+        rows[:, 1] += shard.byte_offset
+        rows[:, 2] = _offsets(extent[:outer], piece.strides, local) * size + start
+        rows[:, 3] = run * size
+        self._waves[0][0].setdefault(shard.source, []).append(rows)
+        self._wire += nbytes
+
+    def _add_span(self, shard: Shard, remote: int, span: int, reslice: Reslice) -> None:
+        padded = _align(span)
+        if len(self._waves) == 1 or self._used + padded > self._limit:
+            self._waves.append(({}, []))
+            self._used = 0
+        runs, reslices = self._waves[-1]
+        row = np.array([[shard.region, remote, self._used, span]], dtype=np.int64)
+        runs.setdefault(shard.source, []).append(row)
+        reslices.append(_at_scratch(reslice, self._used))
+        self._used += padded
+        self._scratch = max(self._scratch, self._used)
+        self._wire += span
+
+    def finish(self) -> tuple[tuple[Wave, ...], int, int]:
+        waves = []
+        for runs, reslices in self._waves:
+            if not runs:
+                continue
+            segments = []
+            for source, blocks in sorted(runs.items()):
+                rows = np.concatenate(blocks)
+                rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+                columns = (np.ascontiguousarray(rows[:, i]) for i in range(4))
+                segments.append(Segments(source, *columns))
+            waves.append(Wave(tuple(segments), tuple(reslices)))
+        return tuple(waves), self._scratch, self._wire
+
+
+def _check_cover(parameters: Sequence[Parameter], slices: Sequence[ReadSlice]) -> None:
+    """Every parameter is loaded element by element, or is padding."""
+    loaded: dict[str, int] = dict.fromkeys((p.name for p in parameters), 0)
+    for piece in slices:
+        if piece.parameter not in loaded:
+            raise LayoutRefused(
+                f"the loader writes {piece.parameter!r}, which is not a parameter of "
+                "the live model",
+                tensor=piece.tensor,
+            )
+        loaded[piece.parameter] += _volume(piece.box)
+    for parameter in parameters:
+        wanted = math.prod(parameter.shape) - parameter.unloaded
+        if loaded[parameter.name] != wanted:
+            raise LayoutRefused(
+                f"the published tensors fill {loaded[parameter.name]} of its {wanted} "
+                "elements: a tensor of this parameter is missing or has another shape",
+                tensor=parameter.name,
+            )
+
+
+def _lay_out(parameters: Sequence[Parameter]) -> tuple[dict[str, int], int]:
+    offsets, end = {}, 0
+    for parameter in parameters:
+        offsets[parameter.name] = end
+        end += _align(parameter.nbytes)
+    return offsets, end
+
+
+def _pick_replicas(tensor: TensorEntry, rank: int) -> list[Shard]:
+    """One shard per box; of equal ones, each rank takes the next."""
+    replicas: dict[Box, list[Shard]] = {}
+    for shard in tensor.shards:
+        replicas.setdefault(shard.box, []).append(shard)
+    return [shards[rank % len(shards)] for shards in replicas.values()]
+
+
+def _bounding_boxes(slices: Iterable[ReadSlice]) -> dict[str, Box]:
+    boxes: dict[str, Box] = {}
+    for piece in slices:
+        known = boxes.get(piece.tensor)
+        boxes[piece.tensor] = _hull(known, piece.box) if known else piece.box
+    return boxes
+
+
+def _at_scratch(reslice: Reslice, offset: int) -> Reslice:
+    return Reslice(
+        reslice.dtype,
+        reslice.shape,
+        offset,
+        reslice.scratch_strides,
+        reslice.arena,
+        reslice.arena_strides,
+    )
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _volume(box: Box) -> int:
+    return math.prod(hi - lo for lo, hi in box)
+
+
+def _hull(a: Box, b: Box) -> Box:
+    pairs = zip(a, b, strict=True)
+    return tuple((min(a0, b0), max(a1, b1)) for (a0, a1), (b0, b1) in pairs)
+
+
+def _intersect(a: Box, b: Box) -> Box | None:
+    pairs = zip(a, b, strict=True)
+    box = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in pairs)
+    return None if any(lo >= hi for lo, hi in box) else box
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return strides
+
+
+def _element(box: Box, origin: Sequence[int], strides: Sequence[int]) -> int:
+    """The element offset of the first corner of ``box``."""
+    rows = zip(box, origin, strides, strict=True)
+    return sum((lo - start) * stride for (lo, _), start, stride in rows)
+
+
+def _last(extent: Sequence[int], strides: Sequence[int]) -> int:
+    """The element offset of the last corner, from the first one."""
+    return sum((n - 1) * stride for n, stride in zip(extent, strides, strict=True))
+
+
+def _run_length(
+    extent: Sequence[int], source: Sequence[int], target: Sequence[int]
+) -> tuple[int, int]:
+    """Elements that are contiguous on both sides, and how many leading dimensions
+    are left to iterate over."""
+    run, outer = 1, len(extent)
+    while outer:
+        dim = outer - 1
+        packed = source[dim] == run and target[dim] == run
+        if not packed and extent[dim] != 1:
+            break
+        run *= extent[dim]
+        outer = dim
+    return run, outer
+
+
+def _offsets(extent: Sequence[int], strides: Sequence[int], start: int) -> np.ndarray:
+    """All element offsets of the leading dimensions, in row-major order."""
+    offsets = np.array([start], dtype=np.int64)
+    for n, stride in zip(extent, strides, strict=False):
+        steps = np.arange(n, dtype=np.int64) * stride
+        offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
+    return offsets

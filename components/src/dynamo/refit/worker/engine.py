@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a refit needs of the engine: call the ranks, pause, resume, tell epochs apart.
+
+Thin over vLLM's ``AsyncLLM`` and Dynamo's handler around it. All that is private
+there and used here is listed in ``tests/unit/test_upstream_contract.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import uuid
+from typing import Any
+
+import msgspec
+from vllm import SamplingParams
+
+from dynamo.refit.errors import OutOfStep, RefitError
+from dynamo.refit.protocol import (
+    InFlightPolicy,
+    RankAnswer,
+    RankCall,
+    RankReply,
+    RankRequest,
+)
+
+#: A probe makes one token; a healthy engine needs milliseconds.
+PROBE_SECONDS = 30.0
+
+
+class ProbeFailed(RefitError):
+    """The engine does not make a token any more."""
+
+
+class RefitEngine:
+    """One vLLM engine and the Dynamo handler that serves with it.
+
+    Args:
+        handler: a ``dynamo.vllm`` decode or prefill handler.
+    """
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+        self._llm = handler.engine_client
+        self._calls = itertools.count()
+        self.kv_epoch = ""
+        self._llm.generate = self._in_epoch(self._llm.generate)
+
+    @property
+    def admin_lock(self) -> asyncio.Lock:
+        """Held by Dynamo's own pause, resume and update routes while they run."""
+        return self._handler._pause_lock
+
+    @property
+    def paused_by_user(self) -> bool:
+        """Generation was paused over Dynamo's admin route: leave it so."""
+        return self._handler._paused
+
+    async def call_ranks(self, request: RankRequest) -> list[RankReply]:
+        """Every rank's answer, in rank order. Waits for the step that is running.
+
+        Raises:
+            OutOfStep: an answer belongs to another call; nothing that the ranks
+                say can be trusted from here on.
+            vllm.v1.engine.exceptions.EngineDeadError: the engine is gone.
+        """
+        call = next(self._calls)
+        payload = msgspec.msgpack.encode(RankCall(call, request))
+        answers = [
+            msgspec.msgpack.decode(answer, type=RankAnswer)
+            for answer in await self._llm.collective_rpc("refit_call", args=(payload,))
+        ]
+        for rank, answer in enumerate(answers):
+            if answer.call != call:
+                raise OutOfStep(
+                    f"answered call {answer.call} when asked call {call} "
+                    f"({type(request).__name__}): restart this worker",
+                    rank=rank,
+                )
+        return [answer.reply for answer in answers]
+
+    async def pause(self, in_flight: InFlightPolicy) -> None:
+        """Stop scheduling after the running step; requests stay where they are.
+
+        ``AsyncLLM.pause_generation`` does this and then sleeps for 20 ms.
+        """
+        recompute = in_flight == "recompute"
+        await self._llm.engine_core.pause_scheduler_async(
+            mode="keep", clear_cache=recompute
+        )
+        if self._llm.model_config.is_multimodal_model and not recompute:
+            # Encoder outputs are cached by the media's hash, which has no epoch.
+            await self._llm.reset_encoder_cache()
+
+    async def resume(self) -> None:
+        await self._llm.engine_core.resume_scheduler_async()
+
+    def begin_epoch(self, version: int) -> str:
+        """From here on admitted requests share KV with each other only.
+
+        To be called between the install and the resume: earlier, and blocks of
+        the old weights would carry the new epoch; later, and a new request could
+        hit them.
+        """
+        self.kv_epoch = f"{version}-{uuid.uuid4().hex[:8]}"
+        return self.kv_epoch
+
+    async def declare_version(self, version: int) -> None:
+        """Set the version that Dynamo's and vLLM's own routes report."""
+        await self._handler.set_weight_version({"weight_version": version})
+        await self._llm.update_weight_version(str(version))
+
+    async def probe(self) -> None:
+        """Make one token, which also lets the engine publish its KV events.
+
+        Raises:
+            ProbeFailed: it could not within :data:`PROBE_SECONDS`.
+        """
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                async for _ in self._llm.generate(
+                    {"prompt_token_ids": [1]},
+                    SamplingParams(max_tokens=1, temperature=0.0),
+                    f"refit-probe-{uuid.uuid4().hex}",
+                ):
+                    pass
+        except TimeoutError as error:
+            raise ProbeFailed(f"no token within {PROBE_SECONDS:g} s") from error
+
+    def _in_epoch(self, generate: Any) -> Any:
+        """``generate`` with the KV epoch in the request's prefix-cache key."""
+
+        @functools.wraps(generate)
+        def generate_in_epoch(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            return generate(with_epoch(prompt, self.kv_epoch), *args, **kwargs)
+
+        return generate_in_epoch
+
+
+def with_epoch(prompt: Any, epoch: str) -> Any:
+    """A copy of ``prompt`` whose ``cache_salt`` has ``epoch`` in it.
+
+    A salt of the user's own stays in front of it. Without an epoch (before the
+    first refit) the prompt is left as it is.
+    """
+    if not epoch:
+        return prompt
+    salted = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
+    own = salted.get("cache_salt")
+    salted["cache_salt"] = f"{own}|refit:{epoch}" if own else f"refit:{epoch}"
+    return salted

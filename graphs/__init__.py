@@ -1,0 +1,3 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs to run on one machine, and the tiny models they serve."""

@@ -1,0 +1,301 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Run a Dynamo graph with refit on this machine: no etcd, no NATS, no containers.
+
+Owns the processes and their private discovery directory; stopping a graph, or
+leaving its ``with`` block, leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+#: For an engine on the CPU: small, eager, and quick to start.
+CPU_WORKER_ARGS = (
+    "--enforce-eager",
+    "--dtype=bfloat16",
+    "--block-size=32",
+    "--max-model-len=2048",
+    "--max-num-seqs=8",
+    "--max-num-batched-tokens=512",
+    f"--kv-cache-memory-bytes={64 << 20}",
+)
+
+#: What vLLM needs on a CPU with few cores; anything set outside wins.
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCH_COMPILE_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+START_SECONDS = 240.0
+STOP_SECONDS = 20.0
+
+
+class GraphError(RuntimeError):
+    """A part of the graph did not start, or died."""
+
+
+class Process:
+    """A child in a process group of its own, logging to a file."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self.command = list(command)
+        self.log = log
+        with log.open("ab") as out:
+            self._child = subprocess.Popen(
+                self.command,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        return self._child.poll() is None
+
+    def send(self, number: int) -> None:
+        """Send a signal to the whole group, if there still is one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self._child.wait()
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Ask to end, then insist; the group's other processes go too."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(seconds)
+        self.kill()
+
+    def tail(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+
+class LocalGraph:
+    """Frontend, workers and refit coordinator as local processes.
+
+    Args:
+        model: directory of the checkpoint that the workers start with.
+        name: served model name.
+        tensor_parallel: ranks per worker.
+        workers: replicas.
+        worker_args: more arguments for the workers, after the CPU defaults.
+        coordinator_args: arguments of ``python -m dynamo.refit``.
+        frontend_args: arguments of ``python -m dynamo.frontend``.
+        directory: for logs and discovery; a temporary one by default.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        name: str = "tiny",
+        tensor_parallel: int = 1,
+        workers: int = 1,
+        worker_args: Sequence[str] = CPU_WORKER_ARGS,
+        coordinator_args: Sequence[str] = (),
+        frontend_args: Sequence[str] = (),
+        directory: Path | None = None,
+        namespace: str = "dynamo",
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.namespace = namespace
+        self._temporary = directory is None
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="refit-graph-"))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._tensor_parallel = tensor_parallel
+        self._workers = workers
+        self._worker_args = tuple(worker_args)
+        self._coordinator_args = tuple(coordinator_args)
+        self._frontend_args = tuple(frontend_args)
+        self.processes: dict[str, Process] = {}
+        self.port = free_port()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in order to join this graph."""
+        return {
+            "DYN_DISCOVERY_BACKEND": "file",
+            "DYN_FILE_KV": str(self.directory / "discovery"),
+            "DYN_REQUEST_PLANE": "tcp",
+            "DYN_EVENT_PLANE": "zmq",
+            "DYN_NAMESPACE": self.namespace,
+        }
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Start everything and wait until it serves.
+
+        Engines start one after the other. ``report`` gets a line per step.
+
+        Raises:
+            GraphError: a process ended, or it took too long; with its last lines.
+        """
+        self.start_frontend()
+        for index in range(self._workers):
+            report(f"starting worker {index} (TP={self._tensor_parallel})")
+            self.start_worker(index)
+            self.wait_for_worker(index)
+        self.start_coordinator()
+        self.wait_until("the model is listed", self._serves_model)
+        report(f"serving {self.name} at {self.url}/v1")
+
+    def start_frontend(self) -> Process:
+        return self.run(
+            "frontend",
+            [
+                "-m",
+                "dynamo.frontend",
+                "--http-port",
+                str(self.port),
+                *list(self._frontend_args),
+            ],
+        )
+
+    def start_worker(self, index: int = 0) -> Process:
+        return self.run(
+            f"worker{index}",
+            [
+                "-m",
+                "dynamo.refit.worker",
+                "--model",
+                str(self.model),
+                "--served-model-name",
+                self.name,
+                "--tensor-parallel-size",
+                str(self._tensor_parallel),
+                *self._worker_args,
+            ],
+        )
+
+    def start_coordinator(self) -> Process:
+        return self.run("coordinator", ["-m", "dynamo.refit", *self._coordinator_args])
+
+    def wait_for_worker(self, index: int = 0) -> None:
+        """Until the worker's refit endpoint is in discovery."""
+        worker = self.processes[f"worker{index}"]
+        instances = self.directory / "discovery" / "v1" / "instances"
+        known = index + 1
+
+        def registered() -> bool:
+            found = [p for p in instances.rglob("*") if "%2Frefit%2F" in p.name]
+            return len(found) >= known
+
+        self.wait_until(f"{worker.name} is registered", registered)
+
+    def run(self, name: str, arguments: Sequence[str], **env: str) -> Process:
+        """Start a Python process of this graph; a dead one of that name is replaced."""
+        process = Process(
+            name,
+            [sys.executable, *arguments],
+            {
+                **CPU_ENVIRONMENT,
+                "DYN_LOG": "info",
+                "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
+                **os.environ,
+                **self.environment,
+                **env,
+            },
+            self.directory / f"{name}.log",
+        )
+        self.processes[name] = process
+        return process
+
+    def wait_until(
+        self,
+        what: str,
+        condition: Callable[[], bool],
+        seconds: float = START_SECONDS,
+    ) -> None:
+        """Poll ``condition``; a process that ends meanwhile is an error."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            for process in self.processes.values():
+                if not process.running:
+                    raise GraphError(f"{process.name} ended:\n{process.tail()}")
+            if time.monotonic() > deadline:
+                raise GraphError(f"not after {seconds:g} s: {what}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Stop every process, workers before the frontend, and clean up."""
+        for process in reversed(list(self.processes.values())):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+        for process in reversed(list(self.processes.values())):
+            process.stop()
+        self.processes.clear()
+        if self._temporary:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> LocalGraph:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _serves_model(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=2) as answer:
+                listed = json.load(answer)
+        except (urllib.error.URLError, OSError, json.JSONDecodeError):
+            return False
+        return any(model["id"] == self.name for model in listed["data"])
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that ``with`` blocks end."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

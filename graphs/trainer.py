@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for a trainer: one process whose weights become those of checkpoints.
+
+    python -m graphs.trainer --model-name tiny --initial DIR [--mode in_place]
+
+Reads a line of JSON per "training step" from standard input,
+``{"version": 2, "checkpoint": "DIR"}``, changes its tensors to that checkpoint's
+and publishes them; answers on standard output when the version is released.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dynamo.refit.publish.publisher import WeightPublisher
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model-name", required=True)
+    parser.add_argument("--initial", type=Path, required=True)
+    parser.add_argument("--mode", choices=("snapshot", "in_place"), default="snapshot")
+    options = parser.parse_args()
+
+    weights = load_weights(options.initial)
+    with WeightPublisher(options.model_name, weights, mode=options.mode) as publisher:
+        say(ready=True)
+        for line in sys.stdin:
+            step = json.loads(line)
+            train_into(weights, load_weights(Path(step["checkpoint"])))
+            handle = publisher.publish(step["version"], in_flight=step.get("in_flight"))
+            say(published=step["version"])
+            release = handle.wait()
+            say(
+                released=step["version"], outcome=release.outcome, detail=release.detail
+            )
+
+
+def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint directory by name."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        weights.update(load_file(file))
+    return weights
+
+
+@torch.no_grad()
+def train_into(
+    weights: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
+) -> None:
+    """An optimizer step: the same tensors, other values."""
+    for name, tensor in weights.items():
+        tensor.copy_(target[name])
+
+
+def say(**message: object) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()
