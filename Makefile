@@ -74,7 +74,7 @@ $(STAMP): cpu.lock pyproject.toml
 	@.venv-tools/bin/python -m pip install --quiet uv
 
 demo: $(STAMP)
-	@$(VENV_PYTHON) -m graphs.demo
+	@DYN_LOG=error $(VENV_PYTHON) -m graphs.demo
 
 test: lint
 	@$(PYTEST) -m "not gpu_1"

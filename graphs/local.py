@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -46,7 +47,7 @@ CPU_ENVIRONMENT = {
 }
 
 START_SECONDS = 240.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 10.0
 
 
 class GraphError(RuntimeError):
@@ -89,13 +90,15 @@ class Process:
         self.send(signal.SIGKILL)
         self._child.wait()
 
+    def ask_to_stop(self) -> None:
+        if self.running:
+            self._child.terminate()
+
     def stop(self, seconds: float = STOP_SECONDS) -> None:
         """Ask to end, then insist; the group's other processes go too."""
-        if self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(seconds)
+        self.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(seconds)
         self.kill()
 
     def tail(self, lines: int = 30) -> str:
@@ -226,10 +229,10 @@ class LocalGraph:
             [sys.executable, *arguments],
             {
                 **CPU_ENVIRONMENT,
-                "DYN_LOG": "info",
                 "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
                 **os.environ,
                 **self.environment,
+                "DYN_LOG": "info",
                 **env,
             },
             self.directory / f"{name}.log",
@@ -254,12 +257,12 @@ class LocalGraph:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Stop every process, workers before the frontend, and clean up."""
-        for process in reversed(list(self.processes.values())):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-        for process in reversed(list(self.processes.values())):
-            process.stop()
+        """Stop every process and clean up; a second signal does not cut it short."""
+        with uninterruptible():
+            for process in self.processes.values():
+                process.ask_to_stop()
+            for process in self.processes.values():
+                process.stop()
         self.processes.clear()
         if self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -286,13 +289,27 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    with _signals(interrupt, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+def uninterruptible() -> contextlib.AbstractContextManager[None]:
+    """Ignore SIGINT, SIGTERM and SIGHUP: what runs inside must come to its end."""
+    return _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _signals(handler: object, *numbers: int) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread gets signals.
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def free_port() -> int:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("snapshot", "in_place"), default="snapshot")
     options = parser.parse_args()
 
+    say = answer_channel()
     weights = load_weights(options.initial)
     with WeightPublisher(options.model_name, weights, mode=options.mode) as publisher:
         say(ready=True)
@@ -60,8 +63,15 @@ def train_into(
         tensor.copy_(target[name])
 
 
-def say(**message: object) -> None:
-    print(json.dumps(message), flush=True)
+def answer_channel() -> Callable[..., None]:
+    """Keep standard output for answers; what libraries print goes to the errors."""
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(**message: object) -> None:
+        print(json.dumps(message), file=channel)
+
+    return say
 
 
 if __name__ == "__main__":
