@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -114,7 +115,8 @@ class LocalGraph:
         name: served model name.
         tensor_parallel: ranks per worker.
         workers: replicas.
-        worker_args: more arguments for the workers, after the CPU defaults.
+        worker_args: the workers' other arguments.
+        worker_env: more environment for the workers.
         coordinator_args: arguments of ``python -m dynamo.refit``.
         frontend_args: arguments of ``python -m dynamo.frontend``.
         directory: for logs and discovery; a temporary one by default.
@@ -128,6 +130,7 @@ class LocalGraph:
         tensor_parallel: int = 1,
         workers: int = 1,
         worker_args: Sequence[str] = CPU_WORKER_ARGS,
+        worker_env: Mapping[str, str] | None = None,
         coordinator_args: Sequence[str] = (),
         frontend_args: Sequence[str] = (),
         directory: Path | None = None,
@@ -142,6 +145,7 @@ class LocalGraph:
         self._tensor_parallel = tensor_parallel
         self._workers = workers
         self._worker_args = tuple(worker_args)
+        self._worker_env = dict(worker_env or {})
         self._coordinator_args = tuple(coordinator_args)
         self._frontend_args = tuple(frontend_args)
         self.processes: dict[str, Process] = {}
@@ -205,6 +209,7 @@ class LocalGraph:
                 str(self._tensor_parallel),
                 *self._worker_args,
             ],
+            **self._worker_env,
         )
 
     def start_coordinator(self) -> Process:
@@ -313,6 +318,10 @@ def _signals(handler: object, *numbers: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port nobody listens on, below 32768: Dynamo 1.6 reads ``DYN_SYSTEM_PORT`` as
+    a signed 16-bit number."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise GraphError("no free port between 20000 and 32000")

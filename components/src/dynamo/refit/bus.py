@@ -53,6 +53,9 @@ JOIN_SECONDS = 5.0
 #: Events that wait for a consumer; the oldest go when there are more.
 QUEUE_EVENTS = 4096
 
+#: Foreign bytes are quoted in a ``detail`` no further than this many characters.
+DETAIL_CHARACTERS = 500
+
 E = TypeVar("E", bound=Event)
 
 
@@ -273,10 +276,10 @@ def _read(payload: bytes) -> Item:
         return decode(payload)
     # Besides what decode() refuses, msgspec lets two errors of foreign bytes pass:
     # text that is not UTF-8, and nesting deeper than the interpreter's stack.
-    except (EventRefused, UnicodeDecodeError, RecursionError) as error:
+    except EventRefused as error:
         oversized = len(payload) > MAX_EVENT_BYTES
         return RejectedPayload(
             reason="oversized_event" if oversized else "malformed_event",
-            detail=str(error),
+            detail=str(error)[:DETAIL_CHARACTERS],
             nbytes=len(payload),
         )

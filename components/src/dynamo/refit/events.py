@@ -158,17 +158,29 @@ AnyEvent = (
     | WorkerJoined
 )
 
+
+class _AnySchema(msgspec.Struct):
+    """Any event, as far as telling its schema goes."""
+
+    schema: int = SCHEMA
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyEvent)
+_schema_decoder = msgspec.msgpack.Decoder(_AnySchema)
 
 
 def encode(event: Event) -> bytes:
     """The event as msgpack.
 
     Raises:
-        EventRefused: it is larger than :data:`MAX_EVENT_BYTES`.
+        EventRefused: it is larger than :data:`MAX_EVENT_BYTES`, or holds text that
+            is not Unicode or a number above 64 bits.
     """
-    payload = _encoder.encode(event)
+    try:
+        payload = _encoder.encode(event)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise EventRefused(f"{type(event).__name__} cannot be sent: {error}") from error
     if len(payload) > MAX_EVENT_BYTES:
         raise EventRefused(
             f"{type(event).__name__} has {len(payload)} bytes, at most "
@@ -189,12 +201,13 @@ def decode(payload: bytes) -> AnyEvent:
             f"oversized event: {len(payload)} bytes, at most {MAX_EVENT_BYTES}"
         )
     try:
-        event = _decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+        # The schema first: an event of another one need not have our fields.
+        schema = _schema_decoder.decode(payload).schema
+        if schema != SCHEMA:
+            raise EventRefused(
+                f"event schema {schema}, this release reads {SCHEMA}: run the same "
+                "release of dynamo-refit everywhere"
+            )
+        return _decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EventRefused(f"malformed event: {error}") from error
-    if event.schema != SCHEMA:
-        raise EventRefused(
-            f"event schema {event.schema}, this release reads {SCHEMA}: run the same "
-            "release of dynamo-refit everywhere"
-        )
-    return event

@@ -121,6 +121,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """SHA-256 over the whole manifest: the layout, the agents and the addresses."""
         return _digest(self)
 
+    def shard_addresses(self, slot: int) -> list[int]:
+        """The address of every shard in ``slot``, tensor by tensor, shard by shard."""
+        return [
+            self.sources[shard.source].slots[slot][shard.region].address
+            + shard.byte_offset
+            for tensor in self.tensors
+            for shard in tensor.shards
+        ]
+
     def validate(self) -> None:
         """Refuse a manifest that does not hold every element exactly once.
 

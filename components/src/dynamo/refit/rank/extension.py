@@ -57,43 +57,6 @@ logger = init_logger("vllm.dynamo_refit")
 keep_plain_layout()
 
 
-class RefitWorkerExtension:
-    """Mixed into vLLM's worker by ``--worker-extension-cls``."""
-
-    @property
-    def refit_rank_class(self) -> type[RefitRank]:
-        """What carries out the requests; tests put one here that fails on purpose."""
-        return RefitRank
-
-    def refit_call(self, payload: bytes) -> bytes:
-        """Answer an encoded :class:`RankCall` with an encoded :class:`RankAnswer`.
-
-        Never raises and never takes long; see the module.
-        """
-        call, request = -1, None
-        try:
-            decoded = msgspec.msgpack.decode(payload, type=RankCall)
-            call, request = decoded.call, decoded.request
-            reply = self._refit_rank().answer(request)
-        except Exception as error:
-            logger.exception("dynamo-refit: %s failed", type(request).__name__)
-            reply = Refused(failure=self._failure(request, error))
-        return msgspec.msgpack.encode(RankAnswer(call, reply))
-
-    def _refit_rank(self) -> RefitRank:
-        if not hasattr(self, "_refit"):
-            self._refit = self.refit_rank_class(self)
-        return self._refit
-
-    def _failure(self, request: RankRequest | None, error: Exception) -> Failure:
-        return failure_from(
-            error,
-            stage=type(request).__name__.lower(),
-            rank=get_tensor_model_parallel_rank(),
-            version=getattr(request, "version", None),
-        )
-
-
 class RefitRank:
     """Carries out the requests of one rank.
 
@@ -101,7 +64,7 @@ class RefitRank:
         worker: vLLM's worker object, with ``model_runner`` and ``vllm_config``.
     """
 
-    #: What does the work; see ``refit_rank_class``.
+    #: What does the work.
     stager_class = RankStager
 
     def __init__(self, worker: object) -> None:
@@ -217,3 +180,38 @@ class _StageJob:
             logger.exception("dynamo-refit: staging version %d failed", version)
             failure = failure_from(error, stage="stage", rank=rank, version=version)
             self.reply = Refused(failure=failure)
+
+
+class RefitWorkerExtension:
+    """Mixed into vLLM's worker by ``--worker-extension-cls``."""
+
+    #: What carries out the requests.
+    refit_rank_class = RefitRank
+
+    def refit_call(self, payload: bytes) -> bytes:
+        """Answer an encoded :class:`RankCall` with an encoded :class:`RankAnswer`.
+
+        Never raises and never takes long; see the module.
+        """
+        call, request = -1, None
+        try:
+            decoded = msgspec.msgpack.decode(payload, type=RankCall)
+            call, request = decoded.call, decoded.request
+            reply = self._refit_rank().answer(request)
+        except Exception as error:
+            logger.exception("dynamo-refit: %s failed", type(request).__name__)
+            reply = Refused(failure=self._failure(request, error))
+        return msgspec.msgpack.encode(RankAnswer(call, reply))
+
+    def _refit_rank(self) -> RefitRank:
+        if not hasattr(self, "_refit"):
+            self._refit = self.refit_rank_class(self)
+        return self._refit
+
+    def _failure(self, request: RankRequest | None, error: Exception) -> Failure:
+        return failure_from(
+            error,
+            stage=type(request).__name__.lower(),
+            rank=get_tensor_model_parallel_rank(),
+            version=getattr(request, "version", None),
+        )

@@ -11,6 +11,7 @@ contiguous span into scratch and cut out locally, where that is cheaper.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -82,11 +83,14 @@ COST = {
 class Segments:
     """Byte runs from one source. Arrays of int64, one row per run.
 
-    ``local`` is an offset in the arena, or in scratch for a wave that reslices.
+    ``shard`` numbers the manifest's shards as ``Manifest.shard_addresses`` does, and
+    ``remote`` is an offset in that shard, so that a plan holds for every set of
+    addresses of its layout. ``local`` is an offset in the arena, or in scratch for
+    a wave that reslices.
     """
 
     source: int
-    region: np.ndarray
+    shard: np.ndarray
     remote: np.ndarray
     local: np.ndarray
     nbytes: np.ndarray
@@ -157,6 +161,7 @@ def make_plan(
     """
     slices = list(slices)
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    shards = _number_shards(manifest)
     by_name = {parameter.name: parameter for parameter in parameters}
     _check_cover(parameters, slices)
     offsets, arena_nbytes = _lay_out(parameters)
@@ -170,8 +175,8 @@ def make_plan(
                 tensor=tensor.name,
             )
         start = offsets[piece.parameter] + piece.offset * ITEMSIZE[tensor.dtype]
-        for shard in _pick_replicas(tensor, rank):
-            builder.add(tensor, shard, piece, start)
+        for number, shard in _pick_replicas(shards[tensor.name], rank):
+            builder.add(tensor, number, shard, piece, start)
     waves, scratch_nbytes, wire = builder.finish()
     loaded = sum(_volume(p.box) * ITEMSIZE[tensors[p.tensor].dtype] for p in slices)
     return Plan(
@@ -233,10 +238,15 @@ class _WaveBuilder:
         self._wire = 0
 
     def add(
-        self, tensor: TensorEntry, shard: Shard, piece: ReadSlice, start: int
+        self,
+        tensor: TensorEntry,
+        number: int,
+        shard: Shard,
+        piece: ReadSlice,
+        start: int,
     ) -> None:
-        """Plan what ``piece`` needs of ``shard``; ``start`` is where the piece's
-        first element lies in the arena (bytes)."""
+        """Plan what ``piece`` needs of shard ``number``; ``start`` is where the
+        piece's first element lies in the arena (bytes)."""
         overlap = _intersect(piece.box, shard.box)
         if overlap is None:
             return
@@ -252,8 +262,9 @@ class _WaveBuilder:
         cost = self._costs[self._manifest.sources[shard.source].memory]
         if runs > 1 and cost.contiguous(span, nbytes) < cost.exact(runs, nbytes):
             self._add_span(
-                shard,
-                shard.byte_offset + remote * size,
+                shard.source,
+                number,
+                remote * size,
                 span,
                 Reslice(
                     dtype=tensor.dtype,
@@ -266,22 +277,23 @@ class _WaveBuilder:
             )
             return
         rows = np.empty((runs, 4), dtype=np.int64)
-        rows[:, 0] = shard.region
+        rows[:, 0] = number
         rows[:, 1] = _offsets(extent[:outer], strides, remote) * size
-        rows[:, 1] += shard.byte_offset
         rows[:, 2] = _offsets(extent[:outer], piece.strides, local) * size + start
         rows[:, 3] = run * size
         self._waves[0][0].setdefault(shard.source, []).append(rows)
         self._wire += nbytes
 
-    def _add_span(self, shard: Shard, remote: int, span: int, reslice: Reslice) -> None:
+    def _add_span(
+        self, source: int, number: int, remote: int, span: int, reslice: Reslice
+    ) -> None:
         padded = _align(span)
         if len(self._waves) == 1 or self._used + padded > self._limit:
             self._waves.append(({}, []))
             self._used = 0
         runs, reslices = self._waves[-1]
-        row = np.array([[shard.region, remote, self._used, span]], dtype=np.int64)
-        runs.setdefault(shard.source, []).append(row)
+        row = np.array([[number, remote, self._used, span]], dtype=np.int64)
+        runs.setdefault(source, []).append(row)
         reslices.append(_at_scratch(reslice, self._used))
         self._used += padded
         self._scratch = max(self._scratch, self._used)
@@ -331,12 +343,19 @@ def _lay_out(parameters: Sequence[Parameter]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _pick_replicas(tensor: TensorEntry, rank: int) -> list[Shard]:
+def _number_shards(manifest: Manifest) -> dict[str, list[tuple[int, Shard]]]:
+    numbers = itertools.count()
+    return {t.name: [(next(numbers), s) for s in t.shards] for t in manifest.tensors}
+
+
+def _pick_replicas(
+    shards: Sequence[tuple[int, Shard]], rank: int
+) -> list[tuple[int, Shard]]:
     """One shard per box; of equal ones, each rank takes the next."""
-    replicas: dict[Box, list[Shard]] = {}
-    for shard in tensor.shards:
-        replicas.setdefault(shard.box, []).append(shard)
-    return [shards[rank % len(shards)] for shards in replicas.values()]
+    replicas: dict[Box, list[tuple[int, Shard]]] = {}
+    for number, shard in shards:
+        replicas.setdefault(shard.box, []).append((number, shard))
+    return [equal[rank % len(equal)] for equal in replicas.values()]
 
 
 def _bounding_boxes(slices: Iterable[ReadSlice]) -> dict[str, Box]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.errors import StagingCancelled, TransferFailed
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import CacheCounters
 from dynamo.refit.rank.install import LiveParameters, parameter_views
 from dynamo.refit.rank.plan import Plan, Reslice, Segments
@@ -213,33 +213,36 @@ class Requests:
             peers[number] = self._agent.connect(manifest.sources[number].metadata)
             self._peers.append(peers[number])
         for slot in range(manifest.slots):
+            shards = np.array(manifest.shard_addresses(slot), dtype=np.int64)
             self.waves.append([])
             for wave in plan.waves:
                 self.waves[slot].append([])
                 target = scratch if wave.reslices else arena
                 for segments in wave.segments:
-                    read = self._prepare(manifest, slot, segments, target, peers)
+                    source = manifest.sources[segments.source]
+                    peer = peers[segments.source]
+                    read = self._prepare(source, peer, shards, segments, target)
                     self.waves[slot][-1].append(read)
                     counters.descriptor_builds += 1
 
     def _prepare(
         self,
-        manifest: Manifest,
-        slot: int,
+        source: Source,
+        peer: str,
+        shards: np.ndarray,
         segments: Segments,
         target: torch.Tensor,
-        peers: dict[int, str],
     ) -> Read:
-        source = manifest.sources[segments.source]
-        bases = np.array([r.address for r in source.slots[slot]], dtype=np.int64)
-        remote = np.stack(
-            [bases[segments.region] + segments.remote, segments.nbytes], axis=1
-        )
-        local = np.stack([segments.local + target.data_ptr(), segments.nbytes], axis=1)
+        remote = shards[segments.shard] + segments.remote
+        local = segments.local + target.data_ptr()
         return self._agent.prepare_read(
-            peers[segments.source],
-            (local, *_memory(target.device)),
-            (remote, source.memory, source.device),
+            peer,
+            (np.stack([local, segments.nbytes], axis=1), *_memory(target.device)),
+            (
+                np.stack([remote, segments.nbytes], axis=1),
+                source.memory,
+                source.device,
+            ),
         )
 
     def poll_active(self) -> bool:

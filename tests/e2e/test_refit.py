@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A live TP=2 replica is refitted by events, and every answer is a fresh engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.request
+
+import pytest
+
+from dynamo.refit.events import WorkerStaged
+from graphs.client import Client, Load
+from graphs.references import prompts
+from tests.e2e.conftest import Bench
+from tests.support.processes import Trainer, fleet_status
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+    pytest.mark.core,
+    pytest.mark.timeout(600),
+]
+
+LENGTH = 200
+
+
+async def test_start_up_weights_answer_like_a_fresh_engine(bench: Bench) -> None:
+    await bench.assert_serves("A")
+
+
+async def test_four_versions_under_load(bench: Bench) -> None:
+    """B, C, A, B: bit-equal each time, no request fails or is cut short, the first
+    cycle builds and the others build nothing."""
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        async with Client(bench.graph.url, bench.graph.name) as client:
+            load = Load(client, prompts(count=5, seed=11), streams=2, max_tokens=64)
+            load.start()
+            counters = []
+            for name in ("B", "C", "A", "B"):
+                refitted = await asyncio.to_thread(bench.refit, trainer, name)
+                assert refitted.timings.stall_ms > 0
+                await bench.assert_serves(name)
+                staged = bench.events.find(WorkerStaged, refitted.version)
+                assert [rank.rank for rank in staged.ranks] == [0, 1]
+                counters.append([rank.counters for rank in staged.ranks])
+            await load.stop()
+    assert load.failed == []
+    assert load.truncated == []
+    assert len(load.completions) >= 4
+    for first in counters[0]:
+        assert (first.allocations, first.registrations) == (3, 2)
+        assert first.descriptor_builds > 0
+        assert first.hits == 0
+    for warm in (rank for cycle in counters[1:] for rank in cycle):
+        assert (warm.allocations, warm.registrations, warm.descriptor_builds) == (
+            0,
+        ) * 3
+        assert warm.hits == 1
+
+
+@pytest.mark.parametrize("in_flight", ["continue", "recompute"])
+async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -> None:
+    """A prompt whose KV is hot under the old weights, and is still being decoded with
+    when they change: a later request has no cached token, then its own."""
+    prompt = bench.asked[2]
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        async with Client(bench.graph.url, bench.graph.name) as client:
+            name = "C" if bench.serving != "C" else "A"
+            await client.complete(prompt, 8)
+            hot = await client.complete(prompt, 8)
+            assert hot.cached_tokens == 96  # 100 tokens, blocks of 32
+            running = asyncio.create_task(
+                client.complete(prompt, LENGTH, ignore_eos=True)
+            )
+            await asyncio.sleep(0.5)
+            refitted = await asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            assert refitted.in_flight == in_flight
+            first = await client.complete(prompt, 24)
+            again = await client.complete(prompt, 24)
+            straddling = await running
+    assert first.answer == bench.expected[name][2]
+    assert first.cached_tokens == 0
+    assert again.answer == bench.expected[name][2]
+    assert again.cached_tokens == 96
+    assert straddling.error is None
+    assert len(straddling.answer.tokens) == LENGTH
+
+
+async def test_in_place_tensors_and_a_restarted_trainer(bench: Bench) -> None:
+    """Another trainer process: new agent, new addresses, same layout. Buffers and
+    registrations stay, only the requests are built again."""
+    with Trainer(bench.graph, bench.models["A"], mode="in_place") as trainer:
+        for name, session in (("B", "re-addressed"), ("A", "warm")):
+            refitted = await asyncio.to_thread(bench.refit, trainer, name)
+            staged = bench.events.find(WorkerStaged, refitted.version)
+            for rank in staged.ranks:
+                assert rank.session == session
+                assert rank.counters.allocations == 0
+                assert rank.counters.registrations == 0
+                assert (rank.counters.descriptor_builds > 0) == (session != "warm")
+            await bench.assert_serves(name)
+
+
+async def test_tokens_flow_while_a_pull_is_under_way(bench: Bench) -> None:
+    """The source does not answer for two seconds; serving does not notice."""
+    bench.order(stage={"rank": 0, "seconds": 2.0})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        async with Client(bench.graph.url, bench.graph.name) as client:
+            load = Load(client, prompts(count=3, seed=5), streams=1, max_tokens=100)
+            load.start()
+            refitted = await asyncio.to_thread(bench.refit, trainer, "C")
+            await load.stop()
+    staged = bench.events.find(WorkerStaged, refitted.version)
+    assert staged.at - min(r.timings.started_at for r in staged.ranks) > 1.9
+    offset = time.time() - time.monotonic()
+    times = [t + offset for c in load.completions for t in c.times]
+    during = [t for t in times if staged.at - 2.0 < t < staged.at]
+    assert len(during) > 20
+    await bench.assert_serves("C")
+
+
+async def test_every_view_names_the_version(bench: Bench) -> None:
+    """Dynamo's own admin route, vLLM's, and the coordinator's status agree."""
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        refitted = await asyncio.to_thread(bench.refit, trainer, "A")
+    route = f"http://127.0.0.1:{bench.system_port}/engine/get_weight_version"
+    request = urllib.request.Request(route, b"{}", {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert json.load(answer) == {
+            "status": "ok",
+            "version": refitted.version,
+            "version_declared": True,
+        }
+    status = await asyncio.to_thread(fleet_status, bench.graph)
+    (member,) = status["members"]
+    assert (status["completed"], status["under_way"]) == (refitted.version, None)
+    assert member["status"]["version"] == refitted.version
+    assert member["status"]["kv_epoch"] == refitted.kv_epoch
+    assert member["status"]["phase"] == "serving"

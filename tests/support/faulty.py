@@ -1,0 +1,67 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The real worker extension, with faults that a test orders through a file.
+
+Passed to a real worker as ``--worker-extension-cls``. The file named by
+``REFIT_TEST_FAULTS`` holds JSON, ``{"stage": ORDER, "install": ORDER}``; an order is
+``{"rank": 1, "error": "text", "times": 1, "seconds": 2.0}``: the rank waits
+``seconds``, then raises ``error`` (if there is one) for the first ``times`` calls.
+Without the file this is the product.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+from dynamo.refit.protocol import Staged
+from dynamo.refit.rank.extension import RefitRank, RefitWorkerExtension
+from dynamo.refit.rank.stager import RankStager
+
+
+class FaultyStager(RankStager):
+    """Carries out orders, then does what it is asked for."""
+
+    _obeyed: Counter[str]
+
+    def stage(self, *args: object, **kwargs: object) -> Staged:
+        self._obey("stage")
+        return super().stage(*args, **kwargs)
+
+    def install(self, version: int) -> float:
+        self._obey("install")
+        ms = super().install(version)
+        self._obey("after_install")
+        return ms
+
+    def restore(self, version: int) -> float:
+        self._obey("restore")
+        return super().restore(version)
+
+    def _obey(self, step: str) -> None:
+        path = Path(os.environ["REFIT_TEST_FAULTS"])
+        if not path.exists():
+            return
+        orders = json.loads(path.read_text())
+        order = orders.get(step)
+        if order is None or self._rank != order["rank"]:
+            return
+        if not hasattr(self, "_obeyed"):
+            self._obeyed = Counter()
+        # A new file is a new order.
+        key = f"{step} {path.stat().st_mtime_ns}"
+        self._obeyed[key] += 1
+        time.sleep(order.get("seconds", 0.0))
+        if "error" in order and self._obeyed[key] <= order.get("times", 1000):
+            raise RuntimeError(order["error"])
+
+
+class FaultyRank(RefitRank):
+    stager_class = FaultyStager
+
+
+class FaultyExtension(RefitWorkerExtension):
+    refit_rank_class = FaultyRank

@@ -1,0 +1,155 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that tests talk to: a trainer, and the event stream as the CLI shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from dynamo.refit.events import AnyEvent, Event
+from graphs.local import LocalGraph
+
+T = TypeVar("T", bound=Event)
+
+#: Processes import torch while engines keep both cores busy.
+PATIENCE_SECONDS = 90.0
+
+
+class _Lines:
+    """A child's standard output, line by line, read by a thread."""
+
+    def __init__(self, graph: LocalGraph, command: list[str], name: str) -> None:
+        with (graph.directory / f"{name}.log").open("ab") as log:
+            self.child = subprocess.Popen(
+                [sys.executable, *command],
+                env={**os.environ, **graph.environment, "DYN_LOG": "error"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.child.stdout:
+            self.lines.put(line)
+
+    def kill(self) -> None:
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait()
+
+    def close(self) -> None:
+        self.child.stdin.close()
+        try:
+            self.child.wait(15)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class Trainer(_Lines):
+    """A process of :mod:`graphs.trainer`, or one of :mod:`tests.support.trainers`."""
+
+    def __init__(
+        self,
+        graph: LocalGraph,
+        initial: Path,
+        *,
+        change: str = "none",
+        tensor: str = "-",
+        model: str | None = None,
+        mode: str = "snapshot",
+    ) -> None:
+        command = ["-m", "tests.support.trainers", change, tensor, "--"]
+        command += ["--model-name", model or graph.name, "--initial", str(initial)]
+        super().__init__(graph, [*command, "--mode", mode], f"trainer-{change}")
+        self.hear("ready")
+
+    def publish(
+        self, version: int, checkpoint: Path, in_flight: str | None = None
+    ) -> None:
+        step = {"version": version, "checkpoint": str(checkpoint)}
+        if in_flight is not None:
+            step["in_flight"] = in_flight
+        self.child.stdin.write(json.dumps(step) + "\n")
+        self.child.stdin.flush()
+        self.hear("published")
+
+    def released(self) -> dict:
+        return self.hear("released")
+
+    def hear(self, what: str) -> dict:
+        message = json.loads(self.lines.get(timeout=PATIENCE_SECONDS))
+        assert what in message, message
+        return message
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Events(_Lines):
+    """The events of a graph, through ``dynamo-refit watch --json``."""
+
+    def __init__(self, graph: LocalGraph) -> None:
+        command = ["-m", "dynamo.refit.cli", "watch", "--json"]
+        super().__init__(graph, command, "watch")
+        self.seen: list[AnyEvent] = []
+
+    def wait_for(
+        self,
+        kind: type[T],
+        matches: Callable[[T], bool] = lambda event: True,
+        seconds: float = PATIENCE_SECONDS,
+    ) -> T:
+        """The next event of ``kind`` that ``matches``; earlier ones are in ``seen``."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(
+                    f"no {kind.__name__} within {seconds} s; last: {self.seen[-3:]}"
+                ) from None
+            event = msgspec.json.decode(line, type=AnyEvent)
+            self.seen.append(event)
+            if isinstance(event, kind) and matches(event):
+                return event
+
+    def find(self, kind: type[T], version: int) -> T:
+        """The one event of ``kind`` about ``version``, seen or still to come."""
+        if not self.of(kind, version):
+            self.wait_for(kind, lambda event: event.version == version)
+        (event,) = self.of(kind, version)
+        return event
+
+    def of(self, kind: type[T], version: int) -> list[T]:
+        """Events of ``kind`` about ``version`` that were seen so far."""
+        return [e for e in self.seen if isinstance(e, kind) and e.version == version]
+
+
+def fleet_status(graph: LocalGraph) -> dict:
+    """``dynamo-refit status --json``."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "dynamo.refit.cli", "status", "--json"],
+        env={**os.environ, **graph.environment, "DYN_LOG": "error"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=True,
+    )
+    return json.loads(answer.stdout.splitlines()[-1])

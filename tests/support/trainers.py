@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Trainers that publish something else than the served model expects.
+
+    python -m tests.support.trainers CHANGE TENSOR -- ARGUMENTS OF graphs.trainer
+
+``CHANGE``: ``none``; ``drop``, ``grow`` (one row more), ``shrink`` (one row less) or
+``float32`` change one tensor; ``deaf`` does not answer readers that connect, so
+that a first pull waits for ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from dynamo.refit.publish.publisher import WeightPublisher
+from graphs import trainer
+
+load_weights = trainer.load_weights
+
+
+def changed_weights(change: str, name: str):
+    def load(checkpoint: Path) -> dict[str, torch.Tensor]:
+        weights = load_weights(checkpoint)
+        tensor = weights[name]
+        match change:
+            case "drop":
+                del weights[name]
+            case "grow":
+                weights[name] = torch.cat([tensor, tensor[:1]])
+            case "shrink":
+                weights[name] = tensor[:-1].clone()
+            case "float32":
+                weights[name] = tensor.float()
+        return weights
+
+    return load
+
+
+def main() -> None:
+    change, name, separator, *arguments = sys.argv[1:]
+    if separator != "--":
+        raise SystemExit(__doc__)
+    sys.argv = ["graphs.trainer", *arguments]
+    if change == "deaf":
+        WeightPublisher._progress = lambda self: self._stopped.wait()
+    elif change != "none":
+        trainer.load_weights = changed_weights(change, name)
+    trainer.main()
+
+
+if __name__ == "__main__":
+    main()
