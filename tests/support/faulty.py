@@ -17,8 +17,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from dynamo.refit.protocol import Staged
+from dynamo.refit.manifest import Manifest
+from dynamo.refit.protocol import Stage, Staged
 from dynamo.refit.rank.extension import RefitRank, RefitWorkerExtension
+from dynamo.refit.rank.session import Limit
 from dynamo.refit.rank.stager import RankStager
 
 
@@ -27,9 +29,9 @@ class FaultyStager(RankStager):
 
     _obeyed: Counter[str]
 
-    def stage(self, *args: object, **kwargs: object) -> Staged:
+    def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
         self._obey("stage")
-        return super().stage(*args, **kwargs)
+        return super().stage(request, manifest, limit)
 
     def install(self, version: int) -> float:
         self._obey("install")

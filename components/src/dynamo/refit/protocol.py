@@ -251,7 +251,8 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     """Start staging ``version`` in the background.
 
     ``payload`` is the encoded manifest, or ``None`` if this rank has been given
-    the one with fingerprint ``manifest`` before.
+    the one with fingerprint ``manifest`` before. ``want_reads`` asks for what the
+    plan reads; see :class:`Staged`.
     """
 
     version: int
@@ -259,6 +260,7 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     slot: int
     seconds: float
     payload: bytes | None
+    want_reads: bool
 
 
 class Poll(Message, frozen=True, kw_only=True, tag=True):
@@ -301,8 +303,8 @@ class Running(Message, frozen=True, kw_only=True, tag=True):
 class Staged(Message, frozen=True, kw_only=True, tag=True):
     """The stage is done.
 
-    ``reads`` has, for a plan made in this cycle, per source tensor the bounding
-    box that this rank reads of it; it is empty when the plan was cached.
+    ``reads`` has, if it was asked for, per source tensor the bounding box that this
+    rank reads of it.
     """
 
     vote: RankVote

@@ -173,9 +173,7 @@ class _StageJob:
     ) -> None:
         version = request.version
         try:
-            self.reply = stager.stage(
-                version, manifest, request.manifest, request.slot, self._limit
-            )
+            self.reply = stager.stage(request, manifest, self._limit)
         except Exception as error:
             logger.exception("dynamo-refit: staging version %d failed", version)
             failure = failure_from(error, stage="stage", rank=rank, version=version)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dynamo.refit.errors import NothingStaged
 from dynamo.refit.manifest import Manifest
-from dynamo.refit.protocol import RankVote, SessionUse, Staged, StageTimings
+from dynamo.refit.protocol import RankVote, SessionUse, Stage, Staged, StageTimings
 from dynamo.refit.rank.capture import capture_slices, describe_parameters
 from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.plan import Plan, make_plan
@@ -57,15 +57,8 @@ class RankStager:
         """Bytes of this rank's parameters: what the staging arena takes."""
         return sum(parameter.nbytes for parameter in self.parameters)
 
-    def stage(
-        self,
-        version: int,
-        manifest: Manifest,
-        fingerprint: str,
-        slot: int,
-        limit: Limit,
-    ) -> Staged:
-        """Bring ``version`` into the arena and keep a copy of what is live.
+    def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
+        """Bring the version into the arena and keep a copy of what is live.
 
         Blocks the calling thread until the bytes are there.
 
@@ -80,14 +73,14 @@ class RankStager:
             # UCX must be set up on the thread that uses it.
             self._agent = NixlAgent(f"refit-{self._rank}-{uuid.uuid4().hex[:12]}")
         self._abandoned.sweep()
-        session, use = self._find_session(manifest, fingerprint, counters, watch)
+        session, use = self._find_session(manifest, request.manifest, counters, watch)
         fresh = session is not self._session
         try:
             if use != "warm":
                 with watch.time("prepare"):
-                    session.address(manifest, fingerprint, counters)
+                    session.address(manifest, request.manifest, counters)
             with watch.time("pull"):
-                session.pull(slot, limit)
+                session.pull(request.slot, limit)
             with watch.time("backup"):
                 session.live.copy_to(session.backup)
         except BaseException:
@@ -95,7 +88,7 @@ class RankStager:
             raise
         if fresh:
             self._replace_session(session)
-        self._staged = version
+        self._staged = request.version
         return Staged(
             vote=RankVote(
                 rank=self._rank,
@@ -104,7 +97,7 @@ class RankStager:
                 counters=counters.frozen(),
                 timings=_timings(started, watch),
             ),
-            reads=session.plan.reads if use == "cold" else {},
+            reads=session.plan.reads if request.want_reads else {},
         )
 
     def install(self, version: int) -> float:
@@ -148,11 +141,13 @@ class RankStager:
         watch: Stopwatch,
     ) -> tuple[Session, SessionUse]:
         current = self._session
+        if current is not None and current.addressed_to == fingerprint:
+            counters.hits += 1
+            return current, "warm"
         layout = manifest.layout_fingerprint()
         if current is not None and current.layout == layout:
             counters.hits += 1
-            warm = current.addressed_to == fingerprint
-            return current, "warm" if warm else "re-addressed"
+            return current, "re-addressed"
         with watch.time("plan"):
             manifest.validate()
             plan = self._plan(manifest)

@@ -115,6 +115,16 @@ class Engine(Protocol):
     async def probe(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class HeldManifest:
+    """The trainer's manifest, encoded and decoded, and its two fingerprints."""
+
+    fingerprint: str
+    layout: str
+    payload: bytes
+    manifest: Manifest
+
+
 @dataclass
 class Transaction:
     """The version that is being staged, held or committed."""
@@ -159,8 +169,9 @@ class RefitAgent:
         self._fenced = False
         self._transaction: Transaction | None = None
         self._last_commit: tuple[int, Committed] | None = None
-        self._manifest: tuple[str, bytes, Manifest] | None = None
+        self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
+        self._checked_layout: str | None = None
 
     async def start(self) -> None:
         """Let every rank get ready to plan; before the first prepare.
@@ -263,7 +274,8 @@ class RefitAgent:
         return Refused(failure=self._failure(error, "stage", request.version))
 
     async def _stage_on_ranks(self, request: Prepare) -> Vote:
-        fingerprint, payload, manifest = await self._fetch_manifest(request)
+        held = await self._fetch_manifest(request)
+        fingerprint, layout = held.fingerprint, held.layout
         known = self._ranks_manifest == fingerprint
         self._ranks_manifest = None
         await self._call(
@@ -272,19 +284,21 @@ class RefitAgent:
                 manifest=fingerprint,
                 slot=request.slot,
                 seconds=request.stage_seconds,
-                payload=None if known else payload,
+                payload=None if known else held.payload,
+                want_reads=layout != self._checked_layout,
             )
         )
         self._ranks_manifest = fingerprint
         staged = await self._poll(request.version)
-        if any(reply.reads for reply in staged):
-            check_extents(manifest, (reply.reads for reply in staged))
+        if layout != self._checked_layout:
+            check_extents(held.manifest, (reply.reads for reply in staged))
+            self._checked_layout = layout
         return Vote(
             version=request.version, ranks=tuple(reply.vote for reply in staged)
         )
 
-    async def _fetch_manifest(self, request: Prepare) -> tuple[str, bytes, Manifest]:
-        if self._manifest is None or self._manifest[0] != request.manifest:
+    async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
+        if self._manifest is None or self._manifest.fingerprint != request.manifest:
             reply = await self._caller.call(
                 request.endpoint,
                 request.instance,
@@ -296,7 +310,12 @@ class RefitAgent:
                 raise RanksFailed(reply.failure)
             manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
             manifest.validate()
-            self._manifest = (request.manifest, reply.payload, manifest)
+            self._manifest = HeldManifest(
+                fingerprint=request.manifest,
+                layout=manifest.layout_fingerprint(),
+                payload=reply.payload,
+                manifest=manifest,
+            )
         return self._manifest
 
     async def _poll(self, version: int) -> list[Staged]:

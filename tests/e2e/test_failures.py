@@ -1,0 +1,300 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever goes wrong, an event says so and the old version serves, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from dynamo.runtime import DistributedRuntime
+
+from dynamo.refit.bus import EventPublisher
+from dynamo.refit.events import (
+    MAX_EVENT_BYTES,
+    RefitCompleted,
+    RefitFailed,
+    RefitRefused,
+    RefitStarted,
+    WorkerFenced,
+    WorkerRefitted,
+    WorkerStaged,
+)
+from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
+from tests.support.processes import Trainer, fleet_status
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.faults,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+    pytest.mark.core,
+    pytest.mark.timeout(600),
+]
+
+EMBEDDING = "model.embed_tokens.weight"
+ROW_PARALLEL = "model.layers.2.mlp.down_proj.weight"
+FUSED = "model.layers.1.self_attn.k_proj.weight"
+
+
+async def assert_unchanged(bench: Bench, before: dict) -> None:
+    """The old version serves bit-exactly, nothing is staged, held or paused."""
+    await bench.assert_serves(bench.serving)
+    status = await asyncio.to_thread(fleet_status, bench.graph)
+    (member,), (earlier,) = status["members"], before["members"]
+    assert member["worker"] == earlier["worker"]
+    assert member["status"]["phase"] == "serving"
+    assert member["status"]["pending"] is None
+    assert member["status"]["version"] == earlier["status"]["version"]
+    assert member["status"]["kv_epoch"] == earlier["status"]["kv_epoch"]
+    assert status["under_way"] is None
+    assert not [e for e in bench.events.seen if isinstance(e, WorkerFenced)]
+
+
+def other(bench: Bench) -> str:
+    return "B" if bench.serving != "B" else "C"
+
+
+def publish_and_fail(bench: Bench, trainer: Trainer, name: str) -> RefitFailed:
+    version = next(bench.versions)
+    trainer.publish(version, bench.models[name])
+    failed = bench.events.wait_for(RefitFailed, lambda e: e.version == version)
+    assert trainer.released()["outcome"] == "failed"
+    assert bench.events.of(RefitCompleted, version) == []
+    return failed
+
+
+async def test_unknown_model(bench: Bench) -> None:
+    before = fleet_status(bench.graph)
+    with Trainer(bench.graph, bench.models["A"], model="somebody-else") as trainer:
+        version = next(bench.versions)
+        trainer.publish(version, bench.models["B"])
+        refused = bench.events.wait_for(RefitRefused, lambda e: e.version == version)
+        assert refused.reason == "unknown_model"
+        assert "somebody-else" in refused.detail
+        assert trainer.released()["outcome"] == "refused"
+    await assert_unchanged(bench, before)
+
+
+@pytest.mark.parametrize(
+    ("reason", "payload"),
+    [
+        ("malformed_event", b"\x00 not an event \xff"),
+        ("oversized_event", b"\x81" * (MAX_EVENT_BYTES + 1)),
+    ],
+)
+async def test_bytes_that_are_no_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, reason: str, payload: bytes
+) -> None:
+    before = fleet_status(bench.graph)
+    for name, value in bench.graph.environment.items():
+        monkeypatch.setenv(name, value)
+    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
+    topic = runtime.endpoint(f"{bench.graph.namespace}.refit.weight_versions")
+    async with EventPublisher(topic, "vandal") as publisher:
+        # The coordinator discovers a new publisher within moments.
+        for number in range(20):
+            frames = [b"", struct.pack(">Q", number), payload]
+            publisher._socket.send_multipart(frames)
+            await asyncio.sleep(0.05)
+    runtime.shutdown()
+    refused = await asyncio.to_thread(
+        bench.events.wait_for, RefitRefused, lambda e: e.reason == reason
+    )
+    assert refused.detail
+    assert refused.version is None
+    await assert_unchanged(bench, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor", "says"),
+    [
+        ("drop", ROW_PARALLEL, "missing or has another shape"),
+        ("drop", FUSED, "missing or has another shape"),
+        ("grow", FUSED, "another shape"),
+        ("shrink", ROW_PARALLEL, "rejects it"),
+        ("shrink", EMBEDDING, "rejects it"),
+        ("float32", FUSED, "publish it as bfloat16"),
+    ],
+)
+async def test_tensors_that_do_not_fit(
+    bench: Bench, change: str, tensor: str, says: str
+) -> None:
+    """Refused at prepare, by name, before a byte moves."""
+    before = fleet_status(bench.graph)
+    with Trainer(
+        bench.graph, bench.models["A"], change=change, tensor=tensor
+    ) as trainer:
+        failed = publish_and_fail(bench, trainer, other(bench))
+    assert failed.failure.kind == "LayoutRefused"
+    assert says in failed.failure.message
+    layer = tensor.split(".")[2]
+    assert failed.failure.tensor == tensor or (
+        # What is missing shows in the parameter that it is part of.
+        change == "drop" and f".{layer}." in failed.failure.tensor
+    )
+    assert failed.serving == ((failed.failure.worker, before["completed"]),)
+    await assert_unchanged(bench, before)
+
+
+async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
+    before = fleet_status(bench.graph)
+    trainer = Trainer(bench.graph, bench.models["A"], change="deaf")
+    version = next(bench.versions)
+    trainer.publish(version, bench.models[other(bench)])
+    bench.events.wait_for(RefitStarted, lambda e: e.version == version)
+    await asyncio.sleep(2.0)
+    status = fleet_status(bench.graph)
+    assert status["members"][0]["status"]["phase"] == "staging"
+    trainer.kill()
+    failed = bench.events.wait_for(RefitFailed, lambda e: e.version == version)
+    assert failed.failure.kind == "TransferFailed"
+    assert failed.failure.rank in (0, 1)
+    assert failed.failure.version == version
+    await assert_unchanged(bench, before)
+
+
+async def test_source_that_never_answers(bench: Bench) -> None:
+    """The pull is given up at its deadline. Its bytes may still land later, so its
+    buffers are not used again: the next refit is whole, before and after they do."""
+    before = fleet_status(bench.graph)
+    deaf = Trainer(bench.graph, bench.models["A"], change="deaf")
+    began = time.monotonic()
+    failed = publish_and_fail(bench, deaf, other(bench))
+    assert failed.failure.kind == "StagingCancelled"
+    assert STAGE_SECONDS - 1 < time.monotonic() - began < STAGE_SECONDS + 30
+    await assert_unchanged(bench, before)
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        name = other(bench)
+        refitted = bench.refit(trainer, name)
+        for rank in bench.events.find(WorkerStaged, refitted.version).ranks:
+            assert rank.session == "cold"
+        await bench.assert_serves(name)
+        deaf.kill()
+        bench.refit(trainer, "A")
+        await bench.assert_serves("A")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_rank_raises_in_stage(bench: Bench, rank: int) -> None:
+    before = fleet_status(bench.graph)
+    bench.order(stage={"rank": rank, "error": "no luck today", "times": 1})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        failed = publish_and_fail(bench, trainer, other(bench))
+        assert failed.failure.kind == "RuntimeError"
+        assert failed.failure.message == "no luck today"
+        assert (failed.failure.stage, failed.failure.rank) == ("stage", rank)
+        await assert_unchanged(bench, before)
+        bench.refit(trainer, other(bench))
+    await bench.assert_serves(bench.serving)
+
+
+async def test_install_that_fails_once_is_repeated(bench: Bench) -> None:
+    bench.order(install={"rank": 1, "error": "hiccup", "times": 1})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        refitted = bench.refit(trainer, other(bench))
+    assert refitted.timings.install_retries == 1
+    await bench.assert_serves(bench.serving)
+
+
+@pytest.mark.parametrize("step", ["install", "after_install"])
+async def test_install_that_fails_is_undone(bench: Bench, step: str) -> None:
+    """Rank 0 writes (before or after raising), rank 1 writes: both are put back."""
+    before = fleet_status(bench.graph)
+    bench.order(**{step: {"rank": 0, "error": "broken for good"}})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        failed = publish_and_fail(bench, trainer, other(bench))
+        assert failed.failure.message == "broken for good"
+        assert (failed.failure.stage, failed.failure.rank) == ("install", 0)
+        await assert_unchanged(bench, before)
+        bench.faults.unlink()
+        bench.refit(trainer, other(bench))
+    await bench.assert_serves(bench.serving)
+
+
+async def test_coordinator_killed_after_prepare(bench: Bench) -> None:
+    """The worker gives the version up by itself and says so; a new coordinator
+    brings it after all."""
+    before = fleet_status(bench.graph)
+    name = other(bench)
+    bench.order(stage={"rank": 0, "seconds": 2.0})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        version = next(bench.versions)
+        trainer.publish(version, bench.models[name])
+        bench.events.wait_for(RefitStarted, lambda e: e.version == version)
+        await asyncio.sleep(1.0)
+        bench.graph.processes["coordinator"].kill()
+        bench.events.wait_for(WorkerStaged, lambda e: e.version == version)
+        failed = bench.events.wait_for(
+            RefitFailed, lambda e: e.version == version, COMMIT_SECONDS + 10
+        )
+        assert failed.publisher.startswith("worker-")
+        assert failed.failure.stage == "vote"
+        assert "coordinator" in failed.failure.message
+        await bench.assert_serves(bench.serving)
+        bench.faults.unlink()
+        bench.graph.start_coordinator()
+        bench.events.wait_for(RefitCompleted, lambda e: e.version == version)
+        assert trainer.released()["outcome"] == "completed"
+    bench.serving = name
+    await bench.assert_serves(name)
+    assert fleet_status(bench.graph)["epoch"] > before["epoch"]
+
+
+async def test_coordinator_killed_after_commit_was_sent(bench: Bench) -> None:
+    """The worker carries the commit through alone and is not left paused; a new
+    coordinator finds it done."""
+    name = other(bench)
+    bench.order(install={"rank": 0, "seconds": 2.0})
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        version = next(bench.versions)
+        trainer.publish(version, bench.models[name])
+        bench.events.wait_for(WorkerStaged, lambda e: e.version == version)
+        await asyncio.sleep(1.0)
+        bench.graph.processes["coordinator"].kill()
+        bench.events.find(WorkerRefitted, version)
+        bench.serving = name
+        await bench.assert_serves(name)
+        bench.graph.start_coordinator()
+        completed = bench.events.wait_for(
+            RefitCompleted, lambda e: e.version == version
+        )
+        assert completed.seconds is None
+        assert trainer.released()["outcome"] == "completed"
+
+
+async def test_failures_leak_nothing(bench: Bench) -> None:
+    """Threads and file descriptors of every worker process after many failed cycles
+    are those after the first."""
+    counts = []
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        bench.refit(trainer, other(bench))
+        for _ in range(6):
+            bench.order(stage={"rank": 1, "error": "again", "times": 1})
+            publish_and_fail(bench, trainer, other(bench))
+            counts.append(process_counts(bench.graph.processes["worker0"].pid))
+        bench.refit(trainer, other(bench))
+    await bench.assert_serves(bench.serving)
+    threads, descriptors = zip(*counts[1:], strict=True)
+    assert max(threads) - min(threads) <= 2
+    assert max(descriptors) - min(descriptors) <= 4
+
+
+def process_counts(group: int) -> tuple[int, int]:
+    """Threads and open file descriptors of all processes in a process group."""
+    threads = descriptors = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) != group:
+                continue
+            threads += int(fields[17])
+            descriptors += len(list((stat.parent / "fd").iterdir()))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    assert threads > 0
+    return threads, descriptors
