@@ -1,0 +1,195 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What this package relies on NIXL for, between two processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from dynamo.refit.errors import TransferFailed
+from dynamo.refit.transport.nixl import NixlAgent, Read
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.timeout(120),
+]
+
+NBYTES = 8 << 20
+
+SOURCE = """
+import sys, threading, time, torch
+from dynamo.refit.transport.nixl import NixlAgent
+
+agent = NixlAgent(sys.argv[1])
+memory = torch.full((int(sys.argv[2]),), 1, dtype=torch.uint8)
+agent.register([(memory.data_ptr(), memory.numel())], "DRAM", 0)
+print("source", memory.data_ptr(), agent.metadata().hex(), flush=True)
+
+
+def fill():
+    for line in sys.stdin:
+        memory.fill_(int(line))
+        print("filled", flush=True)
+
+
+threading.Thread(target=fill, daemon=True).start()
+while True:
+    agent.progress()
+    time.sleep(0.002)
+"""
+
+
+class Source:
+    """A process whose memory can be read."""
+
+    def __init__(self, name: str) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", SOURCE, name, str(NBYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for line in self._child.stdout:
+            if line.startswith("source "):
+                _, address, metadata = line.split()
+                self.address, self.metadata = int(address), bytes.fromhex(metadata)
+                return
+        raise RuntimeError("the source did not start")
+
+    def fill(self, value: int) -> None:
+        self._child.stdin.write(f"{value}\n")
+        self._child.stdin.flush()
+        assert self._child.stdout.readline() == "filled\n"
+
+    def send(self, number: int) -> None:
+        os.kill(self._child.pid, number)
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    source = Source("source")
+    yield source
+    source.kill()
+
+
+@pytest.fixture
+def reader() -> NixlAgent:
+    return NixlAgent("reader")
+
+
+def prepare(agent: NixlAgent, source: Source, target: torch.Tensor) -> Read:
+    agent.register([(target.data_ptr(), target.numel())], "DRAM", 0)
+    peer = agent.connect(source.metadata)
+    return agent.prepare_read(
+        peer,
+        (np.array([[target.data_ptr(), target.numel()]]), "DRAM", 0),
+        (np.array([[source.address, target.numel()]]), "DRAM", 0),
+    )
+
+
+def finish(read: Read, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not read.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_prepared_read_sees_the_bytes_of_each_post(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = prepare(reader, source, target)
+    for value in (1, 7, 9):
+        source.fill(value)
+        read.post()
+        finish(read)
+        assert target.unique().tolist() == [value]
+    read.release()
+
+
+def test_memory_that_is_not_registered_is_refused(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(4096, dtype=torch.uint8)
+    reader.register([(target.data_ptr(), target.numel())], "DRAM", 0)
+    peer = reader.connect(source.metadata)
+    local = (np.array([[target.data_ptr(), 4096]]), "DRAM", 0)
+    outside = (np.array([[source.address + NBYTES, 4096]]), "DRAM", 0)
+    with pytest.raises(TransferFailed, match="cannot prepare a read from 'source'"):
+        reader.prepare_read(peer, local, outside)
+
+
+def test_a_killed_source_is_an_error_at_the_next_post(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = prepare(reader, source, target)
+    read.post()
+    finish(read)
+    source.kill()
+    time.sleep(0.2)
+    with pytest.raises(TransferFailed, match="source"):
+        read.post()
+        finish(read)
+    assert not read.active
+    read.release()
+
+
+def test_a_source_killed_while_a_read_waits_for_it(
+    source: Source, reader: NixlAgent
+) -> None:
+    source.send(signal.SIGSTOP)
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = prepare(reader, source, target)
+    read.post()
+    assert not read.done()
+    source.kill()
+    with pytest.raises(TransferFailed, match="broke off"):
+        finish(read)
+    assert not read.active
+
+
+def test_a_read_cannot_be_called_back(source: Source, reader: NixlAgent) -> None:
+    """Why buffers of a pull that was given up are kept out of use: its bytes land
+    when the source comes back, at a poll that is about something else."""
+    source.send(signal.SIGSTOP)
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = prepare(reader, source, target)
+    read.post()
+    assert not read.done()
+    with pytest.raises(TransferFailed, match="still active"):
+        read.release()
+    reader.disconnect("source")
+    source.send(signal.SIGCONT)
+    deadline = time.monotonic() + 20
+    while target[-1] == 0 and time.monotonic() < deadline:
+        reader.progress()
+    assert target.unique().tolist() == [1]
+
+
+def test_peers_are_counted(source: Source, reader: NixlAgent) -> None:
+    """Two sessions may read from one peer; the first one's end is not the other's."""
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = prepare(reader, source, target)
+    reader.connect(source.metadata)
+    reader.disconnect("source")
+    read.post()
+    finish(read)
+    assert target.unique().tolist() == [1]
+    read.release()
+    reader.disconnect("source")

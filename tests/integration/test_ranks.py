@@ -1,0 +1,248 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Two real ranks, a real publisher, real NIXL between them: every live parameter
+equals the golden path's, and the engine decodes while bytes move.
+
+The model is wide (100 MB), and its vocabulary is padded unevenly over the ranks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from dynamo.refit.events import Event, WorkerRefitted
+from dynamo.refit.protocol import (
+    Commit,
+    Committed,
+    ManifestReply,
+    Message,
+    Prepare,
+    RankVote,
+    Vote,
+)
+from dynamo.refit.publish.publisher import WeightPublisher
+from dynamo.refit.worker.agent import RefitAgent
+from dynamo.refit.worker.engine import RefitEngine
+from graphs.local import CPU_ENVIRONMENT
+from graphs.tiny_model import make_checkpoint
+from graphs.trainer import load_weights, train_into
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+    pytest.mark.core,
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+SHAPE = {"vocab_size": 4100, "intermediate_size": 16384}
+
+
+class FakeHandler:
+    """What the refit engine uses of a Dynamo handler, around a real engine."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.engine_client = llm
+        self._pause_lock = asyncio.Lock()
+        self._paused = False
+        self.declared: list[dict] = []
+
+    async def set_weight_version(self, body: dict) -> dict:
+        self.declared.append(body)
+        return {"status": "ok"}
+
+
+class FakeCaller:
+    """Hands out the publisher's manifest without a trip over Dynamo."""
+
+    def __init__(self) -> None:
+        self.publisher: WeightPublisher | None = None
+        self.asked = 0
+
+    async def call(self, *_: object) -> Message:
+        self.asked += 1
+        payload = msgspec.msgpack.encode(self.publisher.manifest)
+        return ManifestReply(payload=payload)
+
+
+class Replica:
+    """An agent over a real TP=2 engine, and the weights it is refitted with."""
+
+    def __init__(self, llm: AsyncLLM, models: dict[str, Path]) -> None:
+        self.llm = llm
+        self.models = models
+        self.events: list[Event] = []
+        self.caller = FakeCaller()
+        self.handler = FakeHandler(llm)
+        self.agent = RefitAgent(
+            RefitEngine(self.handler),
+            self.caller,
+            self.events.append,
+            lambda: self.events.append("fenced"),
+            model="wide",
+            worker=1,
+        )
+        self.golden: dict[str, list[dict[str, str]]] = {}
+        self._version = 0
+
+    async def live(self) -> list[dict[str, str]]:
+        return await self.llm.collective_rpc("golden_digests")
+
+    async def learn_golden(self) -> None:
+        for name, model in self.models.items():
+            await self.llm.collective_rpc("golden_scribble")
+            file = str(model / "model.safetensors")
+            await self.llm.collective_rpc("golden_load", args=(file,))
+            self.golden[name] = await self.live()
+        await self.llm.collective_rpc("golden_scribble")
+
+    async def stage(self, publisher: WeightPublisher) -> tuple[RankVote, ...]:
+        self._version += 1
+        published = await asyncio.to_thread(publisher.publish, self._version)
+        self.caller.publisher = publisher
+        prepare = Prepare(
+            version=self._version,
+            epoch=1,
+            endpoint="-",
+            instance=0,
+            manifest=publisher.manifest.fingerprint(),
+            slot=published.slot,
+            stage_seconds=60,
+            commit_seconds=60,
+        )
+        vote = await self.agent.answer(prepare)
+        assert isinstance(vote, Vote), vote
+        return vote.ranks
+
+    async def refit(self, publisher: WeightPublisher) -> tuple[RankVote, ...]:
+        votes = await self.stage(publisher)
+        commit = Commit(version=self._version, epoch=1, in_flight="continue")
+        committed = await self.agent.answer(commit)
+        assert isinstance(committed, Committed), committed
+        return votes
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def replica() -> AsyncIterator[Replica]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CPU_ENVIRONMENT.items():
+            patch.setenv(name, os.environ.get(name, value))
+        models = {
+            name: make_checkpoint(CACHE / "models" / f"wide-{seed}", seed=seed, **SHAPE)
+            for name, seed in (("A", 1), ("B", 2), ("C", 3))
+        }
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(models["A"]),
+                tensor_parallel_size=2,
+                enforce_eager=True,
+                dtype="bfloat16",
+                block_size=32,
+                max_model_len=2048,
+                max_num_seqs=4,
+                max_num_batched_tokens=512,
+                kv_cache_memory_bytes=64 << 20,
+                worker_extension_cls="tests.support.golden.GoldenExtension",
+            )
+        )
+        try:
+            replica = Replica(llm, models)
+            await replica.agent.start()
+            await replica.learn_golden()
+            yield replica
+        finally:
+            llm.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "file")
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "discovery"))
+    monkeypatch.setenv("DYN_REQUEST_PLANE", "tcp")
+    monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
+
+
+def test_golden_digests_tell_weights_apart(replica: Replica) -> None:
+    a, b = replica.golden["A"], replica.golden["B"]
+    assert len(a) == 2
+    for rank in range(2):
+        assert all(a[rank][name] != b[rank][name] for name in a[rank])
+    # The ranks hold different parts of what is split.
+    assert (
+        a[0]["model.layers.0.mlp.down_proj.weight"]
+        != (a[1]["model.layers.0.mlp.down_proj.weight"])
+    )
+
+
+@pytest.mark.parametrize("mode", ["snapshot", "in_place"])
+async def test_every_live_parameter_equals_the_golden_path(
+    replica: Replica, mode: str
+) -> None:
+    """Four cycles with changing weights, from two kinds of source buffers."""
+    weights = load_weights(replica.models["A"])
+    with WeightPublisher("wide", weights, mode=mode) as publisher:
+        for cycle, name in enumerate(("B", "C", "A", "B")):
+            train_into(weights, load_weights(replica.models[name]))
+            asked = replica.caller.asked
+            votes = await replica.refit(publisher)
+            assert await replica.live() == replica.golden[name], f"cycle {cycle}"
+            for vote in votes:
+                built = vote.counters
+                assert (vote.session == "warm") == (cycle > 0)
+                assert (built.descriptor_builds == 0) == (cycle > 0)
+            # The manifest travels when it has changed, and not again.
+            assert replica.caller.asked - asked == (cycle == 0)
+    assert len([e for e in replica.events if isinstance(e, WorkerRefitted)]) >= 4
+    assert replica.handler.declared[-1]["weight_version"] == replica._version
+
+
+async def test_tokens_flow_while_bytes_move(replica: Replica) -> None:
+    """A stream goes on at a good part of its pace while the ranks pull 100 MB again
+    and again: 40 versions are staged, each superseding the one before."""
+    weights = load_weights(replica.models["C"])
+    times: list[float] = []
+    done = asyncio.Event()
+
+    async def stream() -> None:
+        params = SamplingParams(max_tokens=1900, temperature=0.0, ignore_eos=True)
+        prompt = {"prompt_token_ids": [5, 6, 7]}
+        async for _ in replica.llm.generate(prompt, params, f"stream-{time.time()}"):
+            times.append(time.time())
+            if done.is_set():
+                break
+
+    with WeightPublisher("wide", weights, mode="in_place") as publisher:
+        await replica.refit(publisher)
+        running = asyncio.create_task(stream())
+        while len(times) < 60:
+            await asyncio.sleep(0.01)
+        undisturbed = len(times) / (times[-1] - times[0])
+        votes = [await replica.stage(publisher) for _ in range(40)]
+        done.set()
+        await running
+    begin = votes[0][0].timings.started_at
+    end = votes[-1][0].timings.finished_at
+    pulling = sum(max(rank.timings.pull_ms for rank in vote) for vote in votes) / 1e3
+    during = [t for t in times if begin < t < end]
+    rate = len(during) / (end - begin)
+    print(
+        f"{end - begin:.2f} s, of which {pulling:.2f} s pulling: {rate:.1f} tokens/s, "
+        f"undisturbed {undisturbed:.1f}"
+    )
+    assert sum(rank.nbytes for vote in votes for rank in vote) > 40 * 100e6
+    assert pulling > 0.2 * (end - begin)
+    assert rate > 0.2 * undisturbed
+    assert await replica.live() == replica.golden["C"]
