@@ -112,7 +112,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         events.kill()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_faults(bench: Bench) -> Iterator[None]:
     yield
     bench.faults.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.core,
     pytest.mark.timeout(600),
+    pytest.mark.usefixtures("no_faults"),
 ]
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.core,
     pytest.mark.timeout(600),
+    pytest.mark.usefixtures("no_faults"),
 ]
 
 LENGTH = 200

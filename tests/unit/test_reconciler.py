@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from dynamo.refit.coordinator.reconciler import (
     GRACE_SECONDS,
@@ -850,37 +850,45 @@ class AnyOrder(RuleBasedStateMachine):
         self.snapshots: list[FleetSeen] = []
         self.next_worker = 1
 
+    @initialize(workers=st.integers(0, 2))
+    def begin(self, workers: int) -> None:
+        for _ in range(workers):
+            self.join()
+        self._feed(self._view())
+
     # --- what the coordinator hears -------------------------------------------
 
-    @rule(step=st.integers(1, 2))
-    def announce_newer(self, step: int) -> None:
-        newest = max((a.version for a in self.announced), default=0)
+    @rule(step=st.sampled_from([1, 1, 1, 2, 0, -1]))
+    def announce(self, step: int) -> None:
+        """A newer version, or anew one that there was before."""
+        newest = max((a.version for a in self.announced), default=1)
         self._announce(newest + step)
 
-    @precondition(lambda self: self.announced)
-    @rule(data=st.data())
-    def announce_same_or_older(self, data: st.DataObject) -> None:
-        """A new announcement of a version that there was before."""
-        self._announce(data.draw(st.sampled_from(self.announced)).version)
+    @rule(rounds=st.integers(1, 4))
+    def announce_and_go_on(self, rounds: int) -> None:
+        self.announce(1)
+        self.all_goes_well(rounds)
 
     @rule(version=st.integers(1, 9))
     def announce_another_model(self, version: int) -> None:
         self._announce(version, model="huge")
 
     @precondition(lambda self: self.announced)
-    @rule(data=st.data())
-    def repeat_an_announcement(self, data: st.DataObject) -> None:
-        self._feed(data.draw(st.sampled_from(self.announced)))
+    @rule(back=st.integers(0, 3))
+    def repeat_an_announcement(self, back: int) -> None:
+        self._feed(self.announced[max(-1 - back, -len(self.announced))])
 
     @rule(seconds=st.sampled_from([0.1, 20.0, COMMIT_DEADLINE + 1, 400.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self._feed(Tick())
 
-    @rule()
-    def look(self) -> None:
-        """Statuses are read now, and arrive later."""
+    @rule(now=st.booleans())
+    def look(self, now: bool) -> None:
+        """Statuses are read now, and may arrive later."""
         self.snapshots.append(self._view())
+        while now and self.snapshots:
+            self.see()
 
     @precondition(lambda self: self.snapshots)
     @rule()
@@ -913,34 +921,31 @@ class AnyOrder(RuleBasedStateMachine):
     def deliver_again(self, data: st.DataObject) -> None:
         self._feed(data.draw(st.sampled_from(self.delivered)))
 
-    @precondition(lambda self: self.announced)
-    @rule(data=st.data(), worker=st.integers(1, 4))
-    def refusal_out_of_nowhere(self, data: st.DataObject, worker: int) -> None:
-        announced = data.draw(st.sampled_from(self.announced))
-        for what in (
-            vote_refused(worker, announced),
-            commit_refused(worker, announced),
-        ):
-            self._feed(what)
+    @precondition(lambda self: self.announced and self.workers)
+    @rule(data=st.data(), answer=st.sampled_from([voted, vote_refused, commit_refused]))
+    def answer_out_of_nowhere(self, data: st.DataObject, answer: Any) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        self._feed(answer(worker, data.draw(st.sampled_from(self.announced))))
 
     # --- what happens to the fleet --------------------------------------------
 
     @precondition(lambda self: len(self.workers) < 4)
     @rule()
-    def join(self) -> None:
-        self.workers[self.next_worker] = SimulatedWorker()
-        self.next_worker += 1
+    def join_and_be_seen(self) -> None:
+        self.join()
+        self.look(now=True)
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         del self.workers[data.draw(st.sampled_from(sorted(self.workers)))]
 
-    @precondition(lambda self: self.workers)
+    @precondition(lambda self: len(self.workers) > 2)
     @rule(data=st.data())
     def fence(self, data: st.DataObject) -> None:
         self.workers[data.draw(st.sampled_from(sorted(self.workers)))].fenced = True
 
+    @precondition(lambda self: len(self.announced) > 2)
     @rule()
     def restart_the_coordinator(self) -> None:
         """Its calls and their replies are lost; a commit under way goes on."""
@@ -969,6 +974,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert serving == {desired.version}
 
     # --- the world ------------------------------------------------------------
+
+    def join(self) -> None:
+        self.workers[self.next_worker] = SimulatedWorker()
+        self.next_worker += 1
 
     def _announce(self, version: int, model: str = "tiny") -> None:
         announced = ready(version, f"a{len(self.announced)}-{version}", model)
@@ -1024,5 +1033,8 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None
+    max_examples=200,
+    stateful_step_count=30,
+    deadline=None,
+    report_multiple_bugs=False,
 )

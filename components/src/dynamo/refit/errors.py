@@ -69,8 +69,8 @@ class PackedWeights(RefitError):
     """The engine keeps a parameter in a layout that cannot be written in place."""
 
 
-class UnsupportedParallelism(RefitError):
-    """A parallel layout (data or pipeline parallel) this release does not refit."""
+class UnsupportedConfiguration(RefitError):
+    """The worker uses a feature that this release does not refit."""
 
 
 class SourceLost(RefitError):

@@ -14,6 +14,7 @@ import threading
 import time
 
 import msgspec
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -24,7 +25,7 @@ from dynamo.refit.errors import (
     Failure,
     NothingStaged,
     RefitError,
-    UnsupportedParallelism,
+    UnsupportedConfiguration,
     failure_from,
 )
 from dynamo.refit.manifest import Manifest
@@ -57,6 +58,29 @@ logger = init_logger("vllm.dynamo_refit")
 keep_plain_layout()
 
 
+def check_supported(config: VllmConfig) -> None:
+    """Refuse what a refit would get wrong.
+
+    Raises:
+        UnsupportedConfiguration: names the setting.
+    """
+    parallel = config.parallel_config
+    refused = {
+        "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
+        "data_parallel_size": parallel.data_parallel_size > 1,
+        # Experts move between ranks while it serves.
+        "enable_eplb": parallel.enable_eplb,
+        # Adapters wrap the layers, and are computed against the base weights.
+        "enable_lora": config.lora_config is not None,
+    }
+    for setting, used in refused.items():
+        if used:
+            raise UnsupportedConfiguration(
+                f"this release does not refit workers that use {setting}: start the "
+                "worker without it, or with python -m dynamo.vllm"
+            )
+
+
 class RefitRank:
     """Carries out the requests of one rank.
 
@@ -68,13 +92,7 @@ class RefitRank:
     stager_class = RankStager
 
     def __init__(self, worker: object) -> None:
-        parallel = worker.vllm_config.parallel_config
-        for name in ("pipeline_parallel_size", "data_parallel_size"):
-            if getattr(parallel, name) > 1:
-                raise UnsupportedParallelism(
-                    f"{name}={getattr(parallel, name)}: this release refits tensor-"
-                    "parallel replicas only"
-                )
+        check_supported(worker.vllm_config)
         self.rank = get_tensor_model_parallel_rank()
         self._ranks = get_tensor_model_parallel_world_size()
         self._stager = self.stager_class(
