@@ -248,11 +248,12 @@ def test_happy_path(workers: tuple[int, ...]) -> None:
     assert reconciler.handle(Tick(), 1000.0) == []
 
 
-def test_one_more_vote_of_the_same_worker_does_not_count_twice() -> None:
+def test_a_second_vote_and_a_stranger_s_vote_do_not_count() -> None:
     reconciler = preparing(V5, 1, 2)
     assert reconciler.handle(voted(1, V5), 2.0) == []
     assert reconciler.handle(voted(1, V5), 2.0) == []
     assert reconciler.handle(voted(3, V5), 2.0) == []
+    assert reconciler.handle(vote_refused(3, V5), 2.0) == []
     assert len(reconciler.handle(voted(2, V5), 2.0)) == 2
 
 
@@ -729,6 +730,7 @@ class Watch:
     reconciler: Reconciler = field(default_factory=lambda: Reconciler("tiny", POLICY))
     open: str | None = None
     members: set[int] = field(default_factory=set)
+    newest_started: int = 0
     asked: set[int] = field(default_factory=set)
     votes: dict[int, bool] = field(default_factory=dict)
     present: set[int] = field(default_factory=set)
@@ -785,7 +787,12 @@ class Watch:
         started = before.event
         assert isinstance(started, RefitStarted)
         assert started.version == action.ready.version
+        assert started.version >= self.newest_started
+        self.newest_started = started.version
         self.open = action.ready.announcement
+        assert self.outcomes.get(self.open, "completed") == "completed", "tried again"
+        fleet = self.reconciler.fleet.values()
+        assert not any(m.status.phase == "committing" for m in fleet)
         self.members, self.asked, self.votes = set(started.workers), set(), {}
         assert self.members <= self.present
         self.starts[self.open] += 1
@@ -829,6 +836,13 @@ class Watch:
         if isinstance(event, RefitCompleted):
             serving = dict(self.reconciler.serving())
             assert {serving[w] for w in event.workers} <= {event.version}
+            if event.announcement == self.open:
+                assert self.members <= set(event.workers)
+                assert {self.answered_version[w] for w in self.members} == {
+                    event.version
+                }
+        if isinstance(event, RefitSuperseded):
+            assert event.by >= event.version
 
 
 class AnyOrder(RuleBasedStateMachine):

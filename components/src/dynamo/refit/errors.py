@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import msgspec
 
+#: Characters of an error's message that travel; loaders quote whole tensors.
+MAX_MESSAGE = 2000
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """An error as it travels in replies and events.
@@ -116,7 +119,7 @@ def failure_from(
     """The :class:`Failure` that carries ``error`` across a process boundary."""
     return Failure(
         kind=type(error).__name__,
-        message=str(error) or repr(error),
+        message=(str(error) or repr(error))[:MAX_MESSAGE],
         stage=stage,
         tensor=getattr(error, "tensor", None),
         rank=rank if rank is not None else getattr(error, "rank", None),

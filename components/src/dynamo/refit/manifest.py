@@ -202,7 +202,7 @@ def _check_shard(tensor: TensorEntry, shard: Shard, sources: tuple) -> None:
 
 def _check_cover(tensor: TensorEntry) -> None:
     """Equal boxes are replicas; all others must be disjoint and leave no gap."""
-    boxes = {shard.box: shard for shard in tensor.shards}
+    boxes = list(dict.fromkeys(shard.box for shard in tensor.shards))
     for first, second in combinations(boxes, 2):
         if all(
             a0 < b1 and b0 < a1

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from dynamo.refit.errors import Failure, RefitError, failure_from
 from dynamo.refit.events import (
     Event,
@@ -37,7 +39,6 @@ from dynamo.refit.protocol import (
     Refused,
     ReleaseOutcome,
     Vote,
-    WorkerStatus,
 )
 
 #: Announcements whose end is remembered, so that a repeat of one starts nothing.
@@ -192,6 +193,7 @@ class Reconciler:
         self.transaction: Transaction | None = None
         self._model = model
         self._heard: float = 0.0
+        self._desired_outcome: ReleaseOutcome | None = None
         self._ended: OrderedDict[str, ReleaseOutcome] = OrderedDict()
 
     @property
@@ -229,55 +231,76 @@ class Reconciler:
     # --- inputs ---------------------------------------------------------------
 
     def _announced(self, ready: WeightVersionReady, now: float) -> list[Action]:
-        if ready.announcement in self._ended:
+        under_way = self.transaction.ready.announcement if self.transaction else None
+        if ready.announcement == under_way:
+            return []
+        if outcome := self._outcome(ready):
             # The trainer has not heard how it ended: say it again.
-            outcome = self._ended[ready.announcement]
             return [GiveBackLease(ready, outcome, "ended before")]
         if self.desired and ready.announcement == self.desired.announcement:
             return []
+        if refusal := self._refusal(ready):
+            return refusal
+        actions = self._supersede(ready)
+        self.desired, self._heard, self._desired_outcome = ready, now, None
+        return actions
+
+    def _refusal(self, ready: WeightVersionReady) -> list[Action]:
+        """What to do about a version that must not be installed; empty if it may."""
         if self.model is not None and ready.model != self.model:
             return self._refuse(
                 ready,
                 "unknown_model",
                 f"model {ready.model!r} is not served here (served: {self.model!r})",
             )
-        newest = max(self._newest_known(), default=None)
-        if newest is not None and ready.version < newest:
+        newest = max(self._newest_known(ready.model), default=ready.version)
+        if ready.version < newest:
             return self._refuse(
                 ready,
                 "stale",
                 f"version {ready.version} is older than {newest}: versions must grow; "
                 "publish old weights under a new number to go back",
             )
-        actions = self._supersede(ready)
-        self.desired, self._heard = ready, now
-        return actions
+        return []
 
-    def _newest_known(self) -> Iterable[int]:
-        if self.desired is not None:
+    def _newest_known(self, model: str) -> Iterable[int]:
+        if self.desired is not None and self.desired.model == model:
             yield self.desired.version
         for member in self.fleet.values():
             if member.status.version is not None:
                 yield member.status.version
 
     def _supersede(self, by: WeightVersionReady) -> list[Action]:
-        old, transaction = self.desired, self.transaction
-        if old is None or old.announcement in self._ended:
-            return []
-        if transaction is not None and transaction.phase == "committing":
-            # It runs to its end; the newer one follows.
-            return []
-        self.transaction = None
-        aborts = []
-        if transaction is not None and transaction.phase == "preparing":
-            reason = f"superseded by version {by.version}"
-            aborts = [
-                SendAbort(worker, old.version, reason)
-                for worker in sorted(transaction.members)
-            ]
-        detail = f"superseded by version {by.version}"
-        event = RefitSuperseded(version=old.version, by=by.version)
-        return [*aborts, Publish(event), *self._end(old, "superseded", detail)]
+        """End what is under way before its commit, and what waits for its turn."""
+        actions: list[Action] = []
+        transaction = self.transaction
+        replaced = []
+        if transaction is not None and transaction.phase != "committing":
+            replaced.append(transaction.ready)
+            if transaction.phase == "preparing":
+                actions += self._aborts(f"superseded by version {by.version}")
+            self.transaction = None
+        committing = self.transaction is not None
+        waiting = self.desired
+        if (
+            waiting is not None
+            and self._desired_outcome is None
+            and waiting not in replaced
+            and not (committing and waiting is self.transaction.ready)
+        ):
+            replaced.append(waiting)
+        for old in replaced:
+            detail = f"superseded by version {by.version}"
+            event = RefitSuperseded(version=old.version, by=by.version)
+            actions += [Publish(event), *self._end(old, "superseded", detail)]
+        return actions
+
+    def _aborts(self, reason: str) -> list[Action]:
+        transaction = self.transaction
+        return [
+            SendAbort(worker, transaction.ready.version, reason)
+            for worker in sorted(transaction.members)
+        ]
 
     def _refuse(
         self, ready: WeightVersionReady, reason: RefusalReason, detail: str
@@ -351,18 +374,15 @@ class Reconciler:
         member = self.fleet.get(worker)
         if member is None:
             return
-        status = WorkerStatus(
-            model=member.status.model,
+        status = msgspec.structs.replace(
+            member.status,
             phase="serving",
             version=committed.version,
             pending=None,
-            epoch=member.status.epoch,
             kv_epoch=committed.kv_epoch,
-            ranks=member.status.ranks,
         )
-        self.fleet[worker] = FleetMember(
-            worker=worker, component=member.component, status=status
-        )
+        seen = msgspec.structs.replace(member, status=status)
+        self.fleet[worker] = _newer(member, seen)
 
     # --- progress -------------------------------------------------------------
 
@@ -394,25 +414,21 @@ class Reconciler:
         ready = self.desired
         if ready is None or not self.fleet:
             return []
-        ended = self._ended.get(ready.announcement)
-        if ended not in (None, "completed"):
+        if self._desired_outcome not in (None, "completed"):
             return []
         members = self.fleet.values()
         if any(member.status.phase == "committing" for member in members):
             # A commit of an earlier coordinator: wait until it is decided.
             return []
-        if self.model is not None and ready.model != self.model:
-            return self._refuse(
-                ready, "unknown_model", f"model {ready.model!r} is not served here"
-            )
-        behind = {
-            member.worker
-            for member in members
-            if member.status.version != ready.version
-            and member.status.phase != "fenced"
-        }
+        if self._desired_outcome is None and (refusal := self._refusal(ready)):
+            # It was announced before the workers were seen.
+            return refusal
+        able = {m.worker: m for m in members if m.status.phase != "fenced"}
+        behind = {w for w, m in able.items() if m.status.version != ready.version}
         if not behind:
-            return self._complete(ready, None) if ended is None else []
+            if able and self._desired_outcome is None:
+                return self._complete(ready, None)
+            return []
         deadline = now + self.policy.lease_seconds
         self.transaction = Transaction(ready, behind, self._heard, deadline)
         started = RefitStarted(
@@ -447,7 +463,7 @@ class Reconciler:
             model=ready.model,
             version=ready.version,
             announcement=ready.announcement,
-            workers=tuple(sorted(self.fleet)),
+            workers=tuple(w for w, v in self.serving() if v == ready.version),
             seconds=seconds,
         )
         return [Publish(event), *self._end(ready, "completed", "")]
@@ -456,11 +472,7 @@ class Reconciler:
         transaction = self.transaction
         aborts = []
         if transaction.phase == "preparing":
-            reason = str(transaction.failures[0])
-            aborts = [
-                SendAbort(worker, transaction.ready.version, reason)
-                for worker in sorted(transaction.members)
-            ]
+            aborts = self._aborts(str(transaction.failures[0]))
         return [*aborts, *self._report_failure()]
 
     def _report_failure(self) -> list[Action]:
@@ -485,9 +497,17 @@ class Reconciler:
             )
         )
 
+    def _outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:
+        """How an announcement ended, if it did; the desired one is not forgotten."""
+        if self.desired and ready.announcement == self.desired.announcement:
+            return self._desired_outcome
+        return self._ended.get(ready.announcement)
+
     def _end(
         self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
     ) -> list[Action]:
+        if self.desired and ready.announcement == self.desired.announcement:
+            self._desired_outcome = outcome
         self._ended[ready.announcement] = outcome
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)

@@ -143,6 +143,7 @@ class WeightPublisher:
         self._fingerprint = self.manifest.fingerprint()
         self._payload = msgspec.msgpack.encode(self.manifest)
         self._versions: dict[str, PublishedVersion] = {}
+        self._latest: tuple[PublishedVersion, WeightVersionReady] | None = None
         self._slots = itertools.cycle(range(self._buffers.slots))
         self._stopped = threading.Event()
         self._started: concurrent.futures.Future[int] = concurrent.futures.Future()
@@ -305,9 +306,10 @@ class WeightPublisher:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), REANNOUNCE_SECONDS)
                 return
-            latest = getattr(self, "_latest", None)
-            if latest is not None and not latest[0]._released.done():
-                self._events.publish(latest[1])
+            if self._latest is not None:
+                published, event = self._latest
+                if not published._released.done():
+                    self._events.publish(event)
 
     async def _answer(self, request: TrainerRequest) -> TrainerReply:
         match request:

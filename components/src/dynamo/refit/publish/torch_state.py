@@ -35,6 +35,7 @@ class InPlaceBuffers:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.device = check_tensors(tensors)
         self._tensors = dict(tensors)
+        self._addresses = {name: t.data_ptr() for name, t in tensors.items()}
         storages: dict[int, int] = {}
         regions: list[Region] = []
         self.entries: list[TensorEntry] = []
@@ -49,7 +50,18 @@ class InPlaceBuffers:
         self.regions = (tuple(regions),)
 
     def write(self, slot: int) -> None:
-        """Nothing to copy; wait until the device has written what it was told to."""
+        """Nothing to copy; wait until the device has written what it was told to.
+
+        Raises:
+            ManifestInvalid: a tensor is not where it was registered any more.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.data_ptr() != self._addresses[name]:
+                raise ManifestInvalid(
+                    "its storage was replaced since the publisher was made: write "
+                    "into it, or make a new publisher",
+                    tensor=name,
+                )
         _synchronize(self.device)
 
 
@@ -64,7 +76,7 @@ class SnapshotBuffers:
     def __init__(self, tensors: Mapping[str, torch.Tensor], slots: int = 2) -> None:
         self.device = check_tensors(tensors, contiguous=False)
         self.slots = slots
-        self._tensors = [tensor.detach() for tensor in tensors.values()]
+        self._tensors = list(tensors.values())
         self.entries: list[TensorEntry] = []
         offsets, end = [], 0
         for name, tensor in tensors.items():

@@ -72,7 +72,11 @@ def parameter_views(buffer: torch.Tensor, plan: Plan) -> list[torch.Tensor]:
 
 
 def _addresses(model: nn.Module) -> dict[str, int]:
-    named = [*model.named_parameters(), *model.named_buffers()]
+    # Under every name: a tied tensor that is no longer tied has moved, too.
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: tensor.data_ptr() for name, tensor in named}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,8 +52,12 @@ class Parameter:
     unloaded: int = 0
 
     @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return self.elements * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -162,18 +166,11 @@ def make_plan(
     slices = list(slices)
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     shards = _number_shards(manifest)
-    by_name = {parameter.name: parameter for parameter in parameters}
-    _check_cover(parameters, slices)
+    _check_slices(tensors, parameters, slices)
     offsets, arena_nbytes = _lay_out(parameters)
     builder = _WaveBuilder(manifest, scratch_limit, costs or COST)
     for piece in slices:
-        tensor, parameter = tensors[piece.tensor], by_name[piece.parameter]
-        if tensor.dtype != parameter.dtype:
-            raise LayoutRefused(
-                f"published as {tensor.dtype}, the engine holds {piece.parameter} as "
-                f"{parameter.dtype}: publish it as {parameter.dtype}",
-                tensor=tensor.name,
-            )
+        tensor = tensors[piece.tensor]
         start = offsets[piece.parameter] + piece.offset * ITEMSIZE[tensor.dtype]
         for number, shard in _pick_replicas(shards[tensor.name], rank):
             builder.add(tensor, number, shard, piece, start)
@@ -213,7 +210,7 @@ def check_extents(manifest: Manifest, reads: Iterable[dict[str, Box]]) -> None:
                 "the served model",
                 tensor=tensor.name,
             )
-        if tuple(map(tuple, read)) != whole:
+        if read != whole:
             raise LayoutRefused(
                 f"published with shape {tensor.shape}, but all ranks together read "
                 f"only {read}: it has another shape in the served model",
@@ -260,7 +257,7 @@ class _WaveBuilder:
         nbytes = runs * run * size
         span = (_last(extent, strides) + 1) * size
         cost = self._costs[self._manifest.sources[shard.source].memory]
-        if runs > 1 and cost.contiguous(span, nbytes) < cost.exact(runs, nbytes):
+        if cost.contiguous(span, nbytes) < cost.exact(runs, nbytes):
             self._add_span(
                 shard.source,
                 number,
@@ -294,7 +291,7 @@ class _WaveBuilder:
         runs, reslices = self._waves[-1]
         row = np.array([[number, remote, self._used, span]], dtype=np.int64)
         runs.setdefault(source, []).append(row)
-        reslices.append(_at_scratch(reslice, self._used))
+        reslices.append(replace(reslice, scratch=self._used))
         self._used += padded
         self._scratch = max(self._scratch, self._used)
         self._wire += span
@@ -314,25 +311,80 @@ class _WaveBuilder:
         return tuple(waves), self._scratch, self._wire
 
 
-def _check_cover(parameters: Sequence[Parameter], slices: Sequence[ReadSlice]) -> None:
-    """Every parameter is loaded element by element, or is padding."""
-    loaded: dict[str, int] = dict.fromkeys((p.name for p in parameters), 0)
+def _check_slices(
+    tensors: dict[str, TensorEntry],
+    parameters: Sequence[Parameter],
+    slices: Sequence[ReadSlice],
+) -> None:
+    """Every slice lies in its tensor and in its parameter, every parameter is filled
+    element by element, and the dtypes agree."""
+    pieces: dict[str, list[ReadSlice]] = {p.name: [] for p in parameters}
+    by_name = {parameter.name: parameter for parameter in parameters}
     for piece in slices:
-        if piece.parameter not in loaded:
+        tensor = tensors.get(piece.tensor)
+        if tensor is None:
+            raise LayoutRefused("this tensor is not published", tensor=piece.tensor)
+        whole = tuple((0, size) for size in tensor.shape)
+        if _intersect(piece.box, whole) != piece.box:
+            raise LayoutRefused(
+                f"the loader reads {piece.box} of shape {tensor.shape}",
+                tensor=tensor.name,
+            )
+        parameter = by_name.get(piece.parameter)
+        if parameter is None:
             raise LayoutRefused(
                 f"the loader writes {piece.parameter!r}, which is not a parameter of "
                 "the live model",
-                tensor=piece.tensor,
+                tensor=tensor.name,
             )
-        loaded[piece.parameter] += _volume(piece.box)
-    for parameter in parameters:
-        wanted = math.prod(parameter.shape) - parameter.unloaded
-        if loaded[parameter.name] != wanted:
+        if tensor.dtype != parameter.dtype:
             raise LayoutRefused(
-                f"the published tensors fill {loaded[parameter.name]} of its {wanted} "
-                "elements: a tensor of this parameter is missing or has another shape",
-                tensor=parameter.name,
+                f"published as {tensor.dtype}, the engine holds {parameter.name} as "
+                f"{parameter.dtype}: publish it as {parameter.dtype}",
+                tensor=tensor.name,
             )
+        pieces[parameter.name].append(piece)
+    for parameter in parameters:
+        _check_filled(parameter, pieces[parameter.name])
+
+
+def _check_filled(parameter: Parameter, pieces: Sequence[ReadSlice]) -> None:
+    filled = sum(_volume(piece.box) for piece in pieces)
+    wanted = parameter.elements - parameter.unloaded
+    if filled != wanted:
+        raise LayoutRefused(
+            f"the published tensors fill {filled} of its {wanted} elements: a tensor "
+            "of this parameter is missing or has another shape",
+            tensor=parameter.name,
+        )
+    spans = sorted(_destination_span(piece) for piece in pieces)
+    if spans and not 0 <= spans[0][0] <= max(end for _, end in spans) <= (
+        parameter.elements
+    ):
+        raise LayoutRefused("a slice is written outside it", tensor=parameter.name)
+    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    if not apart and _written_elements(parameter, pieces) != wanted:
+        raise LayoutRefused(
+            "slices overlap in it, and leave other elements out", tensor=parameter.name
+        )
+
+
+def _destination_span(piece: ReadSlice) -> tuple[int, int]:
+    """First element of the parameter that a slice writes, and one past the last."""
+    extent = [hi - lo for lo, hi in piece.box]
+    return piece.offset, piece.offset + _last(extent, piece.strides) + 1
+
+
+def _written_elements(parameter: Parameter, pieces: Sequence[ReadSlice]) -> int:
+    """How many elements are written at all: for slices that interleave."""
+    written = np.zeros(parameter.elements, dtype=bool)
+    for piece in pieces:
+        extent = [hi - lo for lo, hi in piece.box]
+        steps = [stride * written.itemsize for stride in piece.strides]
+        np.lib.stride_tricks.as_strided(
+            written[piece.offset :], shape=extent, strides=steps
+        )[...] = True
+    return int(written.sum())
 
 
 def _lay_out(parameters: Sequence[Parameter]) -> tuple[dict[str, int], int]:
@@ -364,17 +416,6 @@ def _bounding_boxes(slices: Iterable[ReadSlice]) -> dict[str, Box]:
         known = boxes.get(piece.tensor)
         boxes[piece.tensor] = _hull(known, piece.box) if known else piece.box
     return boxes
-
-
-def _at_scratch(reslice: Reslice, offset: int) -> Reslice:
-    return Reslice(
-        reslice.dtype,
-        reslice.shape,
-        offset,
-        reslice.scratch_strides,
-        reslice.arena,
-        reslice.arena_strides,
-    )
 
 
 def _align(nbytes: int) -> int:

@@ -158,7 +158,7 @@ class Session:
 
         Raises:
             TransferFailed: a source broke off. StagingCancelled: see ``limit``.
-            After either, :attr:`active` says whether bytes may still arrive.
+            After either, :meth:`poll_active` says whether bytes may still arrive.
         """
         if self._requests is None:
             raise TransferFailed("the session has no prepared requests")
@@ -173,9 +173,8 @@ class Session:
             for reslice in reslices:
                 reslice.run()
 
-    @property
-    def active(self) -> bool:
-        """Poll: may bytes still arrive in these buffers?"""
+    def poll_active(self) -> bool:
+        """May bytes still arrive in these buffers?"""
         return self._requests is not None and self._requests.poll_active()
 
     def forget_requests(self) -> None:
@@ -281,7 +280,7 @@ class AbandonedSessions:
         Raises:
             TransferFailed: too many are still waiting for a source.
         """
-        for session in [s for s in self._sessions if not s.active]:
+        for session in [s for s in self._sessions if not s.poll_active()]:
             self._sessions.remove(session)
             session.close()
         if len(self._sessions) > MAX_ABANDONED:

@@ -47,7 +47,9 @@ class RankStager:
         self._twin = twin
         self._rank = rank
         self._device = next(model.parameters()).device
-        self._agent: NixlAgent | None = None
+        # Half a second, so before the first refit; later calls come from one thread
+        # at a time.
+        self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._session: Session | None = None
         self._abandoned = AbandonedSessions()
         self._staged: int | None = None
@@ -69,9 +71,6 @@ class RankStager:
         """
         self._staged = None
         started, watch, counters = time.time(), Stopwatch(), CycleCounters()
-        if self._agent is None:
-            # UCX must be set up on the thread that uses it.
-            self._agent = NixlAgent(f"refit-{self._rank}-{uuid.uuid4().hex[:12]}")
         self._abandoned.sweep()
         session, use = self._find_session(manifest, request.manifest, counters, watch)
         fresh = session is not self._session
@@ -173,7 +172,7 @@ class RankStager:
 
     def _retire(self, session: Session) -> None:
         """After a failed pull: keep what is sound, and nothing that may change."""
-        if session.active:
+        if session.poll_active():
             self._abandoned.add(session)
         elif session is self._session:
             session.forget_requests()

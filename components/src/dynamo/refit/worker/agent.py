@@ -23,7 +23,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -74,7 +74,6 @@ from dynamo.refit.protocol import (
     WorkerStatus,
 )
 from dynamo.refit.rank.plan import check_extents
-from dynamo.refit.rpc import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +114,14 @@ class Engine(Protocol):
     async def probe(self) -> None: ...
 
 
+class Trainers(Protocol):
+    """Reaches a trainer's endpoint; see :class:`dynamo.refit.rpc.Caller`."""
+
+    async def call(
+        self, path: str, instance: int, request: Message, expected: Any, seconds: float
+    ) -> Any: ...
+
+
 @dataclass(frozen=True)
 class HeldManifest:
     """The trainer's manifest, encoded and decoded, and its two fingerprints."""
@@ -140,7 +147,7 @@ class RefitAgent:
 
     Args:
         engine: the replica's engine.
-        caller: reaches the trainer's endpoint.
+        trainers: reaches the trainer's endpoint.
         publish: sends an event.
         fence: takes this worker out of service and ends the process.
         model: the served model's name.
@@ -150,7 +157,7 @@ class RefitAgent:
     def __init__(
         self,
         engine: Engine,
-        caller: Caller,
+        trainers: Trainers,
         publish: Callable[[Event], object],
         fence: Callable[[], None],
         *,
@@ -158,7 +165,7 @@ class RefitAgent:
         worker: int,
     ) -> None:
         self._engine = engine
-        self._caller = caller
+        self._trainers = trainers
         self._publish = publish
         self._fence = fence
         self._model = model
@@ -299,7 +306,7 @@ class RefitAgent:
 
     async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
         if self._manifest is None or self._manifest.fingerprint != request.manifest:
-            reply = await self._caller.call(
+            reply = await self._trainers.call(
                 request.endpoint,
                 request.instance,
                 GetManifest(manifest=request.manifest),
