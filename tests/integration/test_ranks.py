@@ -14,28 +14,17 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import pytest_asyncio
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from dynamo.refit.events import Event, WorkerRefitted
-from dynamo.refit.protocol import (
-    Commit,
-    Committed,
-    ManifestReply,
-    Message,
-    Prepare,
-    RankVote,
-    Vote,
-)
+from dynamo.refit.events import WorkerRefitted
 from dynamo.refit.publish.publisher import WeightPublisher
-from dynamo.refit.worker.agent import RefitAgent
-from dynamo.refit.worker.engine import RefitEngine
 from graphs.local import CPU_ENVIRONMENT
 from graphs.tiny_model import make_checkpoint
 from graphs.trainer import load_weights, train_into
+from tests.support.replica import Replica
 
 pytestmark = [
     pytest.mark.integration,
@@ -51,52 +40,13 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache"
 SHAPE = {"vocab_size": 4100, "intermediate_size": 16384}
 
 
-class FakeHandler:
-    """What the refit engine uses of a Dynamo handler, around a real engine."""
-
-    def __init__(self, llm: AsyncLLM) -> None:
-        self.engine_client = llm
-        self._pause_lock = asyncio.Lock()
-        self._paused = False
-        self.declared: list[dict] = []
-
-    async def set_weight_version(self, body: dict) -> dict:
-        self.declared.append(body)
-        return {"status": "ok"}
-
-
-class FakeCaller:
-    """Hands out the publisher's manifest without a trip over Dynamo."""
-
-    def __init__(self) -> None:
-        self.publisher: WeightPublisher | None = None
-        self.asked = 0
-
-    async def call(self, *_: object) -> Message:
-        self.asked += 1
-        payload = msgspec.msgpack.encode(self.publisher.manifest)
-        return ManifestReply(payload=payload)
-
-
-class Replica:
-    """An agent over a real TP=2 engine, and the weights it is refitted with."""
+class GoldenReplica(Replica):
+    """A replica, and what its parameters must be for each checkpoint."""
 
     def __init__(self, llm: AsyncLLM, models: dict[str, Path]) -> None:
-        self.llm = llm
+        super().__init__(llm)
         self.models = models
-        self.events: list[Event] = []
-        self.caller = FakeCaller()
-        self.handler = FakeHandler(llm)
-        self.agent = RefitAgent(
-            RefitEngine(self.handler),
-            self.caller,
-            self.events.append,
-            lambda: self.events.append("fenced"),
-            model="wide",
-            worker=1,
-        )
         self.golden: dict[str, list[dict[str, str]]] = {}
-        self._version = 0
 
     async def live(self) -> list[dict[str, str]]:
         return await self.llm.collective_rpc("golden_digests")
@@ -109,34 +59,9 @@ class Replica:
             self.golden[name] = await self.live()
         await self.llm.collective_rpc("golden_scribble")
 
-    async def stage(self, publisher: WeightPublisher) -> tuple[RankVote, ...]:
-        self._version += 1
-        published = await asyncio.to_thread(publisher.publish, self._version)
-        self.caller.publisher = publisher
-        prepare = Prepare(
-            version=self._version,
-            epoch=1,
-            endpoint="-",
-            instance=0,
-            manifest=publisher.manifest.fingerprint(),
-            slot=published.slot,
-            stage_seconds=60,
-            commit_seconds=60,
-        )
-        vote = await self.agent.answer(prepare)
-        assert isinstance(vote, Vote), vote
-        return vote.ranks
-
-    async def refit(self, publisher: WeightPublisher) -> tuple[RankVote, ...]:
-        votes = await self.stage(publisher)
-        commit = Commit(version=self._version, epoch=1, in_flight="continue")
-        committed = await self.agent.answer(commit)
-        assert isinstance(committed, Committed), committed
-        return votes
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def replica() -> AsyncIterator[Replica]:
+async def replica() -> AsyncIterator[GoldenReplica]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU_ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
@@ -159,7 +84,7 @@ async def replica() -> AsyncIterator[Replica]:
             )
         )
         try:
-            replica = Replica(llm, models)
+            replica = GoldenReplica(llm, models)
             await replica.agent.start()
             await replica.learn_golden()
             yield replica
@@ -175,7 +100,7 @@ def discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
 
 
-def test_golden_digests_tell_weights_apart(replica: Replica) -> None:
+def test_golden_digests_tell_weights_apart(replica: GoldenReplica) -> None:
     a, b = replica.golden["A"], replica.golden["B"]
     assert len(a) == 2
     for rank in range(2):
@@ -189,27 +114,28 @@ def test_golden_digests_tell_weights_apart(replica: Replica) -> None:
 
 @pytest.mark.parametrize("mode", ["snapshot", "in_place"])
 async def test_every_live_parameter_equals_the_golden_path(
-    replica: Replica, mode: str
+    replica: GoldenReplica, mode: str
 ) -> None:
     """Four cycles with changing weights, from two kinds of source buffers."""
     weights = load_weights(replica.models["A"])
     with WeightPublisher("wide", weights, mode=mode) as publisher:
         for cycle, name in enumerate(("B", "C", "A", "B")):
             train_into(weights, load_weights(replica.models[name]))
-            asked = replica.caller.asked
-            votes = await replica.refit(publisher)
+            asked = replica.trainers.asked
+            published = publisher.publish(replica.version + 1)
+            votes = await replica.refit(publisher.manifest, published.slot)
             assert await replica.live() == replica.golden[name], f"cycle {cycle}"
             for vote in votes:
                 built = vote.counters
                 assert (vote.session == "warm") == (cycle > 0)
                 assert (built.descriptor_builds == 0) == (cycle > 0)
             # The manifest travels when it has changed, and not again.
-            assert replica.caller.asked - asked == (cycle == 0)
+            assert replica.trainers.asked - asked == (cycle == 0)
     assert len([e for e in replica.events if isinstance(e, WorkerRefitted)]) >= 4
-    assert replica.handler.declared[-1]["weight_version"] == replica._version
+    assert replica.handler.declared[-1]["weight_version"] == replica.version
 
 
-async def test_tokens_flow_while_bytes_move(replica: Replica) -> None:
+async def test_tokens_flow_while_bytes_move(replica: GoldenReplica) -> None:
     """A stream goes on at a good part of its pace while the ranks pull 100 MB again
     and again: 40 versions are staged, each superseding the one before."""
     weights = load_weights(replica.models["C"])
@@ -225,12 +151,12 @@ async def test_tokens_flow_while_bytes_move(replica: Replica) -> None:
                 break
 
     with WeightPublisher("wide", weights, mode="in_place") as publisher:
-        await replica.refit(publisher)
+        await replica.refit(publisher.manifest, 0)
         running = asyncio.create_task(stream())
         while len(times) < 60:
             await asyncio.sleep(0.01)
         undisturbed = len(times) / (times[-1] - times[0])
-        votes = [await replica.stage(publisher) for _ in range(40)]
+        votes = [await replica.stage(publisher.manifest, 0) for _ in range(40)]
         done.set()
         await running
     begin = votes[0][0].timings.started_at

@@ -51,14 +51,14 @@ class LiveParameters:
         """Overwrite the live parameters with ``staged``; returns when it is done."""
         self.check_addresses()
         torch._foreach_copy_(self._tensors, staged)
-        _synchronize(self._tensors[0].device)
+        synchronize(self._tensors[0].device)
         self.check_addresses()
 
     @torch.inference_mode()
     def copy_to(self, backup: list[torch.Tensor]) -> None:
         """Copy the live parameters out, while they serve; blocks this thread."""
         torch._foreach_copy_(backup, self._tensors)
-        _synchronize(self._tensors[0].device)
+        synchronize(self._tensors[0].device)
 
 
 def parameter_views(buffer: torch.Tensor, plan: Plan) -> list[torch.Tensor]:
@@ -80,6 +80,7 @@ def _addresses(model: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in named}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the calling thread's stream of ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -20,7 +20,11 @@ import torch
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import CacheCounters
-from dynamo.refit.rank.install import LiveParameters, parameter_views
+from dynamo.refit.rank.install import (
+    LiveParameters,
+    parameter_views,
+    synchronize,
+)
 from dynamo.refit.rank.plan import Plan, Reslice, Segments
 from dynamo.refit.transport.nixl import NixlAgent, Read
 
@@ -120,6 +124,8 @@ class Session:
                 plan.arena_nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda"
             )
             counters.allocations += 2 + (plan.scratch_nbytes > 0)
+            # NIXL writes outside of CUDA's streams: the zeros must be there before.
+            synchronize(device)
         self.staged = parameter_views(self._arena, plan)
         self.backup = parameter_views(self._backup, plan)
         self._reslices = [
@@ -172,6 +178,8 @@ class Session:
                 time.sleep(POLL_SECONDS)
             for reslice in reslices:
                 reslice.run()
+            # The next wave overwrites scratch, again outside of any stream.
+            synchronize(self._arena.device)
 
     def poll_active(self) -> bool:
         """May bytes still arrive in these buffers?"""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
 
 from dynamo.refit.errors import NothingStaged
@@ -53,6 +55,7 @@ class RankStager:
         self._session: Session | None = None
         self._abandoned = AbandonedSessions()
         self._staged: int | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +73,12 @@ class RankStager:
                 kept unless bytes may still arrive in its buffers.
         """
         self._staged = None
-        started, watch, counters = time.time(), Stopwatch(), CycleCounters()
         self._abandoned.sweep()
+        with self._beside_the_model():
+            return self._stage(request, manifest, limit)
+
+    def _stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
+        started, watch, counters = time.time(), Stopwatch(), CycleCounters()
         session, use = self._find_session(manifest, request.manifest, counters, watch)
         fresh = session is not self._session
         try:
@@ -124,6 +131,15 @@ class RankStager:
     def discard(self) -> None:
         """Forget what is staged; the session stays."""
         self._staged = None
+
+    def _beside_the_model(self) -> AbstractContextManager:
+        """A stream of its own: copies on the model's would hold its kernels up."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        torch.cuda.set_device(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._stream)
 
     def _holding(self, version: int) -> Session:
         if self._session is None or self._staged != version:

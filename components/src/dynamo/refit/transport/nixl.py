@@ -8,15 +8,30 @@ cache and no policy, and it is not thread-safe: one thread at a time calls it.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from nixl import _bindings as bindings
-from nixl._api import nixl_agent, nixl_agent_config
 
 from dynamo.refit.errors import TransferFailed
+
+
+def _import_nixl() -> tuple[Any, Any]:
+    """NIXL's bindings and API, under the name of whichever wheel is installed."""
+    for package in ("nixl", "nixl_cu13", "nixl_cu12"):
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+            return (
+                importlib.import_module(f"{package}._bindings"),
+                importlib.import_module(f"{package}._api"),
+            )
+    raise ModuleNotFoundError("NIXL is not installed: pip install nixl")
+
+
+bindings, api = _import_nixl()
 
 Memory = Literal["DRAM", "VRAM"]
 
@@ -44,8 +59,8 @@ class NixlAgent:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent = nixl_agent(name, config)
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent = api.nixl_agent(name, config)
         if "UCX" not in self._agent.backends:
             raise TransferFailed("NIXL has no UCX backend here: reinstall nixl")
         self._users: Counter[str] = Counter()

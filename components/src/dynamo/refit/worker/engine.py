@@ -110,7 +110,9 @@ class RefitEngine:
     async def declare_version(self, version: int) -> None:
         """Set the version that Dynamo's and vLLM's own routes report."""
         await self._handler.set_weight_version({"weight_version": version})
-        await self._llm.update_weight_version(str(version))
+        # vLLM keeps a version of its own since 0.31.
+        if hasattr(self._llm, "update_weight_version"):
+            await self._llm.update_weight_version(str(version))
 
     async def probe(self) -> None:
         """Make one token, which also lets the engine publish its KV events.

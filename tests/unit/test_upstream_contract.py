@@ -1,0 +1,346 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What is used of Dynamo and vLLM beyond their public API, by name.
+
+When one of these fails after an upgrade, upstream has moved something: the file
+that is named in the test is the one to change. Imports only; no engine is started.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib
+import inspect
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
+
+stand_in_if_missing()
+
+from dynamo.runtime import Endpoint  # noqa: E402
+from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
+from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
+from vllm import _custom_ops  # noqa: E402
+from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
+from vllm.model_executor.layers import utils as gemm  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
+from vllm.v1.worker import worker_base  # noqa: E402
+
+from dynamo.refit.rank.extension import RefitWorkerExtension  # noqa: E402
+from dynamo.refit.worker.hook import on_worker_ready  # noqa: E402
+from dynamo.refit.worker.main import EXTENSION  # noqa: E402
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def tree(code: Any) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(code)))
+
+
+def assigned_to_self(method: Any) -> set[str]:
+    """The attributes of ``self`` that a method sets."""
+    return {
+        node.attr
+        for node in ast.walk(tree(method))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def calls_of(name: str, code: Any) -> list[ast.Call]:
+    """The calls of a method or function called ``name`` in ``code``."""
+    return [
+        node
+        for node in ast.walk(tree(code))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", None)) == name
+    ]
+
+
+# --- dynamo.vllm: worker/hook.py ----------------------------------------------
+
+
+def test_the_hooked_method_has_these_parameters() -> None:
+    signature = inspect.signature(WorkerFactory.register_engine_routes)
+    assert list(signature.parameters) == [
+        "self",
+        "runtime",
+        "generate_endpoint",
+        "handler",
+        "lora_enabled",
+    ]
+    assert signature.parameters["lora_enabled"].default is False
+    assert not inspect.iscoroutinefunction(WorkerFactory.register_engine_routes)
+
+
+@pytest.mark.parametrize("path", ["_run_decode_worker", "_run_prefill_worker"])
+def test_both_kinds_of_worker_come_through_the_hook(path: str) -> None:
+    method = getattr(WorkerFactory, path)
+    # On the event loop, where the agent's task is created.
+    assert inspect.iscoroutinefunction(method)
+    assert len(calls_of("register_engine_routes", method)) == 1
+
+
+@pytest.mark.parametrize("path", ["_run_decode_worker", "_run_prefill_worker"])
+def test_the_hook_comes_before_the_model_is_registered(path: str) -> None:
+    method = getattr(WorkerFactory, path)
+    [hooked] = calls_of("register_engine_routes", method)
+    registering = [
+        node
+        for node in ast.walk(tree(method))
+        if isinstance(node, ast.Call)
+        and "register_vllm_model" in ast.unparse(node.func)
+    ]
+    assert registering
+    assert all(hooked.lineno < call.lineno for call in registering)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_hook_wraps_and_calls_back(
+    monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    calls: list[Any] = []
+
+    def original(
+        self: Any,
+        runtime: Any,
+        generate_endpoint: Any,
+        handler: Any,
+        lora_enabled: bool = False,
+    ) -> None:
+        """Upstream's."""
+        calls.append((self, runtime, generate_endpoint, handler, lora_enabled))
+
+    # Also puts the real one back afterwards.
+    monkeypatch.setattr(WorkerFactory, "register_engine_routes", original)
+    on_worker_ready(lambda *seen: calls.append(seen))
+    hooked = WorkerFactory.register_engine_routes
+    assert (hooked.__name__, hooked.__doc__) == ("original", "Upstream's.")
+
+    factory = object.__new__(WorkerFactory)
+    if by_name:
+        factory.register_engine_routes(
+            runtime="runtime",
+            generate_endpoint="endpoint",
+            handler="handler",
+            lora_enabled=True,
+        )
+    else:
+        factory.register_engine_routes("runtime", "endpoint", "handler", True)
+    assert calls == [
+        (factory, "runtime", "endpoint", "handler", True),
+        ("runtime", "endpoint", "handler"),
+    ]
+
+
+def test_the_hook_does_not_call_back_when_upstream_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def original(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("routes")
+
+    monkeypatch.setattr(WorkerFactory, "register_engine_routes", original)
+    on_worker_ready(lambda *seen: pytest.fail("called back"))
+    with pytest.raises(RuntimeError, match="routes"):
+        object.__new__(WorkerFactory).register_engine_routes(1, 2, 3)
+
+
+# --- dynamo.vllm: worker/engine.py, worker/main.py ----------------------------
+
+
+def test_the_handler_has_what_an_engine_takes_from_it() -> None:
+    attributes = assigned_to_self(BaseWorkerHandler.__init__)
+    assert {"_pause_lock", "_paused", "engine_client", "config"} <= attributes
+
+
+@pytest.mark.parametrize(
+    ("route", "held"), [("pause_generation", True), ("resume_generation", False)]
+)
+async def test_the_admin_routes_use_the_lock_and_the_flag(
+    route: str, held: bool
+) -> None:
+    """Run upstream's route: it waits for the lock, and then sets the flag."""
+
+    async def done(**_: Any) -> None:
+        return None
+
+    handler = SimpleNamespace(
+        _pause_lock=asyncio.Lock(),
+        _paused=not held,
+        _lora_state=SimpleNamespace(active_requests={}),
+        engine_client=SimpleNamespace(pause_generation=done, resume_generation=done),
+    )
+    async with handler._pause_lock:
+        calling = asyncio.create_task(getattr(BaseWorkerHandler, route)(handler, {}))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert handler._paused is not held
+    assert (await calling)["status"] == "ok"
+    assert handler._paused is held
+
+
+async def test_declaring_a_version_takes_no_lock_and_needs_no_pause() -> None:
+    """The agent holds the lock when it declares: it must not be taken again."""
+    handler = SimpleNamespace(_weight_version=None, _pause_lock=asyncio.Lock())
+    async with handler._pause_lock, asyncio.timeout(5):
+        reply = await BaseWorkerHandler.set_weight_version(
+            handler, {"weight_version": 5}
+        )
+    assert reply["status"] == "ok"
+    assert handler._weight_version == 5
+
+
+def test_the_handlers_generate_through_the_engine_client() -> None:
+    """So that every request passes the wrapper that salts it, prompt first."""
+    module = inspect.getmodule(BaseWorkerHandler)
+    calls = [
+        call
+        for call in calls_of("generate", module)
+        if ast.unparse(call.func) == "self.engine_client.generate"
+    ]
+    assert len(calls) >= 3
+    assert {ast.unparse(call.args[0]) for call in calls} == {"prompt"}
+
+
+def test_an_endpoint_can_be_taken_out_of_routing() -> None:
+    for name in ("unregister_endpoint_instance", "connection_id", "serve_endpoint"):
+        assert callable(getattr(Endpoint, name))
+
+
+# --- vLLM's engine: worker/engine.py ------------------------------------------
+
+
+def test_the_engine_s_methods() -> None:
+    assert parameters(AsyncLLM.generate)[:4] == [
+        "self",
+        "prompt",
+        "sampling_params",
+        "request_id",
+    ]
+    assert inspect.isasyncgenfunction(AsyncLLM.generate)
+    assert parameters(AsyncLLM.collective_rpc)[:4] == [
+        "self",
+        "method",
+        "timeout",
+        "args",
+    ]
+    assert parameters(AsyncLLM.update_weight_version) == ["self", "new_version"]
+    assert parameters(AsyncLLM.reset_encoder_cache) == ["self"]
+    for name in ("collective_rpc", "update_weight_version", "reset_encoder_cache"):
+        assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+    assert {"engine_core", "model_config"} <= assigned_to_self(AsyncLLM.__init__)
+    assert isinstance(ModelConfig.is_multimodal_model, property)
+
+
+def test_the_scheduler_is_paused_and_resumed_through_the_core_client() -> None:
+    assert parameters(AsyncMPClient.pause_scheduler_async) == [
+        "self",
+        "mode",
+        "clear_cache",
+    ]
+    assert parameters(AsyncMPClient.resume_scheduler_async) == ["self"]
+    assert inspect.iscoroutinefunction(AsyncMPClient.pause_scheduler_async)
+    assert inspect.iscoroutinefunction(AsyncMPClient.resume_scheduler_async)
+    [paused] = calls_of("call_utility_async", AsyncMPClient.pause_scheduler_async)
+    assert [ast.unparse(argument) for argument in paused.args] == [
+        "'pause_scheduler'",
+        "mode",
+        "clear_cache",
+    ]
+
+
+def test_a_prompt_s_salt_is_part_of_its_prefix_cache_keys() -> None:
+    cache = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    extra_keys = inspect.getsource(cache.generate_block_hash_extra_keys)
+    assert "cache_salt" in extra_keys
+
+
+# --- vLLM's workers: rank/extension.py, rank/cpu_layout.py --------------------
+
+
+def extension_names() -> list[str]:
+    return [name for name in dir(RefitWorkerExtension) if not name.startswith("__")]
+
+
+def test_the_extension_is_where_the_engine_is_told_that_it_is() -> None:
+    module, name = EXTENSION.rsplit(".", 1)
+    assert getattr(importlib.import_module(module), name) is RefitWorkerExtension
+    assert "refit_call" in extension_names()
+    assert "worker_extension_cls" in ParallelConfig.__dataclass_fields__
+
+
+@pytest.fixture(params=["cpu_worker.CPUWorker", "gpu_worker.Worker"])
+def worker(request: pytest.FixtureRequest) -> type:
+    """A worker class of vLLM that imports here."""
+    module, name = request.param.split(".")
+    path = f"vllm.v1.worker.{module}"
+    return getattr(pytest.importorskip(path, exc_type=ImportError), name)
+
+
+def test_the_extension_s_names_are_free_in_vllm_s_workers(worker: type) -> None:
+    """vLLM refuses an extension that has an attribute of the worker's."""
+    assert sorted(set(dir(worker)).intersection(extension_names())) == []
+
+
+def test_a_worker_keeps_no_attribute_where_the_extension_keeps_its_own(
+    worker: type,
+) -> None:
+    own = assigned_to_self(RefitWorkerExtension._refit_rank)
+    assert own == {"_refit"}
+    for parent in worker.__mro__[:-1]:
+        set_there = {
+            node.attr
+            for node in ast.walk(tree(parent))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        assert not set_there & (own | set(extension_names())), parent
+
+
+def test_vllm_mixes_the_extension_into_the_worker_s_class() -> None:
+    source = inspect.getsource(worker_base.WorkerWrapperBase.init_worker)
+    assert "worker_extension_cls" in source
+    assert "__bases__" in source
+
+
+def test_a_rank_reaches_its_model_and_its_config() -> None:
+    assert {"vllm_config", "parallel_config"} <= assigned_to_self(
+        worker_base.WorkerBase.__init__
+    )
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
+        assert name in ParallelConfig.__dataclass_fields__
+    runner = importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    assert parameters(runner.GPUModelRunner.get_model) == ["self"]
+
+
+def test_the_switches_of_cpu_weight_packing_are_where_they_are_turned_off() -> None:
+    """In the source, since importing the extension has turned them off already."""
+    assigned = {
+        target.id
+        for node in tree(_custom_ops).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert "_supports_onednn" in assigned
+    functions = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in tree(gemm).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert functions["check_cpu_sgl_kernel"] == ["n", "k", "dtype"]
+    # Read when the weights are dispatched, not when the module is imported.
+    dispatch = inspect.getsource(gemm.dispatch_cpu_unquantized_gemm)
+    assert "ops._supports_onednn" in dispatch
+    assert "check_cpu_sgl_kernel(" in dispatch
