@@ -994,7 +994,7 @@ async def test_no_commit_in_time_gives_the_version_up(bench: Bench) -> None:
     await bench.committed(4)
     bench.events.clear()
     await bench.staged(5, commit_seconds=0.02)
-    await until(lambda: bench.agent.status().phase == "serving")
+    await until(lambda: len(bench.events) == 2)
     assert bench.engine.jobs() == [None, None]
     bench.assert_serving(4)
 

@@ -878,7 +878,7 @@ class AnyOrder(RuleBasedStateMachine):
     def announce(self, step: int) -> None:
         """A newer version, or anew one that there was before."""
         newest = max((a.version for a in self.announced), default=1)
-        self._announce(newest + step)
+        self._announce(max(1, newest + step))
 
     @rule(rounds=st.integers(1, 4))
     def announce_and_go_on(self, rounds: int) -> None:

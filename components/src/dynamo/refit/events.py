@@ -131,10 +131,13 @@ class RefitRefused(Event, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerFenced(Event, frozen=True, kw_only=True, tag=True):
-    """A worker was taken out of service for good: its weights are not known."""
+    """A worker was taken out of service for good: its weights are not known.
+
+    ``version`` is what was being staged or installed.
+    """
 
     worker: int
-    version: int
+    version: int | None
     failure: Failure
 
 

@@ -30,6 +30,7 @@ import msgspec
 from dynamo.refit.errors import (
     Failure,
     NothingStaged,
+    OutOfStep,
     RefitError,
     StagingCancelled,
     StaleEpoch,
@@ -140,6 +141,7 @@ class Transaction:
     work: asyncio.Task[Message]
     phase: WorkerPhase = "staging"
     expiry: asyncio.TimerHandle | None = None
+    ending: asyncio.Task[None] | None = None
 
 
 class RefitAgent:
@@ -175,6 +177,7 @@ class RefitAgent:
         self._epoch = 0
         self._fenced = False
         self._transaction: Transaction | None = None
+        self._expiring: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
@@ -239,11 +242,9 @@ class RefitAgent:
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
-        current = self._transaction
-        if current is not None:
-            same = (current.request.version, current.request.epoch)
-            if same == (request.version, request.epoch):
-                return await asyncio.shield(current.work)
+        while (current := self._transaction) is not None:
+            if current.request == request and current.ending is None:
+                return await self._outcome(current)
             if current.phase == "committing":
                 raise RefitError(
                     f"version {current.request.version} is being committed: wait"
@@ -251,33 +252,43 @@ class RefitAgent:
             await self._give_up(current)
         work = asyncio.create_task(self._stage(request))
         self._transaction = Transaction(request, work)
-        return await asyncio.shield(work)
+        return await self._outcome(self._transaction)
+
+    async def _outcome(self, transaction: Transaction) -> Message:
+        """What its work answers; the work goes on if whoever asked is gone."""
+        try:
+            return await asyncio.shield(transaction.work)
+        except asyncio.CancelledError:
+            if not transaction.work.cancelled():
+                raise
+            # It was given up before it began.
+            return self._given_up(transaction.request)
 
     async def _stage(self, request: Prepare) -> Message:
+        version = request.version
         try:
             vote = await self._stage_on_ranks(request)
         except asyncio.CancelledError:
-            error = StagingCancelled("aborted or superseded while staging")
-            return self._staging_failed(request, error)
+            return self._given_up(request)
         # A task's result crosses the process boundary: every cause is kept.
         except Exception as error:
-            logger.warning("staging version %d failed: %s", request.version, error)
+            logger.warning("staging version %d failed: %s", version, error)
             with contextlib.suppress(RefitError):
-                await self._discard(request.version)
-            return self._staging_failed(request, error)
+                await self._discard(version)
+            self._transaction = None
+            return Refused(failure=self._failure(error, "stage", version))
         transaction = self._transaction
         transaction.phase = "staged"
         transaction.expiry = asyncio.get_running_loop().call_later(
             request.commit_seconds, self._expire, transaction
         )
         self._publish(
-            WorkerStaged(worker=self._worker, version=request.version, ranks=vote.ranks)
+            WorkerStaged(worker=self._worker, version=version, ranks=vote.ranks)
         )
         return vote
 
-    def _staging_failed(self, request: Prepare, error: BaseException) -> Refused:
-        if self._transaction and self._transaction.request is request:
-            self._transaction = None
+    def _given_up(self, request: Prepare) -> Refused:
+        error = StagingCancelled("aborted or superseded while staging")
         return Refused(failure=self._failure(error, "stage", request.version))
 
     async def _stage_on_ranks(self, request: Prepare) -> Vote:
@@ -328,7 +339,7 @@ class RefitAgent:
     async def _poll(self, version: int) -> list[Staged]:
         """Wait until every rank has ended; the ranks keep their own deadline."""
         while True:
-            replies = await self._engine.call_ranks(Poll(version=version))
+            replies = await self._ask(Poll(version=version))
             if not any(isinstance(reply, Running) for reply in replies):
                 return _all_or_raise(replies)
             if any(isinstance(reply, Refused) for reply in replies):
@@ -344,7 +355,7 @@ class RefitAgent:
         """
         deadline = time.monotonic() + DISCARD_SECONDS
         while True:
-            replies = await self._engine.call_ranks(Discard(version=version))
+            replies = await self._ask(Discard(version=version))
             if all(isinstance(reply, Done) for reply in replies):
                 return
             if time.monotonic() > deadline:
@@ -352,36 +363,44 @@ class RefitAgent:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _give_up(self, transaction: Transaction) -> None:
-        """End a stage, or forget what is staged."""
+        """End a stage, or forget what is staged, and wait until the ranks let go.
+
+        Whoever calls it shares one ending; nothing is staged meanwhile.
+        """
+        if transaction.ending is None:
+            transaction.phase = "staging"
+            transaction.ending = asyncio.create_task(self._end(transaction))
+        await asyncio.shield(transaction.ending)
+
+    async def _end(self, transaction: Transaction) -> None:
         if transaction.expiry is not None:
             transaction.expiry.cancel()
         transaction.work.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await transaction.work
-        await self._discard(transaction.request.version)
-        if self._transaction is transaction:
-            self._transaction = None
+        await asyncio.wait([transaction.work])
+        try:
+            await self._discard(transaction.request.version)
+        finally:
+            if self._transaction is transaction:
+                self._transaction = None
 
     def _expire(self, transaction: Transaction) -> None:
-        if self._transaction is not transaction or transaction.phase != "staged":
-            return
+        if transaction.phase == "staged" and transaction.ending is None:
+            self._expiring = asyncio.create_task(self._expired(transaction))
+
+    async def _expired(self, transaction: Transaction) -> None:
         request = transaction.request
+        await self._give_up(transaction)
         error = StagingCancelled(
             f"no commit within {request.commit_seconds:g} s of the vote: coordinator "
             f"epoch {request.epoch} is gone; the next one prepares again"
         )
-        # Not to be committed any more; a new prepare gives it up like any stage.
-        transaction.phase = "staging"
-        transaction.work = asyncio.create_task(self._expired(transaction, error))
-
-    async def _expired(self, transaction: Transaction, error: RefitError) -> Message:
-        version = transaction.request.version
-        await self._discard(version)
-        self._transaction = None
-        failure = self._failure(error, "vote", version)
-        serving = ((self._worker, self._version),)
-        self._publish(RefitFailed(version=version, failure=failure, serving=serving))
-        return Refused(failure=failure)
+        self._publish(
+            RefitFailed(
+                version=request.version,
+                failure=self._failure(error, "vote", request.version),
+                serving=((self._worker, self._version),),
+            )
+        )
 
     async def _abort(self, request: Abort) -> Message:
         current = self._transaction
@@ -405,7 +424,8 @@ class RefitAgent:
                 f"version {request.version} is not staged on this worker"
             )
         if current.phase == "staging":
-            raise NothingStaged(f"version {request.version} is still being staged")
+            how = "being given up" if current.ending else "still being staged"
+            raise NothingStaged(f"version {request.version} is {how}")
         if current.phase == "staged":
             current.expiry.cancel()
             current.phase = "committing"
@@ -468,8 +488,9 @@ class RefitAgent:
             if failed is not None:
                 raise failed
             await engine.declare_version(version)
-        if not engine.paused_by_user:
-            await engine.probe()
+            if not engine.paused_by_user:
+                # Still under the lock: a pause of the user's would look like a death.
+                await engine.probe()
         clock.append(time.perf_counter())
         pause, install, resume, probe = (
             (later - earlier) * 1e3 for earlier, later in itertools.pairwise(clock)
@@ -508,7 +529,7 @@ class RefitAgent:
         return 0
 
     async def _restore(self, version: int, cause: RanksFailed) -> None:
-        replies = await self._engine.call_ranks(Restore(version=version))
+        replies = await self._ask(Restore(version=version))
         for reply in replies:
             if not isinstance(reply, Installed):
                 raise WeightsUnknown(
@@ -516,23 +537,33 @@ class RefitAgent:
                     f"({cause.failure}) and could not be undone ({reply})"
                 ) from cause
 
-    def _fence_off(self, version: int, error: BaseException) -> Refused:
-        """Leave the engine paused, tell everyone, and go."""
-        self._fenced = True
+    def _fence_off(self, version: int | None, error: BaseException) -> Refused:
+        """Leave the engine as it is (paused, in a commit), tell everyone, and go."""
         failure = self._failure(error, "install", version)
-        logger.critical("fencing worker %d: %s", self._worker, failure)
-        self._publish(
-            WorkerFenced(worker=self._worker, version=version, failure=failure)
-        )
-        self._fence()
+        if not self._fenced:
+            self._fenced = True
+            logger.critical("fencing worker %d: %s", self._worker, failure)
+            event = WorkerFenced(worker=self._worker, version=version, failure=failure)
+            self._publish(event)
+            self._fence()
         return Refused(failure=failure)
 
     # --- shared ---------------------------------------------------------------
 
-    async def _call(self, request: RankRequest) -> list:
-        return _all_or_raise(await self._engine.call_ranks(request))
+    async def _ask(self, request: RankRequest) -> list[RankReply]:
+        try:
+            return await self._engine.call_ranks(request)
+        except OutOfStep as error:
+            # Nothing that the ranks say can be trusted from here on.
+            self._fence_off(getattr(request, "version", None), error)
+            raise
 
-    def _failure(self, error: BaseException, stage: str, version: int) -> Failure:
+    async def _call(self, request: RankRequest) -> list:
+        return _all_or_raise(await self._ask(request))
+
+    def _failure(
+        self, error: BaseException, stage: str, version: int | None
+    ) -> Failure:
         if isinstance(error, RanksFailed):
             return msgspec.structs.replace(error.failure, worker=self._worker)
         return failure_from(error, stage=stage, worker=self._worker, version=version)
