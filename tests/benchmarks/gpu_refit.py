@@ -263,23 +263,24 @@ def built(votes: list[RankVote]) -> list[int]:
 
 
 async def check_tokens(replica: Replica, manifest: Manifest) -> dict:
-    """A, B, A: the same weights give the same tokens, and no old block is hit."""
+    """A, B, A, B: the same weights give the same tokens, and no old block is hit.
+
+    Compared with a cold prefix cache only: kernels differ in the last bits between a
+    whole prefill and one that goes on from cached blocks.
+    """
     answers, cached = [], []
     for slot in (0, 1, 0, 1):
         await replica.refit(manifest, slot)
-        await greedy(replica.llm, 4)
-        tokens, hits = await greedy(replica.llm)
-        await replica.refit(manifest, slot)
-        again, after = await greedy(replica.llm)
+        tokens, first = await greedy(replica.llm)
+        _, hot = await greedy(replica.llm)
         answers.append(tokens)
-        cached.append((hits, after))
-        assert tokens == again
+        cached.append((first, hot))
     return {
         "same_weights_same_tokens": answers[0] == answers[2]
         and answers[1] == answers[3],
         "other_weights_other_tokens": answers[0] != answers[1],
-        "cached_hot": min(hot for hot, _ in cached),
-        "cached_after_refit": max(after for _, after in cached),
+        "cached_hot": min(hot for _, hot in cached),
+        "cached_after_refit": max(first for first, _ in cached),
     }
 
 
@@ -327,6 +328,7 @@ async def run(options: argparse.Namespace) -> dict:
                 source = context.Process(
                     target=serve_weights,
                     args=(config, device, f"trainer-{device}", there),
+                    daemon=True,
                 )
                 source.start()
                 payload, register_s = await asyncio.to_thread(here.recv)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import msgspec
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,6 +33,7 @@ class FakeHandler:
         self.engine_client = llm
         self._pause_lock = asyncio.Lock()
         self._paused = False
+        self._pause_controller = SimpleNamespace(is_paused=False)
         self.declared: list[dict] = []
 
     async def set_weight_version(self, body: dict) -> dict:

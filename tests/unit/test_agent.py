@@ -206,6 +206,7 @@ class FakeEngine:
         self.kv_epoch = ""
         self.admin_lock = asyncio.Lock()
         self.paused_by_user = False
+        self.asleep = False
         self.ranks = [FakeRank(0), FakeRank(1)]
         self.requests: list[RankRequest] = []
         self.steps: list[str] = []
@@ -1144,3 +1145,15 @@ def test_only_the_same_salt_and_epoch_share_blocks(
     assert prompts == before
     same = (salts[0] or "") == (salts[1] or "") and epochs[0] == epochs[1]
     assert (keys[0] == keys[1]) is same
+
+
+async def test_a_sleeping_engine_is_left_alone(bench: Bench) -> None:
+    """Its weights may be gone from memory: nothing is staged, installed or resumed."""
+    await bench.staged(5)
+    bench.engine.asleep = True
+    assert "sleeps" in refusal(await bench.agent.answer(commit(5))).message
+    with pytest.raises(RefitError, match="sleeps"):
+        await bench.agent.answer(bench.prepare(6))
+    bench.engine.asleep = False
+    await bench.committed(7)
+    bench.assert_serving(7)

@@ -162,7 +162,8 @@ def test_the_hook_does_not_call_back_when_upstream_fails(
 
 def test_the_handler_has_what_an_engine_takes_from_it() -> None:
     attributes = assigned_to_self(BaseWorkerHandler.__init__)
-    assert {"_pause_lock", "_paused", "engine_client", "config"} <= attributes
+    used = {"_pause_lock", "_paused", "_pause_controller", "engine_client", "config"}
+    assert used <= attributes
 
 
 @pytest.mark.parametrize(

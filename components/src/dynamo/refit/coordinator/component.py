@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Coroutine
 from typing import Any
 
@@ -79,6 +80,8 @@ class Coordinator:
         self._reconciler = Reconciler(config.model, config.policy)
         self._inputs: asyncio.Queue[Input] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
+        # A lease is taken and given back in the order that was decided.
+        self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._epoch = 0
 
     async def run(self) -> None:
@@ -179,13 +182,7 @@ class Coordinator:
         )
         failure = None
         try:
-            reply = await self._caller.call(
-                ready.endpoint,
-                ready.instance,
-                request,
-                Done | Refused,
-                SHORT_CALL_SECONDS,
-            )
+            reply = await self._call_trainer(ready, request)
             if isinstance(reply, Refused):
                 failure = reply.failure
         except (RefitError, msgspec.ValidationError) as error:
@@ -200,16 +197,22 @@ class Coordinator:
             detail=action.detail,
         )
         try:
-            await self._caller.call(
+            await self._call_trainer(ready, request)
+        except (RefitError, msgspec.ValidationError) as error:
+            # A trainer that is alive announces again, and is told again.
+            logger.warning("version %d: lease not released: %s", ready.version, error)
+
+    async def _call_trainer(
+        self, ready: WeightVersionReady, request: AcquireLease | ReleaseLease
+    ) -> Done | Refused:
+        async with self._lease_turn[ready.announcement]:
+            return await self._caller.call(
                 ready.endpoint,
                 ready.instance,
                 request,
                 Done | Refused,
                 SHORT_CALL_SECONDS,
             )
-        except (RefitError, msgspec.ValidationError) as error:
-            # A trainer that is alive announces again, and is told again.
-            logger.warning("version %d: lease not released: %s", ready.version, error)
 
     async def _prepare(self, action: SendPrepare) -> None:
         ready, policy = action.ready, self._config.policy

@@ -424,7 +424,7 @@ class Reconciler:
             # It was announced before the workers were seen.
             return refusal
         able = {m.worker: m for m in members if m.status.phase != "fenced"}
-        behind = {w for w, m in able.items() if m.status.version != ready.version}
+        behind = {w for w, m in able.items() if _is_behind(m, ready.version)}
         if not behind:
             if able and self._desired_outcome is None:
                 return self._complete(ready, None)
@@ -512,6 +512,10 @@ class Reconciler:
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         return [GiveBackLease(ready, outcome, detail)]
+
+
+def _is_behind(member: FleetMember, version: int) -> bool:
+    return member.status.version is None or member.status.version < version
 
 
 def _newer(known: FleetMember | None, seen: FleetMember) -> FleetMember:

@@ -106,6 +106,7 @@ class Engine(Protocol):
     kv_epoch: str
     admin_lock: asyncio.Lock
     paused_by_user: bool
+    asleep: bool
 
     async def call_ranks(self, request: RankRequest) -> list[RankReply]: ...
     async def pause(self, in_flight: InFlightPolicy) -> None: ...
@@ -242,6 +243,7 @@ class RefitAgent:
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
+        self._check_awake()
         while (current := self._transaction) is not None:
             if current.request == request and current.ending is None:
                 return await self._outcome(current)
@@ -508,12 +510,17 @@ class RefitAgent:
             ),
         )
 
+    def _check_awake(self) -> None:
+        if self._engine.asleep:
+            raise RefitError("the engine sleeps: wake it up before a refit")
+
     async def _pause(self, in_flight: InFlightPolicy, version: int) -> None:
         try:
+            self._check_awake()
             await self._engine.pause(in_flight)
         except Exception as error:
             # Nothing is written yet: going on with the old weights is safe.
-            if not self._engine.paused_by_user:
+            if not (self._engine.paused_by_user or self._engine.asleep):
                 await self._engine.resume()
             failure = failure_from(error, stage="pause", version=version)
             raise RanksFailed(failure) from error

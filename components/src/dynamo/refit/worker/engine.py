@@ -58,6 +58,11 @@ class RefitEngine:
         """Generation was paused over Dynamo's admin route: leave it so."""
         return self._handler._paused
 
+    @property
+    def asleep(self) -> bool:
+        """Dynamo's sleep route was called: the weights may not even be in memory."""
+        return self._handler._pause_controller.is_paused
+
     async def call_ranks(self, request: RankRequest) -> list[RankReply]:
         """Every rank's answer, in rank order. Waits for the step that is running.
 
