@@ -289,12 +289,16 @@ class LocalGraph:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that ``with`` blocks end."""
+    """Turn SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, so that ``with`` blocks
+    end; SIGINT too where the shell that started this process ignores it."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    with _signals(interrupt, signal.SIGTERM, signal.SIGHUP):
+    with (
+        _signals(signal.default_int_handler, signal.SIGINT),
+        _signals(interrupt, signal.SIGTERM, signal.SIGHUP),
+    ):
         yield
 
 

@@ -176,7 +176,7 @@ class Streams:
         number = 0
         while not self._stopping:
             params = SamplingParams(
-                max_tokens=3000, temperature=1.0, ignore_eos=True, detokenize=False
+                max_tokens=1000, temperature=1.0, ignore_eos=True, detokenize=False
             )
             request = f"s{id(times)}-{number}-{time.time()}"
             number += 1
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["cuda", "cpu"])
     parser.add_argument("--policies", nargs="+", default=["continue", "recompute"])
     parser.add_argument("--refits", type=int, default=20)
-    parser.add_argument("--memory", type=float, default=0.35)
+    parser.add_argument("--memory", type=float, default=0.6)
     options = parser.parse_args()
     # UCX reads its environment when an agent is made, and falls back to TCP between
     # two processes of one GPU without this.
