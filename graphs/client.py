@@ -6,9 +6,10 @@ cached tokens, and the time of every token. With it, a load without a gap."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -137,29 +138,24 @@ class Load:
             and (len(c.answer.tokens) < self.max_tokens or c.finish_reason != "length")
         ]
 
-    def longest_gap(self, since: float, until: float) -> float:
-        """Seconds between two tokens of one stream, where a gap touches the interval
-        ``since`` to ``until``."""
-        gaps = [
-            later - earlier
-            for completion in self.completions
-            for earlier, later in zip(
-                completion.times, completion.times[1:], strict=False
-            )
-            if later >= since and earlier <= until
-        ]
-        return max(gaps, default=0.0)
+    def gaps(self) -> Iterator[tuple[float, float]]:
+        """Every wait for a token: when it began and when it ended."""
+        for completion in self.completions:
+            yield from itertools.pairwise(completion.times)
 
-    def median_gap(self) -> float:
-        """Seconds between two tokens of one stream, as a rule."""
-        gaps = sorted(
-            later - earlier
-            for completion in self.completions
-            for earlier, later in zip(
-                completion.times, completion.times[1:], strict=False
-            )
-        )
-        return gaps[len(gaps) // 2] if gaps else 0.0
+    def longest_gap(self, since: float, until: float) -> float:
+        """Seconds of the longest wait that touches the interval."""
+        touching = [b - a for a, b in self.gaps() if b >= since and a <= until]
+        return max(touching, default=0.0)
+
+    def longest_gap_outside(self, intervals: Sequence[tuple[float, float]]) -> float:
+        """Seconds of the longest wait that touches none of the intervals."""
+        outside = [
+            b - a
+            for a, b in self.gaps()
+            if not any(b >= since and a <= until for since, until in intervals)
+        ]
+        return max(outside, default=0.0)
 
     async def _stream(self, number: int) -> None:
         turn = number
