@@ -49,7 +49,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
 from dynamo.refit.rpc import serve, unary
-from dynamo.refit.transport.nixl import NixlAgent
+from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ class PublishedVersion:
         return self._released.result(timeout)
 
     @property
-    def readable(self) -> bool:
-        """Somebody holds a lease on the bytes."""
+    def leased(self) -> bool:
+        """Somebody may be reading the bytes."""
         return time.monotonic() < self._leased_until
 
 
@@ -175,12 +175,7 @@ class WeightPublisher:
                 handle of the version before the last.
         """
         slot = next(self._slots)
-        for earlier in self._versions.values():
-            if earlier.slot == slot and earlier.readable:
-                raise LeaseHeld(
-                    f"version {earlier.version} is still being read from slot {slot}: "
-                    "await its handle's released() before publishing again"
-                )
+        self._on_loop(self._take_slot(slot, version)).result(START_SECONDS)
         self._buffers.write(slot)
         published = PublishedVersion(version, uuid.uuid4().hex, slot)
         event = WeightVersionReady(
@@ -221,15 +216,7 @@ class WeightPublisher:
     # --- set-up ---------------------------------------------------------------
 
     def _register(self) -> Manifest:
-        device = self._buffers.device
-        memory, number = (
-            ("VRAM", device.index or 0)
-            if device.type == "cuda"
-            else (
-                "DRAM",
-                0,
-            )
-        )
+        memory, number = memory_of(self._buffers.device)
         self._agent = NixlAgent(self._name)
         regions = [
             (r.address, r.nbytes) for slot in self._buffers.regions for r in slot
@@ -288,15 +275,28 @@ class WeightPublisher:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 await asyncio.wait_for(serving, 5)
 
+    async def _take_slot(self, slot: int, version: int) -> None:
+        """From here on nobody can lease what the slot held: its bytes will change.
+
+        On the loop's thread, like every lease, so that none comes in between.
+        """
+        there = [p for p in self._versions.values() if p.slot == slot]
+        for published in there:
+            if published.leased:
+                raise LeaseHeld(
+                    f"version {published.version} is still being read from slot "
+                    f"{slot}: await its handle's released() before publishing again"
+                )
+        for published in there:
+            del self._versions[published.announcement]
+            if not published._released.done():
+                detail = f"its buffer was taken for version {version}"
+                published._released.set_result(Release("superseded", detail))
+
     async def _announce(
         self, published: PublishedVersion, event: WeightVersionReady
     ) -> None:
-        # Only the newest is worth announcing again; older ones wait for their end.
-        self._versions = {
-            name: earlier
-            for name, earlier in self._versions.items()
-            if not earlier._released.done()
-        }
+        # Only the newest is announced again; an older one waits for its end.
         self._versions[published.announcement] = published
         self._latest = (published, event)
         self._events.publish(event)

@@ -26,7 +26,7 @@ from dynamo.refit.rank.install import (
     synchronize,
 )
 from dynamo.refit.rank.plan import Plan, Reslice, Segments
-from dynamo.refit.transport.nixl import NixlAgent, Read
+from dynamo.refit.transport.nixl import NixlAgent, Read, memory_of
 
 #: Between two polls of reads that are under way.
 POLL_SECONDS = 0.0005
@@ -134,7 +134,7 @@ class Session:
         ]
         regions = [(b.data_ptr(), b.numel()) for b in self._buffers if b.numel()]
         with watch.time("register"):
-            self._registration = agent.register(regions, *_memory(device))
+            self._registration = agent.register(regions, *memory_of(device))
             counters.registrations += len(regions)
 
     @property
@@ -244,7 +244,7 @@ class Requests:
         local = segments.local + target.data_ptr()
         return self._agent.prepare_read(
             peer,
-            (np.stack([local, segments.nbytes], axis=1), *_memory(target.device)),
+            (np.stack([local, segments.nbytes], axis=1), *memory_of(target.device)),
             (
                 np.stack([remote, segments.nbytes], axis=1),
                 source.memory,
@@ -327,9 +327,3 @@ def _still_active(read: Read) -> bool:
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
     """Zeros: padding of the arena is never written, and stays zero."""
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-
-
-def _memory(device: torch.device) -> tuple[str, int]:
-    if device.type == "cuda":
-        return "VRAM", device.index or 0
-    return "DRAM", 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from dynamo.refit.errors import TransferFailed
 
@@ -46,6 +47,13 @@ class Registration:
 
     descriptors: Any
     regions: int
+
+
+def memory_of(device: torch.device) -> tuple[Memory, int]:
+    """NIXL's memory type and device number of a torch device."""
+    if device.type == "cuda":
+        return "VRAM", device.index or 0
+    return "DRAM", 0
 
 
 class NixlAgent:

@@ -1,0 +1,165 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The publisher on a real runtime: manifest, leases, slots, announcements."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from dynamo.runtime import DistributedRuntime
+
+from dynamo.refit.bus import EventSubscriber
+from dynamo.refit.errors import LeaseHeld
+from dynamo.refit.events import WeightVersionReady
+from dynamo.refit.manifest import Manifest
+from dynamo.refit.protocol import (
+    AcquireLease,
+    Done,
+    GetManifest,
+    ManifestReply,
+    Refused,
+    ReleaseLease,
+)
+from dynamo.refit.publish.publisher import PublishedVersion, WeightPublisher
+from dynamo.refit.rpc import Caller
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.timeout(60),
+]
+
+PATH = "dynamo.trainer.weights"
+REPLY = Done | Refused | ManifestReply
+
+
+@pytest.fixture
+async def caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Caller]:
+    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "file")
+    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "discovery"))
+    monkeypatch.setenv("DYN_REQUEST_PLANE", "tcp")
+    monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
+    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
+    caller = Caller(runtime)
+    caller.runtime = runtime
+    yield caller
+    runtime.shutdown()
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {"a": torch.zeros(8, 4), "b": torch.zeros(3)}
+
+
+@pytest.fixture
+def publisher(
+    caller: Caller, weights: dict[str, torch.Tensor]
+) -> Iterator[WeightPublisher]:
+    with WeightPublisher("tiny", weights) as publisher:
+        yield publisher
+
+
+async def ask(caller: Caller, request: object) -> object:
+    (instance,) = await instances(caller)
+    return await caller.call(PATH, instance, request, REPLY, 10)
+
+
+async def instances(caller: Caller) -> list[int]:
+    while not (found := await caller.instances(PATH)):
+        await asyncio.sleep(0.01)
+    return found
+
+
+def lease(published: PublishedVersion, seconds: float = 60) -> AcquireLease:
+    name = published.announcement
+    return AcquireLease(announcement=name, holder="test", seconds=seconds)
+
+
+async def test_the_manifest_says_where_the_bytes_are(
+    publisher: WeightPublisher, caller: Caller, weights: dict[str, torch.Tensor]
+) -> None:
+    weights["a"].fill_(1.5)
+    published = publisher.publish(1)
+    reply = await ask(caller, GetManifest(manifest=publisher.manifest.fingerprint()))
+    manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
+    assert manifest == publisher.manifest
+    address = manifest.shard_addresses(published.slot)[0]
+    assert ctypes.string_at(address, 128) == weights["a"].numpy().tobytes()
+    other = await ask(caller, GetManifest(manifest="of another life"))
+    assert other.failure.kind == "SourceLost"
+
+
+async def test_a_leased_slot_is_not_written_again(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    first = publisher.publish(1)
+    assert await ask(caller, lease(first)) == Done()
+    publisher.publish(2)
+    with pytest.raises(LeaseHeld, match="version 1 is still being read from slot 0"):
+        publisher.publish(3)
+    release = ReleaseLease(announcement=first.announcement, outcome="completed")
+    assert await ask(caller, release) == Done()
+    assert first.wait(5).outcome == "completed"
+    publisher.publish(4)
+    assert publisher.publish(5).slot == 0
+
+
+async def test_a_lease_ends_by_itself(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    """Its holder died: the trainer goes on."""
+    first = publisher.publish(1)
+    await ask(caller, lease(first, seconds=0.05))
+    publisher.publish(2)
+    await asyncio.sleep(0.1)
+    assert publisher.publish(3).slot == first.slot
+
+
+async def test_an_overwritten_version_cannot_be_leased(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    """Nobody came for it; its buffer holds another version now."""
+    first = publisher.publish(1)
+    publisher.publish(2)
+    third = publisher.publish(3)
+    assert third.slot == first.slot
+    refused = await ask(caller, lease(first))
+    assert isinstance(refused, Refused)
+    assert refused.failure.kind == "SourceLost"
+    release = await first.released()
+    assert release.outcome == "superseded"
+    assert "version 3" in release.detail
+    assert await ask(caller, lease(third)) == Done()
+
+
+async def test_it_announces_until_the_version_has_ended(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    async with EventSubscriber(topic) as events:
+        published = publisher.publish(1)
+        heard: list[WeightVersionReady] = []
+        async for event in events:
+            heard.append(event)
+            if len(heard) == 2:
+                break
+        assert {event.announcement for event in heard} == {published.announcement}
+        assert heard[0].seq < heard[1].seq
+        assert heard[0].manifest == publisher.manifest.fingerprint()
+        name = published.announcement
+        done = ReleaseLease(announcement=name, outcome="refused", detail="no")
+        await ask(caller, done)
+        assert (await published.released()).detail == "no"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2.5):
+                async for event in events:
+                    raise AssertionError(f"announced again: {event}")
