@@ -66,9 +66,10 @@ from dynamo.refit.protocol import (
     WorkerStatus,
 )
 from dynamo.refit.rpc import PeerLost
-from dynamo.refit.worker import agent as agent_module
-from dynamo.refit.worker.agent import RanksFailed, RefitAgent, WeightsUnknown
+from dynamo.refit.worker import ranks as ranks_module
+from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import ProbeFailed, RefitEngine, with_epoch
+from dynamo.refit.worker.ranks import RanksFailed, WeightsUnknown
 
 pytestmark = [
     pytest.mark.unit,
@@ -399,7 +400,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 async def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(agent_module, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(ranks_module, "POLL_SECONDS", 0.001)
     bench = Bench()
     await bench.agent.start()
     return bench

@@ -23,7 +23,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -43,61 +43,27 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
-from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
     Commit,
     Committed,
     CommitTimings,
-    Describe,
-    Discard,
-    Done,
-    GetManifest,
     GetStatus,
     InFlightPolicy,
-    Install,
-    Installed,
-    ManifestReply,
     Message,
-    Poll,
     Prepare,
     RankReply,
     RankRequest,
     Refused,
-    Restore,
-    Running,
-    Stage,
-    Staged,
     Vote,
     WorkerPhase,
     WorkerRequest,
     WorkerStatus,
 )
-from dynamo.refit.rank.plan import check_extents
+from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
 
 logger = logging.getLogger(__name__)
-
-#: Between two polls of the ranks: each one waits for the running step.
-POLL_SECONDS = 0.02
-
-#: How long the trainer may take to send its manifest.
-MANIFEST_SECONDS = 60.0
-
-#: How long ranks may take to let go of a stage that was cancelled.
-DISCARD_SECONDS = 60.0
-
-
-class RanksFailed(RefitError):
-    """One or more ranks refused; carries the first one's failure."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
-class WeightsUnknown(RefitError):
-    """An install was neither finished nor undone."""
 
 
 class Engine(Protocol):
@@ -114,24 +80,6 @@ class Engine(Protocol):
     def begin_epoch(self, version: int) -> str: ...
     async def declare_version(self, version: int) -> None: ...
     async def probe(self) -> None: ...
-
-
-class Trainers(Protocol):
-    """Reaches a trainer's endpoint; see :class:`dynamo.refit.rpc.Caller`."""
-
-    async def call(
-        self, path: str, instance: int, request: Message, expected: Any, seconds: float
-    ) -> Any: ...
-
-
-@dataclass(frozen=True)
-class HeldManifest:
-    """The trainer's manifest, encoded and decoded, and its two fingerprints."""
-
-    fingerprint: str
-    layout: str
-    payload: bytes
-    manifest: Manifest
 
 
 @dataclass
@@ -168,21 +116,18 @@ class RefitAgent:
         worker: int,
     ) -> None:
         self._engine = engine
-        self._trainers = trainers
+        self._ranks = Ranks(self, trainers)
         self._publish = publish
         self._fence = fence
         self._model = model
         self._worker = worker
-        self._ranks = 0
+        self._size = 0
         self._version: int | None = None
         self._epoch = 0
         self._fenced = False
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
-        self._manifest: HeldManifest | None = None
-        self._ranks_manifest: str | None = None
-        self._checked_layout: str | None = None
 
     async def start(self) -> None:
         """Let every rank get ready to plan; before the first prepare.
@@ -190,15 +135,15 @@ class RefitAgent:
         Raises:
             RanksFailed: a rank cannot be refitted, and says why.
         """
-        described = await self._call(Describe())
-        self._ranks = len(described)
+        described = await self._ranks.describe()
+        self._size = len(described)
         total = sum(reply.nbytes for reply in described)
         logger.info(
             "refit agent of worker %d: model %s, %d ranks, %.1f MiB of parameters; "
             "staging and backup take as much again each",
             self._worker,
             self._model,
-            self._ranks,
+            self._size,
             total / 2**20,
         )
 
@@ -227,7 +172,7 @@ class RefitAgent:
             pending=transaction.request.version if transaction else None,
             epoch=self._epoch,
             kv_epoch=self._engine.kv_epoch,
-            ranks=self._ranks,
+            ranks=self._size,
         )
 
     def _check_epoch(self, epoch: int) -> None:
@@ -269,14 +214,14 @@ class RefitAgent:
     async def _stage(self, request: Prepare) -> Message:
         version = request.version
         try:
-            vote = await self._stage_on_ranks(request)
+            votes = await self._ranks.stage(request)
         except asyncio.CancelledError:
             return self._given_up(request)
         # A task's result crosses the process boundary: every cause is kept.
         except Exception as error:
             logger.warning("staging version %d failed: %s", version, error)
             with contextlib.suppress(RefitError):
-                await self._discard(version)
+                await self._ranks.discard(version)
             self._transaction = None
             return Refused(failure=self._failure(error, "stage", version))
         transaction = self._transaction
@@ -284,85 +229,12 @@ class RefitAgent:
         transaction.expiry = asyncio.get_running_loop().call_later(
             request.commit_seconds, self._expire, transaction
         )
-        self._publish(
-            WorkerStaged(worker=self._worker, version=version, ranks=vote.ranks)
-        )
-        return vote
+        self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
+        return Vote(version=version, ranks=votes)
 
     def _given_up(self, request: Prepare) -> Refused:
         error = StagingCancelled("aborted or superseded while staging")
         return Refused(failure=self._failure(error, "stage", request.version))
-
-    async def _stage_on_ranks(self, request: Prepare) -> Vote:
-        held = await self._fetch_manifest(request)
-        fingerprint, layout = held.fingerprint, held.layout
-        known = self._ranks_manifest == fingerprint
-        self._ranks_manifest = None
-        await self._call(
-            Stage(
-                version=request.version,
-                manifest=fingerprint,
-                slot=request.slot,
-                seconds=request.stage_seconds,
-                payload=None if known else held.payload,
-                want_reads=layout != self._checked_layout,
-            )
-        )
-        self._ranks_manifest = fingerprint
-        staged = await self._poll(request.version)
-        if layout != self._checked_layout:
-            check_extents(held.manifest, (reply.reads for reply in staged))
-            self._checked_layout = layout
-        return Vote(
-            version=request.version, ranks=tuple(reply.vote for reply in staged)
-        )
-
-    async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
-        if self._manifest is None or self._manifest.fingerprint != request.manifest:
-            reply = await self._trainers.call(
-                request.endpoint,
-                request.instance,
-                GetManifest(manifest=request.manifest),
-                ManifestReply | Refused,
-                MANIFEST_SECONDS,
-            )
-            if isinstance(reply, Refused):
-                raise RanksFailed(reply.failure)
-            manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
-            manifest.validate()
-            self._manifest = HeldManifest(
-                fingerprint=request.manifest,
-                layout=manifest.layout_fingerprint(),
-                payload=reply.payload,
-                manifest=manifest,
-            )
-        return self._manifest
-
-    async def _poll(self, version: int) -> list[Staged]:
-        """Wait until every rank has ended; the ranks keep their own deadline."""
-        while True:
-            replies = await self._ask(Poll(version=version))
-            if not any(isinstance(reply, Running) for reply in replies):
-                return _all_or_raise(replies)
-            if any(isinstance(reply, Refused) for reply in replies):
-                # One has failed: the others need not finish.
-                _all_or_raise([r for r in replies if not isinstance(r, Running)])
-            await asyncio.sleep(POLL_SECONDS)
-
-    async def _discard(self, version: int) -> None:
-        """Stop the ranks' stage and forget it.
-
-        Raises:
-            RefitError: a rank does not let go.
-        """
-        deadline = time.monotonic() + DISCARD_SECONDS
-        while True:
-            replies = await self._ask(Discard(version=version))
-            if all(isinstance(reply, Done) for reply in replies):
-                return
-            if time.monotonic() > deadline:
-                raise RefitError(f"a rank does not let go of version {version}")
-            await asyncio.sleep(POLL_SECONDS)
 
     async def _give_up(self, transaction: Transaction) -> None:
         """End a stage, or forget what is staged, and wait until the ranks let go.
@@ -380,7 +252,7 @@ class RefitAgent:
         transaction.work.cancel()
         await asyncio.wait([transaction.work])
         try:
-            await self._discard(transaction.request.version)
+            await self._ranks.discard(transaction.request.version)
         finally:
             if self._transaction is transaction:
                 self._transaction = None
@@ -441,7 +313,7 @@ class RefitAgent:
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
-                await self._discard(version)
+                await self._ranks.discard(version)
             failure = msgspec.structs.replace(error.failure, worker=self._worker)
             return Refused(failure=failure)
         # What the live weights are is not known now, whatever the cause.
@@ -476,9 +348,9 @@ class RefitAgent:
             failed: RanksFailed | None = None
             retries = 0
             try:
-                retries = await self._install_on_ranks(version)
+                retries = await self._ranks.install(version)
             except RanksFailed as error:
-                await self._restore(version, error)
+                await self._ranks.restore(version, error)
                 failed = error
             else:
                 self._version = version
@@ -525,25 +397,6 @@ class RefitAgent:
             failure = failure_from(error, stage="pause", version=version)
             raise RanksFailed(failure) from error
 
-    async def _install_on_ranks(self, version: int) -> int:
-        """Install, and once more where it failed: the staged copy is intact."""
-        try:
-            await self._call(Install(version=version))
-        except RanksFailed as error:
-            logger.warning("installing version %d again: %s", version, error.failure)
-            await self._call(Install(version=version))
-            return 1
-        return 0
-
-    async def _restore(self, version: int, cause: RanksFailed) -> None:
-        replies = await self._ask(Restore(version=version))
-        for reply in replies:
-            if not isinstance(reply, Installed):
-                raise WeightsUnknown(
-                    f"version {version} was installed on some ranks only "
-                    f"({cause.failure}) and could not be undone ({reply})"
-                ) from cause
-
     def _fence_off(self, version: int | None, error: BaseException) -> Refused:
         """Leave the engine as it is (paused, in a commit), tell everyone, and go."""
         failure = self._failure(error, "install", version)
@@ -557,16 +410,13 @@ class RefitAgent:
 
     # --- shared ---------------------------------------------------------------
 
-    async def _ask(self, request: RankRequest) -> list[RankReply]:
+    async def call_ranks(self, request: RankRequest) -> list[RankReply]:
+        """Every rank's answer; an answer out of step fences this worker."""
         try:
             return await self._engine.call_ranks(request)
         except OutOfStep as error:
-            # Nothing that the ranks say can be trusted from here on.
             self._fence_off(getattr(request, "version", None), error)
             raise
-
-    async def _call(self, request: RankRequest) -> list:
-        return _all_or_raise(await self._ask(request))
 
     def _failure(
         self, error: BaseException, stage: str, version: int | None
@@ -574,10 +424,3 @@ class RefitAgent:
         if isinstance(error, RanksFailed):
             return msgspec.structs.replace(error.failure, worker=self._worker)
         return failure_from(error, stage=stage, worker=self._worker, version=version)
-
-
-def _all_or_raise(replies: list[RankReply]) -> list:
-    for reply in replies:
-        if isinstance(reply, Refused):
-            raise RanksFailed(reply.failure)
-    return replies
