@@ -23,6 +23,7 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
+from graphs.client import Client
 from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
 from tests.support.processes import Trainer, fleet_status
 
@@ -299,3 +300,39 @@ def process_counts(group: int) -> tuple[int, int]:
             continue
     assert threads > 0
     return threads, descriptors
+
+
+async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
+    """Rank 0 can neither install nor undo, rank 1 has installed: no token of such a
+    mixture is made, and the process ends. The last test: it takes the worker along.
+    """
+    bench.order(
+        install={"rank": 0, "error": "cannot write"},
+        restore={"rank": 0, "error": "cannot undo"},
+    )
+    async with Client(bench.graph.url, bench.graph.name) as client:
+        straddling = asyncio.create_task(
+            client.complete(bench.asked[0], 1500, ignore_eos=True)
+        )
+        with Trainer(bench.graph, bench.models["A"]) as trainer:
+            version = next(bench.versions)
+            trainer.publish(version, bench.models[other(bench)])
+            fenced = await asyncio.to_thread(
+                bench.events.wait_for, WorkerFenced, lambda e: e.version == version
+            )
+            failed = await asyncio.to_thread(bench.events.find, RefitFailed, version)
+            assert trainer.released()["outcome"] == "failed"
+        cut_off = await straddling
+    for failure in (fenced.failure, failed.failure):
+        assert failure.kind == "WeightsUnknown"
+        assert "cannot write" in failure.message
+        assert "cannot undo" in failure.message
+    # The stream ends in an error, which a router can act on; not in a "stop".
+    assert cut_off.error is not None
+    assert cut_off.finish_reason is None
+    worker = bench.graph.processes.pop("worker0")
+    deadline = time.monotonic() + 30
+    while worker.running and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    assert not worker.running
+    worker.kill()

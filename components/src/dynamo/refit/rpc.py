@@ -113,9 +113,17 @@ def unary(
     return handle
 
 
-async def serve(endpoint: Endpoint, handler: Callable[[Any], AsyncIterator]) -> None:
+async def serve(
+    endpoint: Endpoint,
+    handler: Callable[[Any], AsyncIterator],
+    *,
+    health_check: Message | None = None,
+) -> None:
     """Serve ``endpoint`` until the runtime shuts down.
 
-    A coroutine around Dynamo's future, as tasks are made of coroutines.
+    A coroutine around Dynamo's future, as tasks are made of coroutines. With a
+    ``health_check`` (a request it must answer) the process reports itself healthy
+    as soon as the endpoint is up.
     """
-    await endpoint.serve_endpoint(handler)
+    payload = to_wire(health_check) if health_check is not None else None
+    await endpoint.serve_endpoint(handler, health_check_payload=payload)

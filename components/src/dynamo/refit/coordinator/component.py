@@ -113,7 +113,11 @@ class Coordinator:
                 tasks.create_task(fleet.watch(self._inputs))
                 tasks.create_task(self._tick())
                 tasks.create_task(
-                    serve(status, unary(GetStatus, self._status, "status"))
+                    serve(
+                        status,
+                        unary(GetStatus, self._status, "status"),
+                        health_check=GetStatus(),
+                    )
                 )
 
     async def _decide(self) -> None:
@@ -201,6 +205,8 @@ class Coordinator:
         except (RefitError, msgspec.ValidationError) as error:
             # A trainer that is alive announces again, and is told again.
             logger.warning("version %d: lease not released: %s", ready.version, error)
+        finally:
+            self._lease_turn.pop(ready.announcement, None)
 
     async def _call_trainer(
         self, ready: WeightVersionReady, request: AcquireLease | ReleaseLease

@@ -11,7 +11,8 @@ weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,20 +60,14 @@ class Stopwatch:
 
     ms: dict[str, float] = field(default_factory=dict)
 
-    def time(self, step: str) -> _Lap:
-        return _Lap(self.ms, step)
-
-
-class _Lap:
-    def __init__(self, ms: dict[str, float], step: str) -> None:
-        self._ms, self._step = ms, step
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        elapsed = (time.perf_counter() - self._start) * 1e3
-        self._ms[self._step] = self._ms.get(self._step, 0.0) + elapsed
+    @contextmanager
+    def time(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = (time.perf_counter() - began) * 1e3
+            self.ms[step] = self.ms.get(step, 0.0) + elapsed
 
 
 @dataclass(frozen=True)

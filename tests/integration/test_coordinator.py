@@ -1,0 +1,96 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator process by itself: healthy, and able to say that nobody is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graphs.local import free_port
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.timeout(90),
+]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_FILE_KV": str(tmp_path / "discovery"),
+        "DYN_REQUEST_PLANE": "tcp",
+        "DYN_EVENT_PLANE": "zmq",
+        "DYN_LOG": "error",
+    }
+
+
+@pytest.fixture
+def system_port(environment: dict[str, str]) -> Iterator[int]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dynamo.refit", "--model", "tiny"],
+        env={**environment, "DYN_SYSTEM_PORT": str(port)},
+    )
+    yield port
+    process.terminate()
+    process.wait(20)
+
+
+def run_cli(environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dynamo.refit.cli", "status", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_it_is_healthy_for_kubernetes_probes(system_port: int) -> None:
+    url = f"http://127.0.0.1:{system_port}/health"
+    deadline = time.monotonic() + 40
+    status = None
+    while status != 200 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                status = answer.status
+        except urllib.error.HTTPError as error:
+            status = error.code
+        except OSError:
+            continue
+    assert status == 200
+
+
+def test_status_of_an_empty_fleet(
+    system_port: int, environment: dict[str, str]
+) -> None:
+    answer = run_cli(environment)
+    assert answer.returncode == 0, answer.stderr
+    status = json.loads(answer.stdout.splitlines()[-1])
+    assert (status["model"], status["members"]) == ("tiny", [])
+    assert (status["desired"], status["completed"]) == (None, None)
+
+
+def test_without_a_coordinator_the_cli_says_what_to_do(
+    environment: dict[str, str],
+) -> None:
+    answer = run_cli(environment)
+    assert answer.returncode == 1
+    line = answer.stderr.splitlines()[-1]
+    assert line.startswith("dynamo-refit: no coordinator in namespace 'dynamo'")
+    assert "python -m dynamo.refit" in line
