@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from dynamo.refit.errors import PointerMoved
-from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
+from dynamo.refit.manifest import (
+    ALIGNMENT,
+    Manifest,
+    Region,
+    Shard,
+    Source,
+    TensorEntry,
+)
 from dynamo.refit.rank.install import LiveParameters, parameter_views
-from dynamo.refit.rank.plan import ALIGNMENT, Parameter, Plan, ReadSlice, make_plan
+from dynamo.refit.rank.plan import Parameter, Plan, ReadSlice, make_plan
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.manifest import (
+    ALIGNMENT,
     ITEMSIZE,
     Box,
     Manifest,
@@ -31,7 +32,6 @@ from dynamo.refit.manifest import (
     TensorEntry,
 )
 from dynamo.refit.rank.plan import (
-    ALIGNMENT,
     COST,
     Parameter,
     Plan,

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynamo.refit.errors import ManifestInvalid
-from dynamo.refit.manifest import ITEMSIZE, Manifest, Region, Source
+from dynamo.refit.manifest import ALIGNMENT, ITEMSIZE, Manifest, Region, Source
 from dynamo.refit.publish.torch_state import (
-    ALIGNMENT,
     InPlaceBuffers,
     SnapshotBuffers,
 )

@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from datetime import datetime
 from typing import Annotated
 
 import msgspec
 import typer
-from dynamo.runtime import DistributedRuntime
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +18,7 @@ from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.protocol import FleetStatus, GetStatus, Refused
-from dynamo.refit.rpc import Caller
+from dynamo.refit.rpc import Caller, runtime_from_environment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -81,7 +79,7 @@ def main() -> None:
 
 
 async def _fetch_status(namespace: str) -> FleetStatus:
-    caller = Caller(_runtime())
+    caller = Caller(runtime_from_environment())
     path = f"{namespace}.refit.status"
     deadline = asyncio.get_running_loop().time() + STATUS_SECONDS
     while not (found := await caller.instances(path)):
@@ -101,7 +99,7 @@ async def _fetch_status(namespace: str) -> FleetStatus:
 
 
 async def _watch(namespace: str, as_json: bool) -> None:
-    topic = _runtime().endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
+    topic = runtime_from_environment().endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     async with EventSubscriber(topic) as events:
         async for event in events:
             if isinstance(event, RejectedPayload):
@@ -111,14 +109,6 @@ async def _watch(namespace: str, as_json: bool) -> None:
             else:
                 at = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
                 print(f"{at} {event.publisher} {event}", flush=True)
-
-
-def _runtime() -> DistributedRuntime:
-    return DistributedRuntime(
-        asyncio.get_running_loop(),
-        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
-        os.environ.get("DYN_REQUEST_PLANE", "tcp"),
-    )
 
 
 def _show(version: int | None) -> str:

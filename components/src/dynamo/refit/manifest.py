@@ -34,7 +34,16 @@ ITEMSIZE = {
     "bool": 1,
 }
 
+#: Tensors start at multiples of this in an arena, the publisher's and the ranks': a
+#: cache line pair, and what CUDA's vectorised copies like.
+ALIGNMENT = 256
+
 Box = tuple[tuple[int, int], ...]
+
+
+def align(nbytes: int) -> int:
+    """``nbytes``, up to the next multiple of :data:`ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -24,6 +25,16 @@ DISCOVERY_SECONDS = 5.0
 
 class PeerLost(RefitError):
     """The called process is gone, or did not answer in time."""
+
+
+def runtime_from_environment() -> DistributedRuntime:
+    """A runtime on the running loop, configured as Dynamo's own components are by
+    ``DYN_DISCOVERY_BACKEND`` and ``DYN_REQUEST_PLANE``."""
+    return DistributedRuntime(
+        asyncio.get_running_loop(),
+        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
+        os.environ.get("DYN_REQUEST_PLANE", "tcp"),
+    )
 
 
 class Caller:

@@ -30,7 +30,6 @@ from typing import Any, Literal
 import msgspec
 import torch
 import uvloop
-from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
 from dynamo.refit.errors import LeaseHeld, SourceLost
@@ -48,7 +47,7 @@ from dynamo.refit.protocol import (
     TrainerRequest,
 )
 from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
-from dynamo.refit.rpc import serve, unary
+from dynamo.refit.rpc import runtime_from_environment, serve, unary
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
 logger = logging.getLogger(__name__)
@@ -256,11 +255,7 @@ class WeightPublisher:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._closing = asyncio.Event()
-        runtime = DistributedRuntime(
-            self._loop,
-            os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
-            os.environ.get("DYN_REQUEST_PLANE", "tcp"),
-        )
+        runtime = runtime_from_environment()
         weights = runtime.endpoint(f"{self._namespace}.{self._component}.weights")
         topic = runtime.endpoint(f"{self._namespace}.refit.{WEIGHT_VERSIONS}")
         handler = unary(TrainerRequest, self._answer, "trainer")

@@ -14,10 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from dynamo.refit.errors import ManifestInvalid
-from dynamo.refit.manifest import Region, Shard, TensorEntry
-
-#: Tensors start at multiples of this in a snapshot arena.
-ALIGNMENT = 256
+from dynamo.refit.manifest import Region, Shard, TensorEntry, align
 
 
 class InPlaceBuffers:
@@ -82,7 +79,7 @@ class SnapshotBuffers:
         for name, tensor in tensors.items():
             self.entries.append(_entry(name, tensor, 0, end))
             offsets.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            end += align(tensor.nbytes)
         self._arenas = [
             torch.zeros(end, dtype=torch.uint8, device=self.device)
             for _ in range(slots)

@@ -19,11 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dynamo.refit.errors import LayoutRefused
-from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, Shard, TensorEntry
-
-#: Parameters start at multiples of this in the arena: a cache line pair, and what
-#: CUDA's vectorised copies like.
-ALIGNMENT = 256
+from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, Shard, TensorEntry, align
 
 
 @dataclass(frozen=True)
@@ -284,7 +280,7 @@ class _WaveBuilder:
     def _add_span(
         self, source: int, number: int, remote: int, span: int, reslice: Reslice
     ) -> None:
-        padded = _align(span)
+        padded = align(span)
         if len(self._waves) == 1 or self._used + padded > self._limit:
             self._waves.append(({}, []))
             self._used = 0
@@ -391,7 +387,7 @@ def _lay_out(parameters: Sequence[Parameter]) -> tuple[dict[str, int], int]:
     offsets, end = {}, 0
     for parameter in parameters:
         offsets[parameter.name] = end
-        end += _align(parameter.nbytes)
+        end += align(parameter.nbytes)
     return offsets, end
 
 
@@ -416,10 +412,6 @@ def _bounding_boxes(slices: Iterable[ReadSlice]) -> dict[str, Box]:
         known = boxes.get(piece.tensor)
         boxes[piece.tensor] = _hull(known, piece.box) if known else piece.box
     return boxes
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _volume(box: Box) -> int:

@@ -314,8 +314,7 @@ class RefitAgent:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
                 await self._ranks.discard(version)
-            failure = msgspec.structs.replace(error.failure, worker=self._worker)
-            return Refused(failure=failure)
+            return Refused(failure=self._failure(error, "install", version))
         # What the live weights are is not known now, whatever the cause.
         except BaseException as error:
             return self._fence_off(version, error)
