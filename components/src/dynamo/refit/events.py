@@ -47,6 +47,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     ``announcement`` names one call of ``publish()``: repeats of the event carry
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
+    ``weights`` is the version's fingerprint: what every worker's bytes must show.
     """
 
     model: str
@@ -56,6 +57,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     instance: int
     manifest: str
     slot: int
+    weights: str
     in_flight: InFlightPolicy | None = None
 
 

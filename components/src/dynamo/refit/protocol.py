@@ -191,6 +191,19 @@ class ManifestReply(Message, frozen=True, kw_only=True, tag=True):
     payload: bytes
 
 
+class GetFingerprints(Message, frozen=True, kw_only=True, tag=True):
+    """Send the fingerprint of every tensor of the announced version."""
+
+    announcement: str
+
+
+class FingerprintsReply(Message, frozen=True, kw_only=True, tag=True):
+    """One little-endian uint64 per tensor, in the manifest's order; see
+    :mod:`dynamo.refit.fingerprint`."""
+
+    payload: bytes
+
+
 class AcquireLease(Message, frozen=True, kw_only=True, tag=True):
     """Keep the announcement's bytes as they are, for at most ``seconds``."""
 
@@ -214,8 +227,8 @@ class Done(Message, frozen=True, kw_only=True, tag=True):
     """The lease was taken or given back."""
 
 
-TrainerRequest = GetManifest | AcquireLease | ReleaseLease
-TrainerReply = ManifestReply | Done | Refused
+TrainerRequest = GetManifest | GetFingerprints | AcquireLease | ReleaseLease
+TrainerReply = ManifestReply | FingerprintsReply | Done | Refused
 
 
 # --- anyone to coordinator --------------------------------------------------
