@@ -23,14 +23,11 @@ def config(**changed: object) -> SimpleNamespace:
         "data_parallel_size": 1,
         "enable_eplb": False,
         "lora_config": None,
-        "is_moe": False,
         **changed,
     }
-    lora, moe = settings.pop("lora_config"), settings.pop("is_moe")
+    lora = settings.pop("lora_config")
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**settings),
-        lora_config=lora,
-        model_config=SimpleNamespace(is_moe=moe),
+        parallel_config=SimpleNamespace(**settings), lora_config=lora
     )
 
 
@@ -45,7 +42,6 @@ def test_tensor_parallel_is_supported() -> None:
         ("data_parallel_size", 4, "data_parallel_size"),
         ("enable_eplb", True, "enable_eplb"),
         ("lora_config", object(), "enable_lora"),
-        ("is_moe", True, "experts on a CPU"),
     ],
 )
 def test_refused_settings(setting: str, value: object, named: str) -> None:

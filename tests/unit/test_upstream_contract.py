@@ -25,13 +25,23 @@ stand_in_if_missing()
 from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
-from vllm import _custom_ops  # noqa: E402
 from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
 from vllm.model_executor.layers import utils as gemm  # noqa: E402
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe  # noqa: E402
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402
+    UnquantizedMoeBackend,
+    backend_to_kernel_cls,
+)
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    UnquantizedEmbeddingMethod,
+)
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
 from vllm.v1.worker import worker_base  # noqa: E402
 
+from dynamo.refit.rank import cpu_layout  # noqa: E402
 from dynamo.refit.rank.extension import RefitWorkerExtension  # noqa: E402
 from dynamo.refit.worker.hook import on_worker_ready  # noqa: E402
 from dynamo.refit.worker.main import EXTENSION  # noqa: E402
@@ -268,7 +278,7 @@ def test_a_prompt_s_salt_is_part_of_its_prefix_cache_keys() -> None:
     assert "cache_salt" in extra_keys
 
 
-# --- vLLM's workers: rank/extension.py, rank/cpu_layout.py --------------------
+# --- vLLM's workers: rank/extension.py -----------------------------------------
 
 
 def extension_names() -> list[str]:
@@ -325,23 +335,80 @@ def test_a_rank_reaches_its_model_and_its_config() -> None:
     assert parameters(runner.GPUModelRunner.get_model) == ["self"]
 
 
-def test_the_switches_of_cpu_weight_packing_are_where_they_are_turned_off() -> None:
-    """In the source, since importing the extension has turned them off already."""
-    assigned = {
-        target.id
-        for node in tree(_custom_ops).body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
+# --- vLLM's CPU build: rank/cpu_layout.py --------------------------------------
+# In the source, since importing the extension has replaced what is looked at here.
+
+
+def definitions(code: Any, kind: type) -> dict[str, Any]:
+    """The functions or classes that a module or class defines, as they are written."""
+    body = code.body if isinstance(code, ast.ClassDef) else tree(code).body
+    return {node.name: node for node in body if isinstance(node, kind)}
+
+
+def arguments(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in function.args.args]
+
+
+def test_one_function_decides_how_a_cpu_computes_with_a_matrix() -> None:
+    function = definitions(gemm, ast.FunctionDef)["dispatch_cpu_unquantized_gemm"]
+    assert arguments(function) == ["layer", "remove_weight"]
+    # What it decides on is called with the weight that the layer has then.
+    call = definitions(gemm, ast.FunctionDef)["cpu_unquantized_gemm"]
+    assert ast.unparse(call.body[-1]) == "return layer.cpu_linear(x, weight, bias)"
+
+
+@pytest.mark.parametrize(
+    "method", [UnquantizedLinearMethod, UnquantizedEmbeddingMethod]
+)
+def test_that_function_is_looked_up_when_weights_have_been_loaded(method: type) -> None:
+    """So that replacing it in its module is enough."""
+    processing = method.process_weights_after_loading
+    [imported] = [
+        n for n in ast.walk(tree(processing)) if isinstance(n, ast.ImportFrom)
+    ]
+    assert imported.module == gemm.__name__
+    assert [name.name for name in imported.names] == ["dispatch_cpu_unquantized_gemm"]
+    assert len(calls_of("dispatch_cpu_unquantized_gemm", processing)) == 1
+
+
+def test_experts_are_packed_in_one_method_and_used_in_another() -> None:
+    classes = definitions(cpu_moe, ast.ClassDef)
+    methods = definitions(classes["CPUUnquantizedExperts"], ast.FunctionDef)
+    process, apply = methods["process_weights_after_loading"], methods["apply"]
+    assert arguments(process) == ["self", "layer"]
+    assert arguments(apply)[:5] == ["self", "output", "hidden_states", "w1", "w2"]
+    # Everything that is done to the weights is done in the replacement, too.
+    assert [ast.unparse(statement) for statement in process.body] == [
+        "self._use_zentorch = is_zentorch_moe_supported(layer)",
+        "if self._use_zentorch:\n    return",
+        "self._pad_moe_intermediate(layer)",
+        "replace_parameter(layer, 'w13_weight', "
+        "cpu_prepack_moe_weight(layer.w13_weight, self.isa))",
+        "replace_parameter(layer, 'w2_weight', "
+        "cpu_prepack_moe_weight(layer.w2_weight, self.isa))",
+    ]
+
+
+def test_the_experts_of_every_kind_of_cpu_inherit_both() -> None:
+    kinds = [
+        node
+        for node in definitions(cpu_moe, ast.ClassDef).values()
+        if "CPUUnquantizedExperts" in [ast.unparse(base) for base in node.bases]
+    ]
+    assert len(kinds) >= 3
+    replaced = {"process_weights_after_loading", "apply"}
+    for kind in kinds:
+        assert not replaced & definitions(kind, ast.FunctionDef).keys(), kind.name
+    assert {c.__name__ for c in backend_to_kernel_cls(UnquantizedMoeBackend.CPU)} == {
+        "CPUUnquantizedExperts",
+        *(kind.name for kind in kinds),
     }
-    assert "_supports_onednn" in assigned
-    functions = {
-        node.name: [argument.arg for argument in node.args.args]
-        for node in tree(gemm).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert functions["check_cpu_sgl_kernel"] == ["n", "k", "dtype"]
-    # Read when the weights are dispatched, not when the module is imported.
-    dispatch = inspect.getsource(gemm.dispatch_cpu_unquantized_gemm)
-    assert "ops._supports_onednn" in dispatch
-    assert "check_cpu_sgl_kernel(" in dispatch
+
+
+def test_importing_the_extension_has_replaced_them_on_a_cpu() -> None:
+    if not current_platform.is_cpu():
+        pytest.skip("another platform keeps its layout")
+    experts = cpu_moe.CPUUnquantizedExperts
+    assert gemm.dispatch_cpu_unquantized_gemm is cpu_layout.dispatch_plain
+    assert experts.process_weights_after_loading is cpu_layout.keep_experts
+    assert experts.apply is cpu_layout.apply_plain_experts

@@ -20,7 +20,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from dynamo.refit.errors import (
     Failure,
@@ -73,9 +72,6 @@ def check_supported(config: VllmConfig) -> None:
         "enable_eplb": parallel.enable_eplb,
         # Adapters wrap the layers, and are computed against the base weights.
         "enable_lora": config.lora_config is not None,
-        # vLLM's CPU build packs experts in place, in the shape they are loaded in: a
-        # refit would be wrong without an error.
-        "experts on a CPU": current_platform.is_cpu() and config.model_config.is_moe,
     }
     for setting, used in refused.items():
         if used:
