@@ -33,6 +33,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -72,6 +74,12 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "qwen3-tied": _Architecture(
         Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}
     ),
+    # One KV head: every tensor-parallel rank holds all of it.
+    "qwen3-mqa": _Architecture(
+        Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 1}
+    ),
+    # Query, key and value projections have biases.
+    "qwen2": _Architecture(Qwen2Config, Qwen2ForCausalLM),
     "qwen3moe": _Architecture(
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
@@ -215,10 +223,12 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         model.get_output_embeddings().weight,
     )
     quiet = _quiet_token_ids()
-    for _, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         if any(parameter is weight for weight in vocabulary_weights):
             values = 0.1 * torch.randn(parameter.shape, generator=generator)
             values[quiet] *= 0.01
+        elif name.endswith(".bias"):
+            values = 0.1 * torch.randn(parameter.shape, generator=generator)
         elif parameter.dim() == 1:
             values = 0.5 + torch.rand(parameter.shape, generator=generator)
         else:

@@ -55,6 +55,32 @@ def test_every_tensor_differs_between_seeds(tmp_path: Path, architecture: str) -
     ).read_bytes()
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_is_small(tmp_path: Path, architecture: str) -> None:
+    directory = make_checkpoint(tmp_path / "m", seed=1, architecture=architecture)
+    assert 4e6 < (directory / "model.safetensors").stat().st_size < 12.6e6
+
+
+def test_qwen2_has_biases_where_qwen_has_them(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model", seed=1, architecture="qwen2")
+    tensors = load_file(directory / "model.safetensors")
+
+    prefix = "model.layers.0.self_attn"
+    biases = {name for name in tensors if ".0." in name and name.endswith(".bias")}
+    assert biases == {f"{prefix}.{part}_proj.bias" for part in "qkv"}
+    assert tensors[f"{prefix}.q_proj.bias"].shape == (256,)
+    assert tensors[f"{prefix}.k_proj.bias"].shape == (128,)
+
+
+def test_one_kv_head_serves_all_query_heads(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model", seed=1, architecture="qwen3-mqa")
+    tensors = load_file(directory / "model.safetensors")
+
+    prefix = "model.layers.0.self_attn"
+    assert tensors[f"{prefix}.q_proj.weight"].shape == (256, 256)
+    assert tensors[f"{prefix}.v_proj.weight"].shape == (32, 256)
+
+
 def test_generating_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     make_checkpoint(tmp_path / "model", seed=1)
