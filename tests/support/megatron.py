@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How Megatron-Core lays a model out over ranks, written down a second time.
+
+Megatron-Core is not installed here. This makes each rank's parameters from a
+Hugging Face state dict, as ``GPTModel`` holds them:
+
+- ``linear_qkv``: per KV group its query heads, its key head, its value head; these
+  rows, one after the other, are cut into ``tp`` equal runs, wherever that falls;
+- ``linear_fc1`` of a gated MLP: the rank's part of gate, then its part of up;
+- the vocabulary is filled up with rows until it divides;
+- experts are split over expert-parallel ranks, each one over ``tp`` ranks.
+
+Sources: megatron/core/transformer/attention.py (``get_query_key_value_tensors``),
+mlp.py (``sharded_state_dict`` of a gated ``linear_fc1``), and
+megatron/core/tensor_parallel/layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PADDING = -12345.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model; ``divisible`` is ``make_vocab_size_divisible_by``."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    hidden: int = 8
+    ffn: int = 12
+    expert_ffn: int = 24
+    experts: int = 4
+    vocab: int = 50
+    divisible: int = 8
+
+    def padded_vocab(self, tp: int) -> int:
+        step = self.divisible * tp
+        return -(-self.vocab // step) * step
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A rank's part of a Megatron parameter.
+
+    ``axis`` is ``None`` for a replicated one; ``ranks`` and ``rank`` are of the group
+    that it is cut over. ``hf`` are the checkpoint's names, in Megatron's order.
+    """
+
+    name: str
+    kind: str
+    local: torch.Tensor
+    hf: tuple[str, ...]
+    axis: int | None
+    ranks: int
+    rank: int
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        shape = list(self.local.shape)
+        if self.axis is not None:
+            shape[self.axis] *= self.ranks
+        return tuple(shape)
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        if self.axis is None:
+            return None
+        extent = self.local.shape[self.axis]
+        return self.rank * extent, (self.rank + 1) * extent
+
+
+def random_checkpoint(shape: Shape) -> dict[str, torch.Tensor]:
+    """A state dict under Hugging Face names: a dense layer 0, an MoE layer 1."""
+    generator = torch.Generator().manual_seed(7)
+
+    def fresh(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(torch.bfloat16)
+
+    made = {
+        "model.embed_tokens.weight": fresh(shape.vocab, shape.hidden),
+        "model.norm.weight": fresh(shape.hidden),
+        "lm_head.weight": fresh(shape.vocab, shape.hidden),
+    }
+    rows = {"q": shape.heads, "k": shape.groups, "v": shape.groups}
+    for layer in ("model.layers.0", "model.layers.1"):
+        for part, heads in rows.items():
+            name = f"{layer}.self_attn.{part}_proj"
+            made[f"{name}.weight"] = fresh(heads * shape.head_dim, shape.hidden)
+            made[f"{name}.bias"] = fresh(heads * shape.head_dim)
+        width = shape.heads * shape.head_dim
+        made[f"{layer}.self_attn.o_proj.weight"] = fresh(shape.hidden, width)
+        made[f"{layer}.input_layernorm.weight"] = fresh(shape.hidden)
+    made |= _mlp("model.layers.0.mlp", shape.ffn, shape.hidden, fresh)
+    made["model.layers.1.mlp.gate.weight"] = fresh(shape.experts, shape.hidden)
+    for expert in range(shape.experts):
+        name = f"model.layers.1.mlp.experts.{expert}"
+        made |= _mlp(name, shape.expert_ffn, shape.hidden, fresh)
+    return made
+
+
+def _mlp(name, ffn, hidden, fresh) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.gate_proj.weight": fresh(ffn, hidden),
+        f"{name}.up_proj.weight": fresh(ffn, hidden),
+        f"{name}.down_proj.weight": fresh(hidden, ffn),
+    }
+
+
+def megatron_rank(
+    checkpoint: dict[str, torch.Tensor],
+    shape: Shape,
+    *,
+    tp: int,
+    rank: int,
+    ep: int = 1,
+    ep_rank: int = 0,
+) -> Iterator[Parameter]:
+    """Every parameter of rank ``(rank, ep_rank)``."""
+
+    def cut(name, kind, whole, hf, axis):
+        part = whole if axis is None else whole.chunk(tp, dim=axis)[rank]
+        return Parameter(name, kind, part.contiguous(), hf, axis, tp, rank)
+
+    def gated(name, prefix):
+        hf = (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        halves = [checkpoint[h].chunk(tp, dim=0)[rank] for h in hf]
+        return Parameter(name, "gated", torch.cat(halves), hf, 0, tp, rank)
+
+    for name, hf in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        padded = torch.full((shape.padded_vocab(tp), shape.hidden), PADDING)
+        padded = padded.to(torch.bfloat16)
+        padded[: shape.vocab] = checkpoint[hf]
+        yield cut(name, "column", padded, (hf,), 0)
+    norm = "model.norm.weight"
+    yield cut("decoder.final_layernorm.weight", "same", checkpoint[norm], (norm,), None)
+    for layer in (0, 1):
+        here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        for what in ("weight", "bias"):
+            hf = tuple(f"{there}.self_attn.{p}_proj.{what}" for p in "qkv")
+            fused = _interleave(*(checkpoint[h] for h in hf), shape)
+            name = f"{here}.self_attention.linear_qkv.{what}"
+            yield cut(name, "qkv", fused, hf, 0)
+        hf = f"{there}.self_attn.o_proj.weight"
+        name = f"{here}.self_attention.linear_proj.weight"
+        yield cut(name, "row", checkpoint[hf], (hf,), 1)
+        hf = f"{there}.input_layernorm.weight"
+        name = f"{here}.self_attention.linear_qkv.layer_norm_weight"
+        yield cut(name, "same", checkpoint[hf], (hf,), None)
+    yield gated("decoder.layers.0.mlp.linear_fc1.weight", "model.layers.0.mlp")
+    hf = "model.layers.0.mlp.down_proj.weight"
+    yield cut("decoder.layers.0.mlp.linear_fc2.weight", "row", checkpoint[hf], (hf,), 1)
+    hf = "model.layers.1.mlp.gate.weight"
+    yield cut("decoder.layers.1.mlp.router.weight", "same", checkpoint[hf], (hf,), None)
+    mine = shape.experts // ep
+    for expert in range(ep_rank * mine, (ep_rank + 1) * mine):
+        here = "decoder.layers.1.mlp.experts"
+        there = f"model.layers.1.mlp.experts.{expert}"
+        yield gated(f"{here}.linear_fc1.weight{expert}", there)
+        hf = f"{there}.down_proj.weight"
+        name = f"{here}.linear_fc2.weight{expert}"
+        yield cut(name, "row", checkpoint[hf], (hf,), 1)
+
+
+def _interleave(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape
+) -> torch.Tensor:
+    """Row by row: which row of q, k or v each row of ``linear_qkv`` is."""
+    per_group = shape.heads // shape.groups
+    rows = []
+    for group in range(shape.groups):
+        for head in range(group * per_group, (group + 1) * per_group):
+            for i in range(shape.head_dim):
+                rows.append(q[head * shape.head_dim + i])
+        for source in (k, v):
+            for i in range(shape.head_dim):
+                rows.append(source[group * shape.head_dim + i])
+    return torch.stack(rows)
