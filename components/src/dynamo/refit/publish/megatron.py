@@ -88,7 +88,8 @@ def megatron_shards(
             wherever Megatron pads them; the rows above it are left out.
 
     Returns:
-        Views of the specs' tensors; they show what is in them when they are read.
+        Views of the specs' tensors: what is written into those is what is published.
+        A parameter that gets other storage (``parameter.data = ...``) needs new ones.
 
     Raises:
         ManifestInvalid: a parameter cannot be expressed under Hugging Face names
