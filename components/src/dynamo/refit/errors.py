@@ -84,6 +84,14 @@ class TransferFailed(RefitError):
     """NIXL refused or broke off a transfer."""
 
 
+class FingerprintMismatch(RefitError):
+    """The bytes are not those of the announced version."""
+
+
+class MemoryShort(RefitError):
+    """The staging buffers do not fit; the message has the numbers."""
+
+
 class StagingCancelled(RefitError):
     """The stage was given up: superseded, aborted or past its deadline."""
 
@@ -94,6 +102,10 @@ class PointerMoved(RefitError):
 
 class NothingStaged(RefitError):
     """An install was asked for a version that is not staged on this rank."""
+
+
+class NoWayBack(RefitError):
+    """What was live before an install is not kept anywhere."""
 
 
 class StaleEpoch(RefitError):

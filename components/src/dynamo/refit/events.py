@@ -78,17 +78,23 @@ class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
-    """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys."""
+    """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys.
+
+    ``weights`` is the fingerprint that its live weights were found to have; see
+    :class:`dynamo.refit.protocol.Committed` for ``unchecked``.
+    """
 
     worker: int
     version: int
+    weights: str
+    unchecked: int
     kv_epoch: str
     in_flight: InFlightPolicy
     timings: CommitTimings
 
 
 class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
-    """Every worker serves ``version``.
+    """Every worker serves ``version``, whose fingerprint is ``weights``.
 
     ``seconds`` is the time from the announcement's arrival at the coordinator;
     ``None`` if this coordinator found the version already installed.
@@ -97,6 +103,7 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     model: str
     version: int
     announcement: str
+    weights: str
     workers: tuple[int, ...]
     seconds: float | None
 

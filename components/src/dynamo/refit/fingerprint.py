@@ -131,6 +131,11 @@ class Part:
         return int(total.item()) % 2**64
 
 
+def fold_all(parts: Sequence[Part]) -> np.ndarray:
+    """Every part, as uint64."""
+    return np.array([part.fold() for part in parts], dtype=np.uint64)
+
+
 def add_up(parts: Sequence[int]) -> int:
     """The fingerprint of what ``parts`` make up together."""
     return sum(parts) % 2**64

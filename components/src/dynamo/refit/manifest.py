@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from itertools import combinations
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from dynamo.refit.errors import ManifestInvalid
 
@@ -37,6 +38,14 @@ ITEMSIZE = {
 #: Tensors start at multiples of this in an arena, the publisher's and the ranks': a
 #: cache line pair, and what CUDA's vectorised copies like.
 ALIGNMENT = 256
+
+#: The largest models have some ten thousands of tensors (one per expert); a manifest
+#: beyond these bounds is a mistake, and is refused before it costs memory.
+MAX_TENSORS = 200_000
+MAX_MANIFEST_BYTES = 64 << 20
+
+#: Different blocks of one tensor: each one is compared with each other.
+MAX_BOXES = 4096
 
 Box = tuple[tuple[int, int], ...]
 
@@ -147,6 +156,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """
         if not self.tensors or not self.sources:
             raise ManifestInvalid("a manifest needs at least one tensor and one source")
+        if len(self.tensors) > MAX_TENSORS:
+            raise ManifestInvalid(
+                f"{len(self.tensors)} tensors, at most {MAX_TENSORS} are read"
+            )
         for source in self.sources:
             _check_slots(source, self.slots)
         seen: set[str] = set()
@@ -212,17 +225,32 @@ def _check_shard(tensor: TensorEntry, shard: Shard, sources: tuple) -> None:
 def _check_cover(tensor: TensorEntry) -> None:
     """Equal boxes are replicas; all others must be disjoint and leave no gap."""
     boxes = list(dict.fromkeys(shard.box for shard in tensor.shards))
-    for first, second in combinations(boxes, 2):
-        if all(
-            a0 < b1 and b0 < a1
-            for (a0, a1), (b0, b1) in zip(first, second, strict=True)
-        ):
-            raise ManifestInvalid(
-                f"shards {first} and {second} overlap", tensor=tensor.name
-            )
-    held = sum(math.prod(stop - start for start, stop in box) for box in boxes)
-    if held != math.prod(tensor.shape):
+    if len(boxes) > MAX_BOXES:
         raise ManifestInvalid(
-            f"its shards hold {held} of {math.prod(tensor.shape)} elements",
+            f"it lies in {len(boxes)} different shards, at most {MAX_BOXES} are read: "
+            "publish larger blocks",
             tensor=tensor.name,
         )
+    fault = tiling_fault(tensor.shape, boxes)
+    if fault is not None:
+        raise ManifestInvalid(f"its shards {fault}", tensor=tensor.name)
+
+
+def tiling_fault(shape: tuple[int, ...], boxes: Sequence[Box]) -> str | None:
+    """What keeps ``boxes``, all different, from tiling ``shape``: an overlap or a gap.
+
+    They must lie inside; ``None`` if they tile it.
+    """
+    if len(boxes) > 1 and shape:
+        starts, stops = np.array(boxes, dtype=np.int64).transpose(2, 0, 1)
+        meet = np.ones((len(boxes), len(boxes)), dtype=bool)
+        for dim in range(len(shape)):
+            meet &= starts[:, None, dim] < stops[None, :, dim]
+        pairs = np.argwhere(np.triu(meet & meet.T, k=1))
+        if len(pairs):
+            first, second = pairs[0]
+            return f"{boxes[first]} and {boxes[second]} overlap"
+    held = sum(math.prod(stop - start for start, stop in box) for box in boxes)
+    if held != math.prod(shape):
+        return f"hold {held} of {math.prod(shape)} elements"
+    return None

@@ -7,7 +7,8 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
 - coordinator to worker, ``<ns>.<worker>.refit``: prepare, commit, abort, status.
   Fenced by ``epoch`` (a worker refuses a lower one) and idempotent by
   ``(version, epoch)``.
-- anyone to trainer, ``<ns>.<trainer>.weights``: manifest, lease, release.
+- anyone to trainer, ``<ns>.<trainer>.weights``: manifest, fingerprints, lease, release;
+  and a trainer's ranks to its rank 0: join, take a slot, written, await the release.
 - worker to its ranks: describe, stage, poll, install, restore, discard.
 """
 
@@ -28,6 +29,11 @@ under the new weights, at the price of a prefill of everything that runs.
 """
 
 SessionUse = Literal["cold", "re-addressed", "warm"]
+
+StagingMode = Literal["device", "host", "direct"]
+"""Where a version waits for its commit; see :mod:`dynamo.refit.rank.memory`."""
+
+StagingChoice = Literal["auto", "device", "host", "direct"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -52,24 +58,43 @@ class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
     hits: int = 0
 
 
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that a rank's staging takes, in its mode."""
+
+    mode: StagingMode
+    device_nbytes: int
+    host_nbytes: int
+
+
 class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one rank's stage, and when it ran (Unix seconds)."""
+    """Milliseconds of one rank's stage, and when it ran (Unix seconds).
+
+    ``lead_ms`` is from the request's arrival in the rank to its first posted read.
+    ``fingerprint_ms`` and ``backup_ms`` are work beside the pull, not after it.
+    """
 
     started_at: float
     finished_at: float
+    lead_ms: float
     plan_ms: float
     allocate_ms: float
     register_ms: float
     prepare_ms: float
     pull_ms: float
+    fingerprint_ms: float
     backup_ms: float
 
 
 class RankVote(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank holds the version: bytes read, what it cost, what was cached."""
+    """One rank holds the version: bytes read, what it cost, what was cached.
+
+    In ``direct`` mode it holds nothing, but has read the version once, found it right,
+    and can read it again.
+    """
 
     rank: int
     nbytes: int
+    memory: MemoryUse
     session: SessionUse
     counters: CacheCounters
     timings: StageTimings
@@ -79,7 +104,8 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one worker's commit.
 
     ``stall_ms`` is from the call that pauses the scheduler to the return of the
-    one that resumes it: the time in which no token can be made.
+    one that resumes it: the time in which no token can be made. ``verify_ms`` is the
+    check of the live weights after it.
     """
 
     pause_ms: float
@@ -87,6 +113,7 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     resume_ms: float
     stall_ms: float
     probe_ms: float
+    verify_ms: float
     install_retries: int = 0
 
 
@@ -97,17 +124,20 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     """Stage ``version`` while serving and vote on it.
 
     The worker reads the manifest with fingerprint ``manifest`` from instance
-    ``instance`` of ``endpoint``. ``stage_seconds`` bounds the staging;
-    ``commit_seconds`` is how long after its vote the worker keeps the version
-    for a commit before it gives it up by itself.
+    ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
+    ``weights``. ``stage_seconds`` bounds the staging; ``commit_seconds`` is how long
+    after its vote the worker keeps the version for a commit before it gives it up by
+    itself.
     """
 
     version: int
     epoch: int
+    announcement: str
     endpoint: str
     instance: int
     manifest: str
     slot: int
+    weights: str
     stage_seconds: float
     commit_seconds: float
 
@@ -132,17 +162,30 @@ class GetStatus(Message, frozen=True, kw_only=True, tag=True):
     """What does the worker serve and do?"""
 
 
+class VerifyWeights(Message, frozen=True, kw_only=True, tag=True):
+    """Are the live weights, now, those of the version that was installed last?"""
+
+
 class Vote(Message, frozen=True, kw_only=True, tag=True):
-    """Yes: every rank of the worker holds ``version``."""
+    """Yes: the ranks of the worker hold ``version``, and the parts that they hold add
+    up to the fingerprint ``weights``."""
 
     version: int
+    weights: str
     ranks: tuple[RankVote, ...]
 
 
 class Committed(Message, frozen=True, kw_only=True, tag=True):
-    """The worker serves ``version``."""
+    """The worker serves ``version``, and its live weights were found to be the ones
+    with the fingerprint ``weights``.
+
+    ``unchecked`` parameters are kept in another layout than they are loaded in
+    (quantized, packed); for them the proof ends with the staged bytes.
+    """
 
     version: int
+    weights: str
+    unchecked: int
     kv_epoch: str
     timings: CommitTimings
 
@@ -151,6 +194,14 @@ class Aborted(Message, frozen=True, kw_only=True, tag=True):
     """Nothing of ``version`` is staged any more."""
 
     version: int
+
+
+class WeightsVerified(Message, frozen=True, kw_only=True, tag=True):
+    """The live weights are those of ``version``, as for :class:`Committed`."""
+
+    version: int
+    weights: str
+    unchecked: int
 
 
 WorkerPhase = Literal["serving", "staging", "staged", "committing", "fenced"]
@@ -172,8 +223,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     ranks: int
 
 
-WorkerRequest = Prepare | Commit | Abort | GetStatus
-WorkerReply = Vote | Committed | Aborted | WorkerStatus | Refused
+WorkerRequest = Prepare | Commit | Abort | GetStatus | VerifyWeights
+WorkerReply = Vote | Committed | Aborted | WorkerStatus | WeightsVerified | Refused
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -224,11 +275,113 @@ class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Done(Message, frozen=True, kw_only=True, tag=True):
-    """The lease was taken or given back."""
+    """It was done, now or when it was first asked for."""
 
 
-TrainerRequest = GetManifest | GetFingerprints | AcquireLease | ReleaseLease
-TrainerReply = ManifestReply | FingerprintsReply | Done | Refused
+# A trainer rank asks rank 0 of its job; every request may be repeated. ``member``
+# names one life of a rank, ``announcement`` one publication.
+
+
+class Join(Message, frozen=True, kw_only=True, tag=True):
+    """Rank ``rank`` of ``world_size`` takes part in the job ``group``, with the blocks
+    in ``part`` (msgpack of :class:`dynamo.refit.publish.merge.RankPart`). It replaces
+    an earlier member of that rank."""
+
+    group: str
+    member: str
+    rank: int
+    world_size: int
+    part: bytes
+
+
+class OtherGroup(Message, frozen=True, kw_only=True, tag=True):
+    """This is rank 0 of another job."""
+
+
+class AwaitGroup(Message, frozen=True, kw_only=True, tag=True):
+    """Answer when all ranks have joined, or after ``seconds``."""
+
+    member: str
+    seconds: float
+
+
+class Joined(Message, frozen=True, kw_only=True, tag=True):
+    """The member is known; the ranks in ``missing`` have not joined yet."""
+
+    missing: tuple[int, ...]
+
+
+class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
+    """The member is about to write ``version``: where, and under which name?
+
+    ``turn`` counts the member's own publications; the same turn has the same answer.
+    Of ``in_flight``, rank 0's counts.
+    """
+
+    member: str
+    turn: int
+    version: int
+    in_flight: InFlightPolicy | None
+
+
+class SlotTaken(Message, frozen=True, kw_only=True, tag=True):
+    """Nobody reads ``slot``, and nobody can lease what was in it: write."""
+
+    announcement: str
+    slot: int
+
+
+class Written(Message, frozen=True, kw_only=True, tag=True):
+    """The member's bytes are there. ``fingerprints`` has a little-endian uint64 for
+    each block of its part, in order."""
+
+    member: str
+    announcement: str
+    fingerprints: bytes
+
+
+class WriteFailed(Message, frozen=True, kw_only=True, tag=True):
+    """The member will not write this publication."""
+
+    member: str
+    announcement: str
+    failure: Failure
+
+
+class AwaitRelease(Message, frozen=True, kw_only=True, tag=True):
+    """Answer when the publication has ended, or after ``seconds``."""
+
+    member: str
+    announcement: str
+    seconds: float
+
+
+class Released(Message, frozen=True, kw_only=True, tag=True):
+    """How the publication ended; one that ended in an error is refused with it."""
+
+    outcome: ReleaseOutcome
+    detail: str
+
+
+class Waiting(Message, frozen=True, kw_only=True, tag=True):
+    """Not yet: ask again."""
+
+
+class Leave(Message, frozen=True, kw_only=True, tag=True):
+    """The member's memory is about to go."""
+
+    member: str
+
+
+GroupRequest = (
+    Join | AwaitGroup | TakeSlot | Written | WriteFailed | AwaitRelease | Leave
+)
+GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
+
+TrainerRequest = (
+    GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
+)
+TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
 
 
 # --- anyone to coordinator --------------------------------------------------
@@ -259,6 +412,8 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
 class Describe(Message, frozen=True, kw_only=True, tag=True):
     """Say who you are and get ready to plan; sent once, before serving."""
 
+    staging: StagingChoice
+
 
 class Stage(Message, frozen=True, kw_only=True, tag=True):
     """Start staging ``version`` in the background.
@@ -271,6 +426,7 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     version: int
     manifest: str
     slot: int
+    staging: StagingChoice
     seconds: float
     payload: bytes | None
     want_reads: bool
@@ -283,13 +439,23 @@ class Poll(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Install(Message, frozen=True, kw_only=True, tag=True):
-    """Copy the staged ``version`` into the live parameters. Repeating it is safe."""
+    """Put the staged ``version`` into the live parameters. Repeating it is safe.
+
+    ``seconds`` bounds a ``direct`` install, which is started and polled.
+    """
 
     version: int
+    seconds: float
 
 
 class Restore(Message, frozen=True, kw_only=True, tag=True):
     """Undo the install of ``version`` from the copy made before it."""
+
+    version: int
+
+
+class Verify(Message, frozen=True, kw_only=True, tag=True):
+    """Start comparing the live parameters with what was staged for ``version``."""
 
     version: int
 
@@ -301,27 +467,30 @@ class Discard(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Described(Message, frozen=True, kw_only=True, tag=True):
-    """A rank's identity and the bytes of its parameters."""
+    """A rank's identity, the bytes of its parameters, and where it would stage."""
 
     rank: int
     ranks: int
     parameters: int
     nbytes: int
+    memory: MemoryUse
 
 
 class Running(Message, frozen=True, kw_only=True, tag=True):
-    """The stage is under way."""
+    """What was started is under way."""
 
 
 class Staged(Message, frozen=True, kw_only=True, tag=True):
     """The stage is done.
 
-    ``reads`` has, if it was asked for, per source tensor the bounding box that this
-    rank reads of it.
+    ``parts`` are this rank's parts of the version's fingerprint, little-endian uint64,
+    one per read. ``reads`` says, if it was asked for, what each one is of: a tensor's
+    number in the manifest, and a box of it.
     """
 
     vote: RankVote
-    reads: dict[str, tuple[tuple[int, int], ...]]
+    parts: bytes
+    reads: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
 class Installed(Message, frozen=True, kw_only=True, tag=True):
@@ -331,8 +500,16 @@ class Installed(Message, frozen=True, kw_only=True, tag=True):
     copy_ms: float
 
 
-RankRequest = Describe | Stage | Poll | Install | Restore | Discard
-RankReply = Described | Running | Staged | Installed | Done | Refused
+class Verified(Message, frozen=True, kw_only=True, tag=True):
+    """The live parameters are those of the version, but for ``unchecked`` ones whose
+    live layout cannot be compared with what was published."""
+
+    rank: int
+    unchecked: int
+
+
+RankRequest = Describe | Stage | Poll | Install | Restore | Verify | Discard
+RankReply = Described | Running | Staged | Installed | Verified | Done | Refused
 
 
 class RankCall(msgspec.Struct, frozen=True):

@@ -225,6 +225,8 @@ class Coordinator:
         request = Prepare(
             version=ready.version,
             epoch=self._epoch,
+            announcement=ready.announcement,
+            weights=ready.weights,
             endpoint=ready.endpoint,
             instance=ready.instance,
             manifest=ready.manifest,

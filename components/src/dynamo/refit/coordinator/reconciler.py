@@ -20,7 +20,12 @@ from typing import Literal
 
 import msgspec
 
-from dynamo.refit.errors import Failure, RefitError, failure_from
+from dynamo.refit.errors import (
+    Failure,
+    FingerprintMismatch,
+    RefitError,
+    failure_from,
+)
 from dynamo.refit.events import (
     Event,
     RefitCompleted,
@@ -160,8 +165,9 @@ class Policy:
 
     @property
     def lease_seconds(self) -> float:
-        """The bytes are read until every worker has voted or given up."""
-        return self.stage_seconds + GRACE_SECONDS
+        """The bytes are read until every worker has voted or given up; in ``direct``
+        staging once more, in the commit."""
+        return self.stage_seconds + self.commit_seconds + 3 * GRACE_SECONDS
 
 
 @dataclass
@@ -361,6 +367,12 @@ class Reconciler:
         self.transaction.answered.add(worker)
         if isinstance(reply, Refused):
             self.transaction.failures.append(reply.failure)
+        elif reply.weights != self.transaction.ready.weights:
+            error = FingerprintMismatch(
+                f"the worker speaks of weights {reply.weights}, announced were "
+                f"{self.transaction.ready.weights}"
+            )
+            self._fail(worker, error)
 
     def _concerns(self, announcement: str, phase: str) -> bool:
         current = self.transaction
@@ -429,13 +441,12 @@ class Reconciler:
             if able and self._desired_outcome is None:
                 return self._complete(ready, None)
             return []
-        deadline = now + self.policy.lease_seconds
+        deadline = now + self.policy.stage_seconds + GRACE_SECONDS
         self.transaction = Transaction(ready, behind, self._heard, deadline)
         started = RefitStarted(
             model=ready.model, version=ready.version, workers=tuple(sorted(behind))
         )
-        lease = self.policy.lease_seconds + GRACE_SECONDS
-        return [Publish(started), TakeLease(ready, lease)]
+        return [Publish(started), TakeLease(ready, self.policy.lease_seconds)]
 
     def _commit(self, now: float) -> list[Action]:
         transaction = self.transaction
@@ -463,6 +474,7 @@ class Reconciler:
             model=ready.model,
             version=ready.version,
             announcement=ready.announcement,
+            weights=ready.weights,
             workers=tuple(w for w, v in self.serving() if v == ready.version),
             seconds=seconds,
         )

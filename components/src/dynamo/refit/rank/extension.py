@@ -10,8 +10,11 @@ is polled, and every answer carries the number of the call it belongs to.
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 from vllm.config import VllmConfig
@@ -45,10 +48,12 @@ from dynamo.refit.protocol import (
     Restore,
     Running,
     Stage,
+    Verified,
+    Verify,
 )
 from dynamo.refit.rank.capture import build_twin
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
-from dynamo.refit.rank.session import Limit
+from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.stager import RankStager
 
 logger = init_logger("vllm.dynamo_refit")
@@ -96,40 +101,46 @@ class RefitRank:
         self.rank = get_tensor_model_parallel_rank()
         self._ranks = get_tensor_model_parallel_world_size()
         self._stager = self.stager_class(
-            worker.model_runner.get_model(), build_twin(worker.vllm_config), self.rank
+            worker.model_runner.get_model(),
+            build_twin(worker.vllm_config),
+            self.rank,
+            self._ranks,
         )
         self._manifests: dict[str, Manifest] = {}
-        self._job: _StageJob | None = None
+        self._job: _Job | None = None
 
     def answer(self, request: RankRequest) -> RankReply:
         """Carry out one request; raises a :class:`RefitError` on a refusal."""
         match request:
             case Describe():
-                return self._describe()
+                return self._describe(request)
             case Stage():
-                return self._start(request)
+                return self._stage(request)
             case Poll(version=version):
                 return self._poll(version)
-            case Install(version=version):
-                self._require_idle()
-                ms = self._stager.install(version)
-                return Installed(rank=self.rank, copy_ms=ms)
+            case Install():
+                return self._install(request)
             case Restore(version=version):
                 self._require_idle()
                 ms = self._stager.restore(version)
                 return Installed(rank=self.rank, copy_ms=ms)
+            case Verify(version=version):
+                return self._start(
+                    "verify", version, math.inf, lambda _: self._verify(version)
+                )
             case Discard(version=version):
                 return self._discard(version)
 
-    def _describe(self) -> RankReply:
+    def _describe(self, request: Describe) -> RankReply:
         return Described(
             rank=self.rank,
             ranks=self._ranks,
             parameters=len(self._stager.parameters),
             nbytes=self._stager.nbytes,
+            memory=self._stager.plan_memory(request.staging),
         )
 
-    def _start(self, request: Stage) -> RankReply:
+    def _stage(self, request: Stage) -> RankReply:
         self._require_idle()
         if request.payload is not None:
             manifest = msgspec.msgpack.decode(request.payload, type=Manifest)
@@ -138,12 +149,38 @@ class RefitRank:
         manifest = self._manifests.get(request.manifest)
         if manifest is None:
             raise RefitError(f"this rank has no manifest {request.manifest[:12]}")
-        self._job = _StageJob(self._stager, request, manifest, self.rank)
+        stage = functools.partial(self._stager.stage, request, manifest)
+        return self._start("stage", request.version, request.seconds, stage)
+
+    def _install(self, request: Install) -> RankReply:
+        version = request.version
+        if self._stager.direct:
+            install = functools.partial(self._install_now, version)
+            return self._start("install", version, request.seconds, install)
+        self._require_idle()
+        return self._install_now(version, _forever())
+
+    def _install_now(self, version: int, limit: Limit) -> RankReply:
+        ms = self._stager.install(version, limit)
+        return Installed(rank=self.rank, copy_ms=ms)
+
+    def _verify(self, version: int) -> RankReply:
+        return Verified(rank=self.rank, unchecked=self._stager.verify(version))
+
+    def _start(
+        self,
+        doing: str,
+        version: int,
+        seconds: float,
+        work: Callable[[Limit], RankReply],
+    ) -> RankReply:
+        self._require_idle()
+        self._job = _Job(doing, version, self.rank, seconds, work)
         return Running()
 
     def _poll(self, version: int) -> RankReply:
         if self._job is None or self._job.version != version:
-            raise NothingStaged(f"no stage of version {version} was started here")
+            raise NothingStaged(f"nothing was started for version {version} here")
         return self._job.reply or Running()
 
     def _discard(self, version: int) -> RankReply:
@@ -158,24 +195,28 @@ class RefitRank:
 
     def _require_idle(self) -> None:
         if self._job is not None and self._job.running:
-            raise RefitError(f"version {self._job.version} is still being staged here")
+            raise RefitError(f"version {self._job.version} is still being worked on")
 
 
-class _StageJob:
-    """A stage on its own thread; ``reply`` is set when it has ended."""
+class _Job:
+    """Work on its own thread; ``reply`` is set when it has ended."""
 
     def __init__(
-        self, stager: RankStager, request: Stage, manifest: Manifest, rank: int
+        self,
+        doing: str,
+        version: int,
+        rank: int,
+        seconds: float,
+        work: Callable[[Limit], RankReply],
     ) -> None:
-        self.version = request.version
+        self.version = version
+        self._doing = doing
         self.reply: RankReply | None = None
+        self._rank = rank
         self._cancelled = threading.Event()
-        self._limit = Limit(time.monotonic() + request.seconds, self._cancelled.is_set)
+        self._limit = Limit(time.monotonic() + seconds, self._cancelled.is_set)
         self._thread = threading.Thread(
-            target=self._run,
-            args=(stager, request, manifest, rank),
-            name=f"refit-stage-{request.version}",
-            daemon=True,
+            target=self._run, args=(work,), name=f"refit-{doing}-{version}", daemon=True
         )
         self._thread.start()
 
@@ -186,16 +227,21 @@ class _StageJob:
     def cancel(self) -> None:
         self._cancelled.set()
 
-    def _run(
-        self, stager: RankStager, request: Stage, manifest: Manifest, rank: int
-    ) -> None:
-        version = request.version
+    def _run(self, work: Callable[[Limit], RankReply]) -> None:
         try:
-            self.reply = stager.stage(request, manifest, self._limit)
+            self.reply = work(self._limit)
         except Exception as error:
-            logger.exception("dynamo-refit: staging version %d failed", version)
-            failure = failure_from(error, stage="stage", rank=rank, version=version)
+            logger.exception(
+                "dynamo-refit: %s of version %d failed", self._doing, self.version
+            )
+            failure = failure_from(
+                error, stage=self._doing, rank=self._rank, version=self.version
+            )
             self.reply = Refused(failure=failure)
+
+
+def _forever() -> Limit:
+    return Limit(math.inf, lambda: False)
 
 
 class RefitWorkerExtension:

@@ -1,100 +1,47 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept from one cycle to the next, and the pull itself.
+"""What is kept from one cycle to the next: plan, scratch, prepared reads, views.
 
-A session is a plan, its buffers, their registration and the prepared NIXL
-requests. It is built aside and put in place whole; a warm cycle only posts its
-requests again. Runs on one background thread of the rank and never writes live
-weights.
+Built aside and put in place whole; a warm cycle posts its reads again and builds
+nothing. It writes live weights only in ``direct`` staging, when it is told to.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from dynamo.refit.errors import StagingCancelled, TransferFailed
-from dynamo.refit.manifest import Manifest, Source
-from dynamo.refit.protocol import CacheCounters
-from dynamo.refit.rank.install import (
-    LiveParameters,
-    parameter_views,
-    synchronize,
-)
-from dynamo.refit.rank.plan import Plan, Reslice, Segments
-from dynamo.refit.transport.nixl import NixlAgent, Read, memory_of
-
-#: Between two polls of reads that are under way.
-POLL_SECONDS = 0.0005
+from dynamo.refit.errors import FingerprintMismatch, TransferFailed
+from dynamo.refit.fingerprint import Part, fold_all
+from dynamo.refit.manifest import Box, Manifest
+from dynamo.refit.protocol import MemoryUse
+from dynamo.refit.rank import boxes
+from dynamo.refit.rank.buffers import Arena, RegisteredBuffer
+from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.install import synchronize
+from dynamo.refit.rank.pipeline import Pipeline, Submit
+from dynamo.refit.rank.plan import Piece, Plan, Wave
+from dynamo.refit.rank.requests import Requests
+from dynamo.refit.transport.nixl import NixlAgent
 
 #: Buffers of pulls that were given up but may still be written to.
 MAX_ABANDONED = 2
 
 
-@dataclass
-class CycleCounters:
-    """Counts what one cycle builds; see :class:`CacheCounters`."""
-
-    allocations: int = 0
-    registrations: int = 0
-    descriptor_builds: int = 0
-    hits: int = 0
-
-    def frozen(self) -> CacheCounters:
-        return CacheCounters(
-            allocations=self.allocations,
-            registrations=self.registrations,
-            descriptor_builds=self.descriptor_builds,
-            hits=self.hits,
-        )
-
-
-@dataclass
-class Stopwatch:
-    """Milliseconds by step of one cycle."""
-
-    ms: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, step: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = (time.perf_counter() - began) * 1e3
-            self.ms[step] = self.ms.get(step, 0.0) + elapsed
-
-
-@dataclass(frozen=True)
-class Limit:
-    """When a pull must stop: a deadline (monotonic seconds) or a cancel."""
-
-    deadline: float
-    cancelled: Callable[[], bool]
-
-    def check(self, doing: str) -> None:
-        if self.cancelled():
-            raise StagingCancelled(f"cancelled while {doing}")
-        if time.monotonic() > self.deadline:
-            raise StagingCancelled(
-                f"out of time while {doing}: the source does not answer, or the "
-                "stage deadline is too short for the size of the model"
-            )
-
-
 class Session:
-    """The buffers and requests of one layout on one rank.
+    """The plan and the requests of one layout on one rank.
 
     Args:
-        agent: registers the buffers and makes the requests.
+        agent: registers scratch and makes the requests.
+        layout: the manifest's layout fingerprint.
         plan: what goes where.
-        live: the parameters that the arena is an image of.
-        device: where arena and scratch are; the backup is in host memory.
+        memory: the staging mode, and what it takes.
+        arena: where a staged version waits; ``None`` in ``direct`` staging.
+        live: by name, the live parameters that are laid out as they are loaded.
+        device: where scratch is.
     """
 
     def __init__(
@@ -102,79 +49,91 @@ class Session:
         agent: NixlAgent,
         layout: str,
         plan: Plan,
-        live: LiveParameters,
+        memory: MemoryUse,
+        arena: Arena | None,
+        live: Mapping[str, torch.Tensor],
         device: torch.device,
-        counters: CycleCounters,
-        watch: Stopwatch,
+        cycle: Cycle,
     ) -> None:
         self.layout = layout
         self.plan = plan
-        self.live = live
+        self.memory = memory
+        self.arena = arena
         self._agent = agent
+        self._device = device
         self._requests: Requests | None = None
-        with watch.time("allocate"):
-            self._arena = _buffer(plan.arena_nbytes, device)
-            self._scratch = _buffer(plan.scratch_nbytes, device)
-            self._backup = torch.empty(
-                plan.arena_nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda"
-            )
-            counters.allocations += 2 + (plan.scratch_nbytes > 0)
-            # NIXL writes outside of CUDA's streams: the zeros must be there before.
-            synchronize(device)
-        self.staged = parameter_views(self._arena, plan)
-        self.backup = parameter_views(self._backup, plan)
-        self._reslices = [
-            [_ResliceCopy(r, self._scratch, self._arena) for r in wave.reslices]
+        # At least a byte: NIXL does not register nothing.
+        nbytes = max(plan.scratch_nbytes, 1)
+        self._scratch = RegisteredBuffer(agent, nbytes, device, cycle)
+        shadow = arena.by_name if arena is not None else live
+        self._works = [
+            _WaveWork(wave, self._scratch.bytes, shadow, arena is None)
             for wave in plan.waves
         ]
-        regions = [(b.data_ptr(), b.numel()) for b in self._buffers if b.numel()]
-        with watch.time("register"):
-            self._registration = agent.register(regions, *memory_of(device))
-            counters.registrations += len(regions)
-
-    @property
-    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._arena, self._scratch
+        self.live_parts = LiveParts(plan.pieces, live, converted=arena is not None)
 
     @property
     def addressed_to(self) -> str | None:
         """Fingerprint of the manifest that the prepared requests read from."""
         return self._requests.manifest if self._requests else None
 
-    def address(
-        self, manifest: Manifest, fingerprint: str, counters: CycleCounters
-    ) -> None:
+    @property
+    def reads(self) -> tuple[tuple[int, Box], ...]:
+        """What the parts of :meth:`pull` are of: tensor numbers and boxes."""
+        return tuple((piece.tensor, piece.box) for piece in self.plan.pieces)
+
+    def address(self, manifest: Manifest, fingerprint: str, cycle: Cycle) -> None:
         """Prepare the requests for every slot of ``manifest``."""
         self.forget_requests()
-        requests = Requests(self._agent, fingerprint)
-        try:
-            requests.build(manifest, self.plan, self._arena, self._scratch, counters)
-        except BaseException:
-            requests.close()
-            raise
-        self._requests = requests
+        arena = self.arena.bytes if self.arena is not None else None
+        scratch = self._scratch.bytes
+        self._requests = Requests(
+            self._agent, manifest, fingerprint, self.plan, arena, scratch, cycle
+        )
 
-    def pull(self, slot: int, limit: Limit) -> None:
-        """Read every byte of ``slot`` and put it in its place in the arena.
+    def pull(
+        self, slot: int, limit: Limit, submit: Submit, cycle: Cycle, *, land: bool
+    ) -> np.ndarray:
+        """Read every byte of ``slot``; its fingerprint's parts, uint64, as ``reads``.
+
+        Args:
+            submit: runs local work in order, on one other thread.
+            land: copy what goes through scratch to where it belongs. Without it (a
+                first look, in ``direct`` staging) it is only fingerprinted.
 
         Raises:
             TransferFailed: a source broke off. StagingCancelled: see ``limit``.
-            After either, :meth:`poll_active` says whether bytes may still arrive.
+                After either, :meth:`poll_active` says whether bytes may still arrive.
         """
         if self._requests is None:
             raise TransferFailed("the session has no prepared requests")
-        waves = zip(self._requests.waves[slot], self._reslices, strict=True)
-        for reads, reslices in waves:
-            limit.check("pulling")
-            for read in reads:
-                read.post()
-            while not all([read.done() for read in reads]):
-                limit.check(f"pulling from {', '.join(r.peer for r in reads)}")
-                time.sleep(POLL_SECONDS)
-            for reslice in reslices:
-                reslice.run()
-            # The next wave overwrites scratch, again outside of any stream.
-            synchronize(self._arena.device)
+        settle = functools.partial(self._settle, land, cycle)
+        pipeline = Pipeline(limit, submit, settle)
+        try:
+            for number, reads in enumerate(self._requests.waves[slot]):
+                cycle.first_read()
+                pipeline.post(number, self.plan.waves[number].half, reads)
+            pipeline.drain()
+        finally:
+            # Whatever happened, nobody works on these buffers after this.
+            pipeline.join()
+        return np.concatenate([work.parts for work in self._works])
+
+    def _settle(self, land: bool, cycle: Cycle, number: int) -> None:
+        """What follows the arrival of a wave, on the follower's thread."""
+        work = self._works[number]
+        with cycle.time("fingerprint"):
+            if land:
+                work.land()
+            work.fold()
+        # The next wave overwrites scratch, outside of any stream.
+        synchronize(self._device)
+
+    @property
+    def landed(self) -> np.ndarray:
+        """The parts, as :meth:`pull` gives them, but of what the pieces became in the
+        parameters' dtypes: what ``live_parts`` must show after the install."""
+        return np.concatenate([work.landed for work in self._works])
 
     def poll_active(self) -> bool:
         """May bytes still arrive in these buffers?"""
@@ -187,78 +146,102 @@ class Session:
             self._requests = None
 
     def close(self) -> None:
-        """Give everything back. Only when no read is active."""
+        """Give back all but the arena. Only when no read is active."""
         self.forget_requests()
-        self._agent.deregister(self._registration)
+        self._scratch.close()
 
 
-class Requests:
-    """Prepared reads of one manifest: ``waves[slot][wave]`` is a list of reads."""
+class _WaveWork:
+    """The local work of one wave, with all of its views made once.
 
-    def __init__(self, agent: NixlAgent, manifest: str) -> None:
-        self.manifest = manifest
-        self.waves: list[list[list[Read]]] = []
-        self._agent = agent
-        self._peers: list[str] = []
+    ``parts`` are the pieces' parts of the version's fingerprint; ``landed`` are those
+    of the same boxes where they were put, which differ where a piece was converted.
+    """
 
-    def build(
+    def __init__(
         self,
-        manifest: Manifest,
-        plan: Plan,
-        arena: torch.Tensor,
+        wave: Wave,
         scratch: torch.Tensor,
-        counters: CycleCounters,
+        shadow: Mapping[str, torch.Tensor],
+        direct: bool,
     ) -> None:
-        used = {s.source for wave in plan.waves for s in wave.segments}
-        peers = {}
-        for number in sorted(used):
-            peers[number] = self._agent.connect(manifest.sources[number].metadata)
-            self._peers.append(peers[number])
-        for slot in range(manifest.slots):
-            shards = np.array(manifest.shard_addresses(slot), dtype=np.int64)
-            self.waves.append([])
-            for wave in plan.waves:
-                self.waves[slot].append([])
-                target = scratch if wave.reslices else arena
-                for segments in wave.segments:
-                    source = manifest.sources[segments.source]
-                    peer = peers[segments.source]
-                    read = self._prepare(source, peer, shards, segments, target)
-                    self.waves[slot][-1].append(read)
-                    counters.descriptor_builds += 1
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._arrived: list[Part] = []
+        self._converted: list[int] = []
+        for piece in wave.pieces:
+            place = piece_view(piece, shadow[piece.parameter])
+            arrived = place
+            if piece.scratch is not None:
+                source = _scratch_view(piece, scratch)
+                self._copies.append((place, source))
+                if piece.converts or direct:
+                    arrived = source
+            if piece.converts and not direct:
+                self._converted.append(len(self._arrived))
+            self._arrived.append(Part(arrived, piece.box, piece.shape))
+        self._placed = [
+            Part(piece_view(piece, shadow[piece.parameter]), piece.box, piece.shape)
+            for piece in (wave.pieces[i] for i in self._converted)
+        ]
+        self.parts = self.landed = np.zeros(len(wave.pieces), dtype=np.uint64)
 
-    def _prepare(
+    @torch.inference_mode()
+    def land(self) -> None:
+        for place, source in self._copies:
+            place.copy_(source)
+
+    def fold(self) -> None:
+        self.parts = self.landed = fold_all(self._arrived)
+        if self._converted:
+            self.landed = self.parts.copy()
+            self.landed[self._converted] = fold_all(self._placed)
+
+
+class LiveParts:
+    """Shows that the live parameters are those of one version; views made once.
+
+    Args:
+        pieces: the boxes that make the parameters up.
+        live: the parameters whose layout can be compared, by name.
+        converted: compare pieces of another dtype, too.
+    """
+
+    def __init__(
         self,
-        source: Source,
-        peer: str,
-        shards: np.ndarray,
-        segments: Segments,
-        target: torch.Tensor,
-    ) -> Read:
-        remote = shards[segments.shard] + segments.remote
-        local = segments.local + target.data_ptr()
-        return self._agent.prepare_read(
-            peer,
-            (np.stack([local, segments.nbytes], axis=1), *memory_of(target.device)),
-            (
-                np.stack([remote, segments.nbytes], axis=1),
-                source.memory,
-                source.device,
-            ),
-        )
+        pieces: Sequence[Piece],
+        live: Mapping[str, torch.Tensor],
+        *,
+        converted: bool,
+    ) -> None:
+        self._chosen = [
+            number
+            for number, piece in enumerate(pieces)
+            if piece.parameter in live and (converted or not piece.converts)
+        ]
+        self._names = [pieces[number].parameter for number in self._chosen]
+        left_out = set(range(len(pieces))).difference(self._chosen)
+        #: Parameters that are not compared, or not as a whole.
+        self.unchecked = len({pieces[number].parameter for number in left_out})
+        self._parts = []
+        for number in self._chosen:
+            piece = pieces[number]
+            view = piece_view(piece, live[piece.parameter])
+            self._parts.append(Part(view, piece.box, piece.shape))
 
-    def poll_active(self) -> bool:
-        return any([_still_active(read) for read in self._reads()])
+    def check(self, landed: np.ndarray, rank: int) -> None:
+        """Compare with ``landed``, one part per piece.
 
-    def close(self) -> None:
-        for read in self._reads():
-            read.release()
-        for peer in self._peers:
-            self._agent.disconnect(peer)
-        self.waves, self._peers = [], []
-
-    def _reads(self) -> list[Read]:
-        return [read for slot in self.waves for wave in slot for read in wave]
+        Raises:
+            FingerprintMismatch: names the parameter.
+        """
+        wrong = np.flatnonzero(fold_all(self._parts) != landed[self._chosen])
+        if len(wrong):
+            raise FingerprintMismatch(
+                f"{len(wrong)} blocks of the live weights are not what was staged: "
+                "something else wrote them",
+                tensor=self._names[wrong[0]],
+                rank=rank,
+            )
 
 
 class AbandonedSessions:
@@ -286,6 +269,8 @@ class AbandonedSessions:
         for session in [s for s in self._sessions if not s.poll_active()]:
             self._sessions.remove(session)
             session.close()
+            if session.arena is not None:
+                session.arena.close()
         if len(self._sessions) > MAX_ABANDONED:
             raise TransferFailed(
                 f"{len(self._sessions)} earlier pulls were given up and their sources "
@@ -293,32 +278,18 @@ class AbandonedSessions:
             )
 
 
-class _ResliceCopy:
-    """A strided local copy with its views made once."""
-
-    def __init__(
-        self, reslice: Reslice, scratch: torch.Tensor, arena: torch.Tensor
-    ) -> None:
-        dtype = getattr(torch, reslice.dtype)
-        size = dtype.itemsize
-        self._source = scratch.view(dtype).as_strided(
-            reslice.shape, reslice.scratch_strides, reslice.scratch // size
-        )
-        self._target = arena.view(dtype).as_strided(
-            reslice.shape, reslice.arena_strides, reslice.arena // size
-        )
-
-    def run(self) -> None:
-        self._target.copy_(self._source)
+def piece_view(piece: Piece, parameter: torch.Tensor) -> torch.Tensor:
+    """The elements of ``parameter`` that ``piece`` fills, in the box's shape."""
+    flat = parameter.view(-1)
+    offset = flat.storage_offset() + piece.offset
+    return flat.as_strided(boxes.extent(piece.box), piece.strides, offset)
 
 
-def _still_active(read: Read) -> bool:
-    try:
-        return not read.done()
-    except TransferFailed:
-        return False
-
-
-def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Zeros: padding of the arena is never written, and stays zero."""
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+def _scratch_view(piece: Piece, scratch: torch.Tensor) -> torch.Tensor:
+    dtype = getattr(torch, piece.dtype)
+    start = piece.scratch.start // dtype.itemsize
+    return (
+        scratch[: scratch.numel() // dtype.itemsize * dtype.itemsize]
+        .view(dtype)
+        .as_strided(boxes.extent(piece.box), piece.scratch.strides, start)
+    )

@@ -1,37 +1,74 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's side of a refit: stage into the session, install, restore.
+"""One rank's side of a refit: stage into the session, install, restore, verify.
 
-Owns the NIXL agent and the session. Staging runs on a background thread while
-the model serves; install and restore run on the model's own thread.
+Owns the NIXL agent, the arena and the session. Staging and verifying run on a
+background thread while the model serves; install and restore run while it is paused.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
+from vllm.logger import init_logger
 
-from dynamo.refit.errors import NothingStaged
-from dynamo.refit.manifest import Manifest
-from dynamo.refit.protocol import RankVote, SessionUse, Stage, Staged, StageTimings
-from dynamo.refit.rank.capture import capture_slices, describe_parameters
-from dynamo.refit.rank.install import LiveParameters
-from dynamo.refit.rank.plan import Plan, make_plan
-from dynamo.refit.rank.session import (
-    AbandonedSessions,
-    CycleCounters,
-    Limit,
-    Session,
-    Stopwatch,
+from dynamo.refit.errors import (
+    FingerprintMismatch,
+    NothingStaged,
+    NoWayBack,
+    UnsupportedConfiguration,
 )
+from dynamo.refit.fingerprint import Part
+from dynamo.refit.manifest import Manifest
+from dynamo.refit.protocol import (
+    MemoryUse,
+    RankVote,
+    SessionUse,
+    Stage,
+    Staged,
+    StagingChoice,
+)
+from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank.capture import capture_slices, describe_parameters
+from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.install import LiveParameters
+from dynamo.refit.rank.memory import choose, free_memory
+from dynamo.refit.rank.plan import Limits, make_plan
+from dynamo.refit.rank.runtime_layout import find_layout
+from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
+from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent
 
-#: Bytes of contiguous pulls that are in flight before they are cut up locally.
-SCRATCH_LIMIT = 256 << 20
+logger = init_logger("vllm.dynamo_refit")
+
+#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them;
+#: on a GPU the wire is the faster the more is in one request.
+LIMITS = {
+    "cpu": Limits(scratch=64 << 20, arena=64 << 20),
+    "cuda": Limits(scratch=128 << 20),
+}
+
+
+@dataclass(frozen=True)
+class _Staged:
+    version: int
+    slot: int
+    parts: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Live:
+    """What was installed last, and what its parts must be."""
+
+    version: int
+    parts: LiveParts
+    landed: np.ndarray
 
 
 class RankStager:
@@ -40,169 +77,286 @@ class RankStager:
     Args:
         model: the live model of this rank.
         twin: the same model on the meta device, see :mod:`capture`.
-        rank: the rank in its tensor-parallel group.
+        rank: the rank in its tensor-parallel group of ``ranks``.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, twin: nn.Module, rank: int, ranks: int
+    ) -> None:
         self.parameters = describe_parameters(twin, model)
-        self._model = model
         self._twin = twin
         self._rank = rank
+        self._ranks = ranks
         self._device = next(model.parameters()).device
+        self._limits = LIMITS[self._device.type]
+        self._layout = ArenaLayout(self.parameters)
+        self._live = LiveParameters(model, self._layout)
+        self._plain = find_layout(twin, model).plain
         # Half a second, so before the first refit; later calls come from one thread
         # at a time.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
+        self._arena: Arena | None = None
         self._session: Session | None = None
         self._abandoned = AbandonedSessions()
-        self._staged: int | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._staged: _Staged | None = None
+        self._installed: _Live | None = None
+        self._previous: _Live | None = None
+        self._follower = ThreadPoolExecutor(
+            1, "refit-follower", initializer=self._use_own_stream
+        )
+        _warm_up_fingerprints()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's parameters: what the staging arena takes."""
+        """Bytes of this rank's parameters."""
         return sum(parameter.nbytes for parameter in self.parameters)
+
+    def plan_memory(self, staging: StagingChoice) -> MemoryUse:
+        """Where a version would be staged, as things are now.
+
+        Raises:
+            MemoryShort: nowhere.
+        """
+        held = self._arena.memory if self._arena is not None else None
+        if held is not None and staging == "auto":
+            staging = held.mode
+        memory = choose(
+            staging,
+            arena=self._layout.nbytes,
+            scratch=2 * self._limits.scratch,
+            free=free_memory(self._device, self._ranks),
+            held=held,
+        )
+        if memory.mode == "direct" and len(self._plain) < len(self.parameters):
+            raise UnsupportedConfiguration(
+                "direct staging writes parameters as they are published, and some are "
+                "kept in another layout here: make room for a shadow of them"
+            )
+        return memory
 
     def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
         """Bring the version into the arena and keep a copy of what is live.
 
-        Blocks the calling thread until the bytes are there.
+        In ``direct`` staging, read it and keep nothing. Blocks the calling thread.
 
         Raises:
             RefitError: whatever went wrong, typed; nothing is staged then, the live
                 parameters are untouched, and a session that was there before is
                 kept unless bytes may still arrive in its buffers.
         """
+        cycle = Cycle()
         self._staged = None
+        self._use_own_stream()
         self._abandoned.sweep()
-        with self._beside_the_model():
-            return self._stage(request, manifest, limit)
-
-    def _stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
-        started, watch, counters = time.time(), Stopwatch(), CycleCounters()
-        session, use = self._find_session(manifest, request.manifest, counters, watch)
-        fresh = session is not self._session
+        session, use = self._find_session(manifest, request, cycle)
         try:
             if use != "warm":
-                with watch.time("prepare"):
-                    session.address(manifest, request.manifest, counters)
-            with watch.time("pull"):
-                session.pull(request.slot, limit)
-            with watch.time("backup"):
-                session.live.copy_to(session.backup)
+                with cycle.time("prepare"):
+                    session.address(manifest, request.manifest, cycle)
+            with cycle.time("pull"):
+                parts = self._pull(session, request.slot, limit, cycle)
         except BaseException:
             self._retire(session)
             raise
-        if fresh:
-            self._replace_session(session)
-        self._staged = request.version
+        self._put_in_place(session)
+        self._staged = _Staged(request.version, request.slot, parts)
         return Staged(
             vote=RankVote(
                 rank=self._rank,
                 nbytes=session.plan.wire_nbytes,
+                memory=session.memory,
                 session=use,
-                counters=counters.frozen(),
-                timings=_timings(started, watch),
+                counters=cycle.counters(),
+                timings=cycle.timings(),
             ),
-            reads=session.plan.reads if request.want_reads else {},
+            parts=parts.astype("<u8").tobytes(),
+            reads=session.reads if request.want_reads else (),
         )
 
-    def install(self, version: int) -> float:
-        """Copy the staged ``version`` into the live parameters; milliseconds.
+    @property
+    def direct(self) -> bool:
+        """An install takes as long as the transfer: start it, and poll."""
+        return self._session is not None and self._session.arena is None
 
-        Between two steps of the model only. Repeating it is safe.
+    def install(self, version: int, limit: Limit) -> float:
+        """Put the staged ``version`` into the live parameters; milliseconds.
+
+        While the model is paused only. Repeating it is safe.
 
         Raises:
             NothingStaged: another version, or none, is staged.
             PointerMoved: a live tensor has moved; before the copy nothing was
                 written, after it everything was.
+            RefitError: ``direct`` only: a source broke off, or has other bytes than
+                it had before the vote. Some parameters are written then.
         """
-        session = self._holding(version)
+        session, staged = self._holding(version)
         start = time.perf_counter()
-        session.live.copy_from(session.staged)
+        if session.arena is not None:
+            self._live.copy_from(session.arena.staged)
+        else:
+            self._install_direct(session, staged, limit)
+        if self._installed is None or self._installed.version != version:
+            self._previous = self._installed
+        self._installed = _Live(version, session.live_parts, session.landed)
         return (time.perf_counter() - start) * 1e3
 
     def restore(self, version: int) -> float:
-        """Put back what was live before ``version`` was installed; milliseconds."""
-        session = self._holding(version)
+        """Put back what was live before ``version`` was installed; milliseconds.
+
+        Raises:
+            NoWayBack: there is no copy of it.
+        """
+        session, _ = self._holding(version)
+        if session.arena is None:
+            raise NoWayBack("direct staging keeps no copy of the old weights")
         start = time.perf_counter()
-        session.live.copy_from(session.backup)
+        self._live.copy_from(session.arena.backup)
+        if self._installed is not None and self._installed.version == version:
+            self._installed = self._previous
         return (time.perf_counter() - start) * 1e3
+
+    def verify(self, version: int) -> int:
+        """Compare the live parameters with ``version``, which was installed last.
+
+        Blocks for one read of them. Returns how many could not be compared.
+
+        Raises:
+            FingerprintMismatch: names a parameter that is something else.
+            NothingStaged: another version, or none, was installed last.
+        """
+        live = self._installed
+        if live is None or live.version != version:
+            raise NothingStaged(
+                f"version {version} is not what was installed here last "
+                f"({live.version if live else 'nothing'})"
+            )
+        self._use_own_stream()
+        live.parts.check(live.landed, self._rank)
+        return live.parts.unchecked
 
     def discard(self) -> None:
         """Forget what is staged; the session stays."""
         self._staged = None
 
-    def _beside_the_model(self) -> AbstractContextManager:
-        """A stream of its own: copies on the model's would hold its kernels up."""
-        if self._device.type != "cuda":
-            return nullcontext()
-        torch.cuda.set_device(self._device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        return torch.cuda.stream(self._stream)
-
-    def _holding(self, version: int) -> Session:
-        if self._session is None or self._staged != version:
-            raise NothingStaged(
-                f"version {version} is not staged here (staged: {self._staged})"
-            )
-        return self._session
+    # --- staging ----------------------------------------------------------------
 
     def _find_session(
-        self,
-        manifest: Manifest,
-        fingerprint: str,
-        counters: CycleCounters,
-        watch: Stopwatch,
+        self, manifest: Manifest, request: Stage, cycle: Cycle
     ) -> tuple[Session, SessionUse]:
         current = self._session
-        if current is not None and current.addressed_to == fingerprint:
-            counters.hits += 1
+        if current is not None and current.addressed_to == request.manifest:
+            cycle.built["hits"] += 1
             return current, "warm"
+        manifest.validate()
         layout = manifest.layout_fingerprint()
         if current is not None and current.layout == layout:
-            counters.hits += 1
+            cycle.built["hits"] += 1
             return current, "re-addressed"
-        with watch.time("plan"):
-            manifest.validate()
-            plan = self._plan(manifest)
-            live = LiveParameters(self._model, plan)
-        session = Session(
-            self._agent, layout, plan, live, self._device, counters, watch
-        )
-        return session, "cold"
+        return self._build_session(manifest, layout, request.staging, cycle), "cold"
 
-    def _plan(self, manifest: Manifest) -> Plan:
-        return make_plan(
-            manifest,
-            self.parameters,
-            capture_slices(self._twin, manifest),
-            rank=self._rank,
-            scratch_limit=SCRATCH_LIMIT,
+    def _build_session(
+        self, manifest: Manifest, layout: str, staging: StagingChoice, cycle: Cycle
+    ) -> Session:
+        with cycle.time("plan"):
+            memory = self.plan_memory(staging)
+            plan = make_plan(
+                manifest,
+                self.parameters,
+                capture_slices(self._twin, manifest),
+                rank=self._rank,
+                limits=self._limits,
+                direct=memory.mode == "direct",
+            )
+        logger.info(
+            "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
+            "host memory; %d bytes come in %d runs",
+            self._rank,
+            memory.mode,
+            memory.device_nbytes,
+            memory.host_nbytes,
+            plan.wire_nbytes,
+            plan.descriptors,
+        )
+        if memory.mode != "direct" and self._arena is None:
+            self._arena = Arena(self._agent, self._layout, memory, self._device, cycle)
+        arena = None if memory.mode == "direct" else self._arena
+        scratch = torch.device("cpu") if memory.mode == "host" else self._device
+        return Session(
+            self._agent, layout, plan, memory, arena, self._plain, scratch, cycle
         )
 
-    def _replace_session(self, session: Session) -> None:
-        if self._session is not None:
+    def _pull(
+        self, session: Session, slot: int, limit: Limit, cycle: Cycle
+    ) -> np.ndarray:
+        """The version's bytes in the arena, and a copy of the live ones beside it."""
+        submit = self._follower.submit
+        if session.arena is None:
+            return session.pull(slot, limit, submit, cycle, land=False)
+        backup = submit(self._back_up, session.arena, cycle)
+        try:
+            parts = session.pull(slot, limit, submit, cycle, land=True)
+        finally:
+            wait([backup])
+        backup.result()
+        return parts
+
+    def _back_up(self, arena: Arena, cycle: Cycle) -> None:
+        with cycle.time("backup"):
+            self._live.copy_to(arena.backup)
+
+    def _install_direct(self, session: Session, staged: _Staged, limit: Limit) -> None:
+        self._use_own_stream()
+        self._live.check_addresses()
+        submit = self._follower.submit
+        parts = session.pull(staged.slot, limit, submit, Cycle(), land=True)
+        wrong = np.flatnonzero(parts != staged.parts)
+        if len(wrong):
+            raise FingerprintMismatch(
+                f"{len(wrong)} blocks are not the ones that were voted for: the "
+                "trainer wrote into a version that is leased",
+                tensor=session.plan.pieces[wrong[0]].parameter,
+                rank=self._rank,
+            )
+        self._live.check_addresses()
+
+    def _holding(self, version: int) -> tuple[Session, _Staged]:
+        staged = self._staged
+        if self._session is None or staged is None or staged.version != version:
+            there = staged.version if staged else None
+            raise NothingStaged(
+                f"version {version} is not staged here (staged: {there})"
+            )
+        return self._session, staged
+
+    def _put_in_place(self, session: Session) -> None:
+        if self._session is not None and self._session is not session:
             self._session.close()
         self._session = session
 
     def _retire(self, session: Session) -> None:
         """After a failed pull: keep what is sound, and nothing that may change."""
-        if session.poll_active():
-            self._abandoned.add(session)
-        elif session is self._session:
-            session.forget_requests()
+        if not session.poll_active():
+            if session is self._session:
+                session.forget_requests()
+            else:
+                session.close()
             return
-        else:
-            session.close()
-        if session is self._session:
-            self._session = None
+        self._abandoned.add(session)
+        if self._session is not None and self._session is not session:
+            # It reads into the same arena, or its own scratch is of no use to anyone.
+            self._session.close()
+        self._session = None
+        if session.arena is self._arena:
+            self._arena = None
+
+    def _use_own_stream(self) -> None:
+        """For the calling thread: copies on the model's stream would hold it up."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
 
-def _timings(started: float, watch: Stopwatch) -> StageTimings:
-    steps = ("plan", "allocate", "register", "prepare", "pull", "backup")
-    return StageTimings(
-        started_at=started,
-        finished_at=time.time(),
-        **{f"{step}_ms": watch.ms.get(step, 0.0) for step in steps},
-    )
+def _warm_up_fingerprints() -> None:
+    """Have the fingerprint compiled before the first version comes."""
+    Part(torch.zeros(2, 2), ((0, 2), (0, 2)), (2, 2)).fold()

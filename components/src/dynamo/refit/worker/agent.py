@@ -56,7 +56,10 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
     Refused,
+    StagingChoice,
+    VerifyWeights,
     Vote,
+    WeightsVerified,
     WorkerPhase,
     WorkerRequest,
     WorkerStatus,
@@ -103,6 +106,7 @@ class RefitAgent:
         fence: takes this worker out of service and ends the process.
         model: the served model's name.
         worker: this worker's instance id.
+        staging: where its ranks keep a version until the commit.
     """
 
     def __init__(
@@ -114,20 +118,24 @@ class RefitAgent:
         *,
         model: str,
         worker: int,
+        staging: StagingChoice = "auto",
     ) -> None:
         self._engine = engine
-        self._ranks = Ranks(self, trainers)
+        self._ranks = Ranks(self, trainers, staging)
         self._publish = publish
         self._fence = fence
         self._model = model
         self._worker = worker
         self._size = 0
         self._version: int | None = None
+        self._weights = ""
         self._epoch = 0
         self._fenced = False
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
+        # A stage waits for a check that somebody asked for: ranks do one thing.
+        self._verifying = asyncio.Lock()
 
     async def start(self) -> None:
         """Let every rank get ready to plan; before the first prepare.
@@ -137,14 +145,18 @@ class RefitAgent:
         """
         described = await self._ranks.describe()
         self._size = len(described)
-        total = sum(reply.nbytes for reply in described)
+        first = described[0]
         logger.info(
-            "refit agent of worker %d: model %s, %d ranks, %.1f MiB of parameters; "
-            "staging and backup take as much again each",
+            "refit agent of worker %d: model %s, %d ranks of %.1f MiB of parameters; "
+            "staging in mode %s takes %.1f MiB of device and %.1f MiB of host memory "
+            "of each",
             self._worker,
             self._model,
             self._size,
-            total / 2**20,
+            first.nbytes / 2**20,
+            first.memory.mode,
+            first.memory.device_nbytes / 2**20,
+            first.memory.host_nbytes / 2**20,
         )
 
     async def answer(self, request: WorkerRequest) -> Message:
@@ -161,6 +173,8 @@ class RefitAgent:
             case Abort():
                 self._check_epoch(request.epoch)
                 return await self._abort(request)
+            case VerifyWeights():
+                return await self._verify()
 
     def status(self) -> WorkerStatus:
         transaction = self._transaction
@@ -214,7 +228,8 @@ class RefitAgent:
     async def _stage(self, request: Prepare) -> Message:
         version = request.version
         try:
-            votes = await self._ranks.stage(request)
+            async with self._verifying:
+                votes = await self._ranks.stage(request)
         except asyncio.CancelledError:
             return self._given_up(request)
         # A task's result crosses the process boundary: every cause is kept.
@@ -230,7 +245,7 @@ class RefitAgent:
             request.commit_seconds, self._expire, transaction
         )
         self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
-        return Vote(version=version, ranks=votes)
+        return Vote(version=version, weights=request.weights, ranks=votes)
 
     def _given_up(self, request: Prepare) -> Refused:
         error = StagingCancelled("aborted or superseded while staging")
@@ -303,13 +318,14 @@ class RefitAgent:
         if current.phase == "staged":
             current.expiry.cancel()
             current.phase = "committing"
-            current.work = asyncio.create_task(self._install(request))
+            install = self._install(current.request, request.in_flight)
+            current.work = asyncio.create_task(install)
         return await asyncio.shield(current.work)
 
-    async def _install(self, request: Commit) -> Message:
-        version = request.version
+    async def _install(self, staged: Prepare, in_flight: InFlightPolicy) -> Message:
+        version = staged.version
         try:
-            committed = await self._switch(version, request.in_flight)
+            committed = await self._switch(staged, in_flight)
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -320,26 +336,28 @@ class RefitAgent:
             return self._fence_off(version, error)
         finally:
             self._transaction = None
-        self._last_commit = (request.epoch, committed)
+        self._last_commit = (staged.epoch, committed)
         self._publish(
             WorkerRefitted(
                 worker=self._worker,
                 version=version,
+                weights=committed.weights,
+                unchecked=committed.unchecked,
                 kv_epoch=committed.kv_epoch,
-                in_flight=request.in_flight,
+                in_flight=in_flight,
                 timings=committed.timings,
             )
         )
         return committed
 
-    async def _switch(self, version: int, in_flight: InFlightPolicy) -> Committed:
-        """Pause, install on every rank, new epoch, resume, probe.
+    async def _switch(self, staged: Prepare, in_flight: InFlightPolicy) -> Committed:
+        """Pause, install on every rank, new epoch, resume, probe, verify.
 
         Raises:
             RanksFailed: the install failed and the old weights are back, serving.
             Exception: anything else; the engine is left paused then.
         """
-        engine = self._engine
+        engine, version = self._engine, staged.version
         async with engine.admin_lock:
             clock = [time.perf_counter()]
             await self._pause(in_flight, version)
@@ -347,12 +365,14 @@ class RefitAgent:
             failed: RanksFailed | None = None
             retries = 0
             try:
-                retries = await self._ranks.install(version)
+                # Half of the time for each try.
+                seconds = staged.commit_seconds / 2
+                retries = await self._ranks.install(version, seconds)
             except RanksFailed as error:
                 await self._ranks.restore(version, error)
                 failed = error
             else:
-                self._version = version
+                self._version, self._weights = version, staged.weights
                 engine.begin_epoch(version)
             clock.append(time.perf_counter())
             if not engine.paused_by_user:
@@ -365,11 +385,15 @@ class RefitAgent:
                 # Still under the lock: a pause of the user's would look like a death.
                 await engine.probe()
         clock.append(time.perf_counter())
-        pause, install, resume, probe = (
+        unchecked = await self._check_live()
+        clock.append(time.perf_counter())
+        pause, install, resume, probe, verify = (
             (later - earlier) * 1e3 for earlier, later in itertools.pairwise(clock)
         )
         return Committed(
             version=version,
+            weights=staged.weights,
+            unchecked=unchecked,
             kv_epoch=engine.kv_epoch,
             timings=CommitTimings(
                 pause_ms=pause,
@@ -377,9 +401,34 @@ class RefitAgent:
                 resume_ms=resume,
                 stall_ms=pause + install + resume,
                 probe_ms=probe,
+                verify_ms=verify,
                 install_retries=retries,
             ),
         )
+
+    async def _check_live(self) -> int:
+        """
+        Raises:
+            WeightsUnknown: what is live is not what was installed.
+        """
+        try:
+            return await self._ranks.verify(self._version)
+        except RanksFailed as error:
+            raise WeightsUnknown(
+                f"the live weights are not those of version {self._version}: "
+                f"{error.failure}"
+            ) from error
+
+    async def _verify(self) -> Message:
+        """Check the live weights while nothing else is under way."""
+        if self._version is None:
+            raise RefitError("no version was installed here since the start")
+        if self._transaction is not None:
+            raise RefitError("a refit is under way: it verifies by itself")
+        async with self._verifying:
+            version, weights = self._version, self._weights
+            unchecked = await self._ranks.verify(version)
+        return WeightsVerified(version=version, weights=weights, unchecked=unchecked)
 
     def _check_awake(self) -> None:
         if self._engine.asleep:

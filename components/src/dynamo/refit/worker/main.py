@@ -4,19 +4,21 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import functools
 import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
 
 from dynamo.refit.bus import EventPublisher
 from dynamo.refit.events import REFIT_EVENTS
-from dynamo.refit.protocol import WorkerRequest
+from dynamo.refit.protocol import StagingChoice, WorkerRequest
 from dynamo.refit.rpc import Caller, unary
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import RefitEngine
@@ -34,16 +36,36 @@ _agents: set[asyncio.Task] = set()
 
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
+    staging = _take_staging_argument()
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
         sys.argv += ["--worker-extension-cls", EXTENSION]
-    on_worker_ready(_start_agent)
+    on_worker_ready(functools.partial(_start_agent, staging))
     dynamo_vllm()
 
 
+def _take_staging_argument() -> StagingChoice:
+    """Our own argument, taken out of what dynamo.vllm will parse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--refit-staging",
+        choices=get_args(StagingChoice),
+        default=os.environ.get("DYN_REFIT_STAGING", "auto"),
+    )
+    options, rest = parser.parse_known_args()
+    sys.argv = [sys.argv[0], *rest]
+    if options.refit_staging not in get_args(StagingChoice):
+        parser.error(f"DYN_REFIT_STAGING={options.refit_staging!r} is no staging mode")
+    return options.refit_staging
+
+
 def _start_agent(
-    runtime: DistributedRuntime, generate_endpoint: Endpoint, handler: Any
+    staging: StagingChoice,
+    runtime: DistributedRuntime,
+    generate_endpoint: Endpoint,
+    handler: Any,
 ) -> None:
-    task = asyncio.create_task(_run_agent(runtime, generate_endpoint, handler))
+    run = _run_agent(staging, runtime, generate_endpoint, handler)
+    task = asyncio.create_task(run)
     _agents.add(task)
     task.add_done_callback(_agent_ended)
 
@@ -57,7 +79,10 @@ def _agent_ended(task: asyncio.Task) -> None:
 
 
 async def _run_agent(
-    runtime: DistributedRuntime, generate_endpoint: Endpoint, handler: Any
+    staging: StagingChoice,
+    runtime: DistributedRuntime,
+    generate_endpoint: Endpoint,
+    handler: Any,
 ) -> None:
     config = handler.config
     worker = generate_endpoint.connection_id()
@@ -76,6 +101,7 @@ async def _run_agent(
             fence,
             model=config.served_model_name or config.model,
             worker=worker,
+            staging=staging,
         )
         await agent.start()
         await commands.serve_endpoint(unary(WorkerRequest, agent.answer, "worker"))

@@ -13,17 +13,26 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
-from dynamo.refit.errors import Failure, ManifestInvalid, RefitError
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.errors import (
+    Failure,
+    FingerprintMismatch,
+    ManifestInvalid,
+    RefitError,
+)
+from dynamo.refit.fingerprint import version_fingerprint
+from dynamo.refit.manifest import MAX_MANIFEST_BYTES, Manifest
 from dynamo.refit.protocol import (
     Describe,
     Described,
     Discard,
     Done,
+    FingerprintsReply,
+    GetFingerprints,
     GetManifest,
     Install,
     Installed,
@@ -38,18 +47,21 @@ from dynamo.refit.protocol import (
     Restore,
     Running,
     Stage,
-    Staged,
+    StagingChoice,
+    Verify,
 )
-from dynamo.refit.rank.plan import check_extents
+from dynamo.refit.worker.proof import Proof
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
 
 #: Between two polls of the ranks, at most: each one waits for the running step. A
 #: small model is staged in a millisecond, so the first polls come quicker.
 POLL_SECONDS = 0.02
 
-#: How long the trainer may take to send its manifest.
-MANIFEST_SECONDS = 60.0
+#: How long the trainer may take to send its manifest, or a version's fingerprints.
+TRAINER_SECONDS = 60.0
 
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
@@ -92,63 +104,72 @@ class HeldManifest:
 
 
 class Ranks:
-    """Stages, installs and restores on all ranks of one replica.
+    """Stages, installs, restores and verifies on all ranks of one replica.
 
     Every method may raise :class:`OutOfStep`: nothing that the ranks say can be
     trusted then.
+
+    Args:
+        staging: where versions wait; see :mod:`dynamo.refit.rank.memory`.
     """
 
-    def __init__(self, caller: RankCaller, trainers: Trainers) -> None:
+    def __init__(
+        self, caller: RankCaller, trainers: Trainers, staging: StagingChoice
+    ) -> None:
         self._caller = caller
         self._trainers = trainers
+        self._staging = staging
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
-        self._checked_layout: str | None = None
+        self._proof: tuple[str, Proof] | None = None
 
     async def describe(self) -> list[Described]:
         """Let every rank get ready to plan, and say who it is."""
-        return await self._call(Describe())
+        return await self._call(Describe(staging=self._staging))
 
     async def stage(self, request: Prepare) -> tuple[RankVote, ...]:
-        """Have the version staged everywhere; returns when it is.
+        """Have the version staged everywhere, and prove it; returns when it is.
 
         Raises:
             RanksFailed: a rank, or the trainer, refused. LayoutRefused: all ranks
-                together do not read every tensor whole. The others may still be
+                together do not read every tensor once. FingerprintMismatch: they
+                hold other bytes than were published. The others may still be
                 staging: :meth:`discard` follows.
         """
         held = await self._fetch_manifest(request)
-        fingerprint, layout = held.fingerprint, held.layout
-        known = self._ranks_manifest == fingerprint
+        known = self._ranks_manifest == held.fingerprint
+        proven = self._proof is not None and self._proof[0] == held.layout
         self._ranks_manifest = None
         await self._call(
             Stage(
                 version=request.version,
-                manifest=fingerprint,
+                manifest=held.fingerprint,
                 slot=request.slot,
+                staging=self._staging,
                 seconds=request.stage_seconds,
                 payload=None if known else held.payload,
-                want_reads=layout != self._checked_layout,
+                want_reads=not proven,
             )
         )
-        self._ranks_manifest = fingerprint
+        self._ranks_manifest = held.fingerprint
+        published = await self._fetch_fingerprints(request, held.manifest)
         staged = await self._poll(request.version)
-        if layout != self._checked_layout:
-            check_extents(held.manifest, (reply.reads for reply in staged))
-            self._checked_layout = layout
+        if not proven:
+            proof = Proof(held.manifest, [reply.reads for reply in staged])
+            self._proof = (held.layout, proof)
+        parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
+        self._proof[1].check(published, parts)
         return tuple(reply.vote for reply in staged)
 
     async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
         if self._manifest is None or self._manifest.fingerprint != request.manifest:
-            reply = await self._trainers.call(
-                request.endpoint,
-                request.instance,
-                GetManifest(manifest=request.manifest),
-                ManifestReply | Refused,
-                MANIFEST_SECONDS,
-            )
-            if isinstance(reply, Refused):
-                raise RanksFailed(reply.failure)
+            ask = GetManifest(manifest=request.manifest)
+            reply = await self._ask_trainer(request, ask, ManifestReply)
+            if len(reply.payload) > MAX_MANIFEST_BYTES:
+                raise ManifestInvalid(
+                    f"it has {len(reply.payload)} bytes, at most {MAX_MANIFEST_BYTES} "
+                    "are read"
+                )
             manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
             if manifest.fingerprint() != request.manifest:
                 raise ManifestInvalid("it is not the one that was announced")
@@ -161,7 +182,41 @@ class Ranks:
             )
         return self._manifest
 
-    async def _poll(self, version: int) -> list[Staged]:
+    async def _fetch_fingerprints(
+        self, request: Prepare, manifest: Manifest
+    ) -> np.ndarray:
+        """One uint64 per tensor; they are what the announcement stands for."""
+        ask = GetFingerprints(announcement=request.announcement)
+        reply = await self._ask_trainer(request, ask, FingerprintsReply)
+        expected = 8 * len(manifest.tensors)
+        if len(reply.payload) != expected:
+            raise FingerprintMismatch(
+                f"the trainer sent {len(reply.payload)} bytes of fingerprints, "
+                f"{len(manifest.tensors)} tensors have {expected}"
+            )
+        published = np.frombuffer(reply.payload, dtype="<u8")
+        if version_fingerprint(published) != request.weights:
+            raise FingerprintMismatch(
+                "the trainer's fingerprints are not the ones it announced: it holds "
+                "another version now"
+            )
+        return published
+
+    async def _ask_trainer(
+        self, request: Prepare, ask: Message, expected: type[M]
+    ) -> M:
+        reply = await self._trainers.call(
+            request.endpoint,
+            request.instance,
+            ask,
+            expected | Refused,
+            TRAINER_SECONDS,
+        )
+        if isinstance(reply, Refused):
+            raise RanksFailed(reply.failure)
+        return reply
+
+    async def _poll(self, version: int) -> list:
         """Wait until every rank has ended; the ranks keep their own deadline."""
         wait = POLL_SECONDS / 16
         while True:
@@ -189,18 +244,42 @@ class Ranks:
                 raise RefitError(f"a rank does not let go of version {version}")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def install(self, version: int) -> int:
-        """Install, and once more if that fails: the staged copy is intact.
+    async def install(self, version: int, seconds: float) -> int:
+        """Install, and once more if that fails: it may be repeated.
 
-        Returns how often it was repeated; raises :class:`RanksFailed`.
+        ``seconds`` bounds each try of a ``direct`` install. Returns how often it was
+        repeated; raises :class:`RanksFailed`, when every rank has ended.
         """
+        request = Install(version=version, seconds=seconds)
         try:
-            await self._call(Install(version=version))
+            await self._call_to_the_end(request)
         except RanksFailed as error:
             logger.warning("installing version %d again: %s", version, error.failure)
-            await self._call(Install(version=version))
+            await self._call_to_the_end(request)
             return 1
         return 0
+
+    async def verify(self, version: int) -> int:
+        """Compare the live weights of every rank with ``version``, while serving.
+
+        Returns how many parameters cannot be compared; raises :class:`RanksFailed`.
+        """
+        verified = await self._call_to_the_end(Verify(version=version))
+        return sum(reply.unchecked for reply in verified)
+
+    async def _call_to_the_end(self, request: Install | Verify) -> list:
+        """As :meth:`_call`, for work that ranks may only have started."""
+        replies = await self._caller.call_ranks(request)
+        wait = POLL_SECONDS / 16
+        while any(isinstance(reply, Running) for reply in replies):
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, POLL_SECONDS)
+            polled = await self._caller.call_ranks(Poll(version=request.version))
+            replies = [
+                now if isinstance(before, Running) else before
+                for before, now in zip(replies, polled, strict=True)
+            ]
+        return _all_or_raise(replies)
 
     async def restore(self, version: int, cause: RanksFailed) -> None:
         """Undo an install that failed on some rank.

@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Where a rank stages, and whether that fits: decided before a byte is allocated.
+
+    device   a shadow of the rank's parameters beside them: the shortest pause
+    host     the shadow in (pinned) host memory: the pause holds one upload
+    direct   no shadow: the pause holds the transfer, and there is no way back
+
+``device`` and ``host`` also keep a copy of the live parameters in host memory, which
+undoes an install that fails on some rank. Pure, but for :func:`free_memory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from dynamo.refit.errors import MemoryShort
+from dynamo.refit.protocol import MemoryUse, StagingChoice, StagingMode
+
+#: Left alone on either side, for whatever else grows while the model serves.
+HEADROOM = 256 << 20
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Bytes this rank may take. ``device`` is ``None`` where the model runs on the
+    host, and shadow and scratch are host memory, too."""
+
+    device: int | None
+    host: int
+
+
+def free_memory(device: torch.device, ranks: int) -> FreeMemory:
+    """What is free now; ``ranks`` of one host share its memory evenly."""
+    host = psutil.virtual_memory().available
+    limit = _cgroup_room(CGROUP)
+    if limit is not None:
+        host = min(host, limit)
+    room = max(0, host - HEADROOM) // ranks
+    if device.type != "cuda":
+        return FreeMemory(None, room)
+    free, _ = torch.cuda.mem_get_info(device)
+    return FreeMemory(max(0, free - HEADROOM), room)
+
+
+def choose(
+    wanted: StagingChoice,
+    *,
+    arena: int,
+    scratch: int,
+    free: FreeMemory,
+    held: MemoryUse | None = None,
+) -> MemoryUse:
+    """The staging mode and the bytes that it takes.
+
+    Args:
+        wanted: a mode, or ``auto`` for the first that fits, in the order above.
+        arena: bytes of the rank's parameters.
+        scratch: bytes of scratch.
+        held: what the rank has already, and would use again or give back.
+
+    Raises:
+        MemoryShort: the mode, or in ``auto`` every mode, needs more than there is.
+    """
+    modes: tuple[StagingMode, ...] = (
+        ("device", "host", "direct") if wanted == "auto" else (wanted,)
+    )
+    short = []
+    for mode in modes:
+        use = _use(mode, arena, scratch, free.device is None)
+        device = use.device_nbytes - (held.device_nbytes if held else 0)
+        host = use.host_nbytes - (held.host_nbytes if held else 0)
+        if device <= (free.device or 0) and host <= free.host:
+            return use
+        short.append(
+            f"{mode} takes {_gib(use.device_nbytes)} of device and "
+            f"{_gib(use.host_nbytes)} of host memory"
+        )
+    there = f"{_gib(free.host)} of host memory are free"
+    if free.device is not None:
+        there = f"{_gib(free.device)} of device and {there}"
+    raise MemoryShort(
+        f"{'; '.join(short)}; {there}: give vLLM less KV cache or the host more memory"
+    )
+
+
+def _use(mode: StagingMode, arena: int, scratch: int, on_host: bool) -> MemoryUse:
+    shadow = 0 if mode == "direct" else arena
+    backup = shadow
+    if on_host or mode == "host":
+        host = shadow + backup + scratch
+        return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
+    return MemoryUse(mode=mode, device_nbytes=shadow + scratch, host_nbytes=backup)
+
+
+def _cgroup_room(root: Path) -> int | None:
+    """Bytes below the container's memory limit (cgroup v2); ``None`` without one."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((root / "memory.current").read_text())
+        cache = dict(
+            line.split() for line in (root / "memory.stat").read_text().splitlines()
+        )
+    except OSError:
+        return None
+    # Pages of files are given up before anything is killed.
+    return int(limit) - used + int(cache.get("inactive_file", 0))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's loader reads, what it fills, and whether that amounts to a model.
+
+Pure data, and the checks that need no source: every parameter is filled, element by
+element, by what is published.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamo.refit.errors import LayoutRefused
+from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, align
+from dynamo.refit.rank import boxes
+
+#: Dtypes that a trainer's copy may be converted between, as ``Tensor.copy_`` does.
+#: Eight-bit floats need scales, and are not among them.
+CONVERTIBLE = frozenset({"float64", "float32", "bfloat16", "float16"})
+
+
+@dataclass(frozen=True)
+class ReadSlice:
+    """One copy of the engine's loader: a box of a source tensor into a parameter.
+
+    ``strides`` are the destination's, in elements, one per dimension of the
+    *source*; ``offset`` is the destination's first element in the parameter.
+    """
+
+    tensor: str
+    box: Box
+    parameter: str
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter in the layout it is loaded in. ``unloaded`` elements (vocabulary
+    padding) are covered by no source and stay zero."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    unloaded: int = 0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEMSIZE[self.dtype]
+
+
+class ArenaLayout:
+    """Where each parameter lies in the arena, in bytes: in order, aligned."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self.offsets: dict[str, int] = {}
+        self.nbytes = 0
+        for parameter in parameters:
+            self.offsets[parameter.name] = self.nbytes
+            self.nbytes += align(parameter.nbytes)
+
+
+def check_slices(
+    manifest: Manifest,
+    parameters: Sequence[Parameter],
+    slices: Sequence[ReadSlice],
+) -> None:
+    """Every slice lies in its tensor and in its parameter, every parameter is filled
+    element by element, and the dtypes go together.
+
+    Raises:
+        LayoutRefused: names the tensor or the parameter.
+    """
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    pieces: dict[str, list[ReadSlice]] = {p.name: [] for p in parameters}
+    by_name = {parameter.name: parameter for parameter in parameters}
+    for piece in slices:
+        tensor = tensors.get(piece.tensor)
+        if tensor is None:
+            raise LayoutRefused("this tensor is not published", tensor=piece.tensor)
+        whole = tuple((0, size) for size in tensor.shape)
+        if boxes.intersect(piece.box, whole) != piece.box:
+            raise LayoutRefused(
+                f"the loader reads {piece.box} of shape {tensor.shape}",
+                tensor=tensor.name,
+            )
+        parameter = by_name.get(piece.parameter)
+        if parameter is None:
+            raise LayoutRefused(
+                f"the loader writes {piece.parameter!r}, which is not a parameter of "
+                "the live model",
+                tensor=tensor.name,
+            )
+        if tensor.dtype != parameter.dtype and not (
+            {tensor.dtype, parameter.dtype} <= CONVERTIBLE
+        ):
+            raise LayoutRefused(
+                f"published as {tensor.dtype}, the engine holds {parameter.name} as "
+                f"{parameter.dtype}: publish it as {parameter.dtype}",
+                tensor=tensor.name,
+            )
+        pieces[parameter.name].append(piece)
+    for parameter in parameters:
+        _check_filled(parameter, pieces[parameter.name])
+
+
+def _check_filled(parameter: Parameter, pieces: Sequence[ReadSlice]) -> None:
+    filled = sum(boxes.volume(piece.box) for piece in pieces)
+    wanted = parameter.elements - parameter.unloaded
+    if filled != wanted:
+        raise LayoutRefused(
+            f"the published tensors fill {filled} of its {wanted} elements: a tensor "
+            "of this parameter is missing or has another shape",
+            tensor=parameter.name,
+        )
+    spans = sorted(_destination_span(piece) for piece in pieces)
+    if spans and not 0 <= spans[0][0] <= max(end for _, end in spans) <= (
+        parameter.elements
+    ):
+        raise LayoutRefused("a slice is written outside it", tensor=parameter.name)
+    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    if not apart and _written_elements(parameter, pieces) != wanted:
+        raise LayoutRefused(
+            "slices overlap in it, and leave other elements out", tensor=parameter.name
+        )
+
+
+def _destination_span(piece: ReadSlice) -> tuple[int, int]:
+    """First element of the parameter that a slice writes, and one past the last."""
+    extent = boxes.extent(piece.box)
+    return piece.offset, piece.offset + boxes.last_element(extent, piece.strides) + 1
+
+
+def _written_elements(parameter: Parameter, pieces: Sequence[ReadSlice]) -> int:
+    """How many elements are written at all: for slices that interleave."""
+    written = np.zeros(parameter.elements, dtype=bool)
+    for piece in pieces:
+        extent = boxes.extent(piece.box)
+        steps = [stride * written.itemsize for stride in piece.strides]
+        np.lib.stride_tricks.as_strided(
+            written[piece.offset :], shape=extent, strides=steps
+        )[...] = True
+    return int(written.sum())
