@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from dynamo.refit.protocol import MemoryUse
@@ -60,14 +62,27 @@ class Arena:
             cycle.built["allocations"] += 1
         self._buffer = RegisteredBuffer(agent, layout.nbytes, where, cycle)
         self.staged = _views(self.bytes, layout)
+        self.backup = _views(backup, layout)
         names = [parameter.name for parameter in layout.parameters]
         self.by_name = dict(zip(names, self.staged, strict=True))
-        self.backup = _views(backup, layout)
+        self._kept = dict(zip(names, self.backup, strict=True))
+        #: The shadow is what is live, byte for byte.
+        self.is_live = False
+        #: ``backup`` has the live version of the parameters that cannot be read back.
+        self.keeps_processed = False
 
     @property
     def bytes(self) -> torch.Tensor:
         """All of the shadow, uint8."""
         return self._buffer.bytes
+
+    def keep(self, processed: Iterable[str]) -> None:
+        """Copy the shadow of ``processed`` parameters to the backup, before another
+        version comes into it: the engine cannot give their loaded bytes back."""
+        for name in processed:
+            self._kept[name].copy_(self.by_name[name])
+            self.keeps_processed = True
+        self.is_live = False
 
     def close(self) -> None:
         self._buffer.close()

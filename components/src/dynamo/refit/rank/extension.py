@@ -103,6 +103,7 @@ class RefitRank:
         self._stager = self.stager_class(
             worker.model_runner.get_model(),
             build_twin(worker.vllm_config),
+            worker.vllm_config,
             self.rank,
             self._ranks,
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
@@ -38,9 +39,9 @@ from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.capture import capture_slices, describe_parameters
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.install import LiveParameters
+from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.plan import Limits, make_plan
-from dynamo.refit.rank.runtime_layout import find_layout
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent
@@ -77,11 +78,17 @@ class RankStager:
     Args:
         model: the live model of this rank.
         twin: the same model on the meta device, see :mod:`capture`.
+        config: what both were built with.
         rank: the rank in its tensor-parallel group of ``ranks``.
     """
 
     def __init__(
-        self, model: nn.Module, twin: nn.Module, rank: int, ranks: int
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        config: VllmConfig,
+        rank: int,
+        ranks: int,
     ) -> None:
         self.parameters = describe_parameters(twin, model)
         self._twin = twin
@@ -90,8 +97,9 @@ class RankStager:
         self._device = next(model.parameters()).device
         self._limits = LIMITS[self._device.type]
         self._layout = ArenaLayout(self.parameters)
-        self._live = LiveParameters(model, self._layout)
-        self._plain = find_layout(twin, model).plain
+        layers = ProcessedLayers(model, twin, config)
+        self._live = LiveParameters(model, self._layout, layers)
+        self._plain = {name: p.detach() for name, p in layers.plain.items()}
         # Half a second, so before the first refit; later calls come from one thread
         # at a time.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
@@ -194,6 +202,7 @@ class RankStager:
         start = time.perf_counter()
         if session.arena is not None:
             self._live.copy_from(session.arena.staged)
+            session.arena.is_live = True
         else:
             self._install_direct(session, staged, limit)
         if self._installed is None or self._installed.version != version:
@@ -210,8 +219,14 @@ class RankStager:
         session, _ = self._holding(version)
         if session.arena is None:
             raise NoWayBack("direct staging keeps no copy of the old weights")
+        if self._live.processed and not session.arena.keeps_processed:
+            raise NoWayBack(
+                "some layers keep their weights in another layout than they are "
+                "loaded in, and this is the first version that was installed"
+            )
         start = time.perf_counter()
         self._live.copy_from(session.arena.backup)
+        session.arena.is_live = False
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
         return (time.perf_counter() - start) * 1e3
@@ -290,10 +305,13 @@ class RankStager:
         self, session: Session, slot: int, limit: Limit, cycle: Cycle
     ) -> np.ndarray:
         """The version's bytes in the arena, and a copy of the live ones beside it."""
-        submit = self._follower.submit
-        if session.arena is None:
+        submit, arena = self._follower.submit, session.arena
+        if arena is None:
             return session.pull(slot, limit, submit, cycle, land=False)
-        backup = submit(self._back_up, session.arena, cycle)
+        if arena.is_live:
+            with cycle.time("backup"):
+                arena.keep(self._live.processed)
+        backup = submit(self._back_up, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle, land=True)
         finally:
