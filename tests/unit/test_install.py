@@ -10,17 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dynamo.refit.errors import PointerMoved
-from dynamo.refit.manifest import (
-    ALIGNMENT,
-    Manifest,
-    Region,
-    Shard,
-    Source,
-    TensorEntry,
-)
-from dynamo.refit.rank.install import LiveParameters, parameter_views
-from dynamo.refit.rank.plan import Parameter, Plan, ReadSlice, make_plan
+from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.rank.install import LiveParameters
+from dynamo.refit.rank.slices import ArenaLayout, Parameter
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -36,6 +28,7 @@ class TiedModel(nn.Module):
         self.head = nn.Linear(4, 6, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("frequencies", torch.randn(2))
+        self.workspace = torch.zeros(3)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embed(tokens).float() * self.norm * self.scale
@@ -48,38 +41,21 @@ def model() -> TiedModel:
 
 
 @pytest.fixture
-def plan(model: TiedModel) -> Plan:
-    """All parameters of ``model``, each from a whole tensor of its name."""
-    tensors, slices, parameters = [], [], []
-    for name, tensor in model.named_parameters():
-        shape = tuple(tensor.shape)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        box = tuple((0, size) for size in shape)
-        shard = Shard(
-            source=0, region=0, byte_offset=0, offset=(0,) * len(shape), shape=shape
-        )
-        tensors.append(
-            TensorEntry(name=name, dtype=dtype, shape=shape, shards=(shard,))
-        )
-        slices.append(ReadSlice(name, box, name, 0, tensor.stride()))
-        parameters.append(Parameter(name, shape, dtype))
-    source = Source(
-        agent="trainer-0",
-        metadata=b"",
-        memory="DRAM",
-        device=0,
-        slots=((Region(1 << 32, 1 << 16),),),
+def layout(model: TiedModel) -> ArenaLayout:
+    return ArenaLayout(
+        [
+            Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."))
+            for name, p in model.named_parameters()
+        ]
     )
-    manifest = Manifest(model="tiny", tensors=tuple(tensors), sources=(source,))
-    return make_plan(manifest, parameters, slices, rank=0, scratch_limit=0)
 
 
-def _staged(plan: Plan) -> list[torch.Tensor]:
-    """Random values in an arena, as a pull leaves them."""
-    views = parameter_views(torch.zeros(plan.arena_nbytes, dtype=torch.uint8), plan)
-    for view in views:
-        view.normal_()
-    return views
+def _staged(layout: ArenaLayout) -> list[torch.Tensor]:
+    """Random values, as a pull leaves them in an arena."""
+    return [
+        torch.randn(parameter.shape).to(getattr(torch, parameter.dtype))
+        for parameter in layout.parameters
+    ]
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,13 +77,13 @@ def _assert_equal(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_copy_from_overwrites_in_place_under_every_name(
-    model: TiedModel, plan: Plan
+    model: TiedModel, layout: ArenaLayout
 ) -> None:
     addresses, frequencies = _addresses(model), model.frequencies.clone()
-    staged = _staged(plan)
-    LiveParameters(model, plan).copy_from(staged)
+    staged = _staged(layout)
+    LiveParameters(model, layout).copy_from(staged)
 
-    new = dict(zip((p.name for p in plan.parameters), staged, strict=True))
+    new = dict(zip((p.name for p in layout.parameters), staged, strict=True))
     assert new.keys() == {"embed.weight", "norm", "scale"}
     tied = {"head.weight": new["embed.weight"], "frequencies": frequencies}
     _assert_equal(model, new | tied)
@@ -115,36 +91,42 @@ def test_copy_from_overwrites_in_place_under_every_name(
     assert model.head.weight is model.embed.weight
 
 
-def test_copy_from_is_seen_by_the_next_step(model: TiedModel, plan: Plan) -> None:
+def test_copy_from_is_seen_by_the_next_step(
+    model: TiedModel, layout: ArenaLayout
+) -> None:
     tokens = torch.arange(6)
-    LiveParameters(model, plan).copy_from(_staged(plan))
+    LiveParameters(model, layout).copy_from(_staged(layout))
     other = TiedModel()
     other.load_state_dict(model.state_dict())
 
     assert torch.equal(model(tokens), other(tokens))
 
 
-def test_copy_from_leaves_ordinary_parameters(model: TiedModel, plan: Plan) -> None:
-    LiveParameters(model, plan).copy_from(_staged(plan))
+def test_copy_from_leaves_ordinary_parameters(
+    model: TiedModel, layout: ArenaLayout
+) -> None:
+    LiveParameters(model, layout).copy_from(_staged(layout))
 
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad, name
         assert not parameter.is_inference(), name
 
 
-def test_copy_to_takes_what_is_live_and_leaves_it(model: TiedModel, plan: Plan) -> None:
-    before, backup = _state(model), _staged(plan)
-    LiveParameters(model, plan).copy_to(backup)
+def test_copy_to_takes_what_is_live_and_leaves_it(
+    model: TiedModel, layout: ArenaLayout
+) -> None:
+    before, backup = _state(model), _staged(layout)
+    LiveParameters(model, layout).copy_to(backup)
 
     _assert_equal(model, before)
-    for parameter, saved in zip(plan.parameters, backup, strict=True):
+    for parameter, saved in zip(layout.parameters, backup, strict=True):
         assert torch.equal(saved, before[parameter.name]), parameter.name
 
 
-def test_a_backup_undoes_an_install(model: TiedModel, plan: Plan) -> None:
-    before, backup, staged = _state(model), _staged(plan), _staged(plan)
+def test_a_backup_undoes_an_install(model: TiedModel, layout: ArenaLayout) -> None:
+    before, backup, staged = _state(model), _staged(layout), _staged(layout)
     kept = [tensor.clone() for tensor in staged]
-    live = LiveParameters(model, plan)
+    live = LiveParameters(model, layout)
     live.copy_to(backup)
     live.copy_from(staged)
     assert not torch.equal(model.norm, before["norm"])
@@ -178,6 +160,15 @@ def _replace_buffer(model: TiedModel) -> None:
     model.frequencies = model.frequencies.clone()
 
 
+def _replace_bare_tensor(model: TiedModel) -> None:
+    """As a kernel would that allocates its workspace again."""
+    model.workspace = torch.zeros(3)
+
+
+def _drop_bare_tensor(model: TiedModel) -> None:
+    model.workspace = None
+
+
 def _untie_by_the_second_name(model: TiedModel) -> None:
     """The output layer reads bytes from now on that no install writes."""
     model.head.weight = nn.Parameter(model.head.weight.data.clone())
@@ -191,13 +182,15 @@ def _untie_by_the_second_name(model: TiedModel) -> None:
         (_delete, "norm"),
         (_replace_embedding, "embed.weight"),
         (_replace_buffer, "frequencies"),
+        (_replace_bare_tensor, "workspace"),
+        (_drop_bare_tensor, "workspace"),
         (_untie_by_the_second_name, "head.weight"),
     ],
 )
 def test_a_tensor_that_moved_is_named_and_nothing_is_written(
-    model: TiedModel, plan: Plan, move: Callable[[TiedModel], None], name: str
+    model: TiedModel, layout: ArenaLayout, move: Callable[[TiedModel], None], name: str
 ) -> None:
-    live = LiveParameters(model, plan)
+    live = LiveParameters(model, layout)
     live.check_addresses()
     move(model)
     before = _state(model)
@@ -206,45 +199,34 @@ def test_a_tensor_that_moved_is_named_and_nothing_is_written(
         live.check_addresses()
     assert caught.value.tensor == name
     with pytest.raises(PointerMoved) as caught:
-        live.copy_from(_staged(plan))
+        live.copy_from(_staged(layout))
     assert caught.value.tensor == name
     _assert_equal(model, before)
 
 
-# The views.
+# What needs more than a copy.
 
 
-def test_views_have_the_parameters_dtypes_and_shapes(
-    model: TiedModel, plan: Plan
+@pytest.mark.parametrize("form", ["empty", "dtype", "strides"])
+def test_a_parameter_in_another_form_is_not_copied_into(
+    model: TiedModel, layout: ArenaLayout, form: str
 ) -> None:
-    buffer = torch.zeros(plan.arena_nbytes, dtype=torch.uint8)
-    views = parameter_views(buffer, plan)
+    """Who processes it is not known here, so that a copy would be wrong."""
+    model.embed.weight = nn.Parameter(
+        {
+            "empty": torch.empty(0, dtype=torch.bfloat16),
+            "dtype": torch.zeros(6, 4),
+            "strides": torch.zeros(4, 6, dtype=torch.bfloat16).t(),
+        }[form]
+    )
+    with pytest.raises(PackedWeights) as caught:
+        LiveParameters(model, layout)
+    assert caught.value.tensor == "embed.weight"
 
-    found = {
-        p.name: (view.dtype, tuple(view.shape))
-        for p, view in zip(plan.parameters, views, strict=True)
-    }
-    assert found == {
-        "embed.weight": (torch.bfloat16, (6, 4)),
-        "norm": (torch.float32, (4,)),
-        "scale": (torch.float32, ()),
-    }
 
-
-def test_views_alias_the_buffer_where_the_plan_says(
-    model: TiedModel, plan: Plan
+def test_a_backup_is_complete_where_everything_is_copied(
+    model: TiedModel, layout: ArenaLayout
 ) -> None:
-    buffer = torch.zeros(plan.arena_nbytes, dtype=torch.uint8)
-    views = parameter_views(buffer, plan)
-
-    assert list(plan.offsets.values()) == [0, ALIGNMENT, 2 * ALIGNMENT]
-    for number, (parameter, view) in enumerate(
-        zip(plan.parameters, views, strict=True)
-    ):
-        start = plan.offsets[parameter.name]
-        assert view.data_ptr() == buffer.data_ptr() + start
-        buffer[start : start + parameter.nbytes] = number + 1
-        raw = view.reshape(-1).view(torch.uint8)
-        assert raw.tolist() == [number + 1] * parameter.nbytes
-    written = sum(parameter.nbytes for parameter in plan.parameters)
-    assert int(buffer.count_nonzero()) == written == 48 + 16 + 4
+    live = LiveParameters(model, layout)
+    assert live.can_copy_out
+    assert live.processed == frozenset()

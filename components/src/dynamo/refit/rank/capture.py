@@ -26,9 +26,10 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from dynamo.refit.errors import LayoutRefused, PackedWeights
+from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.manifest import Manifest, TensorEntry
 from dynamo.refit.rank.plan import Parameter, ReadSlice
+from dynamo.refit.rank.runtime_layout import find_layout
 
 
 def build_twin(vllm_config: VllmConfig) -> nn.Module:
@@ -50,39 +51,24 @@ def build_twin(vllm_config: VllmConfig) -> nn.Module:
 
 
 def describe_parameters(twin: nn.Module, live: nn.Module) -> list[Parameter]:
-    """The parameters to fill, in the model's order; aliases once.
+    """The parameters to fill, as they are loaded, in the model's order; aliases once.
 
     Raises:
-        PackedWeights: a live parameter is not laid out as it is loaded, so that
-            bytes of a checkpoint cannot be written into it.
+        RefitError: the live model holds one of them in a way that no version could
+            be installed into; see :func:`find_layout`.
     """
+    placeholders = find_layout(twin, live).placeholders
     unloaded = _vocabulary_padding(twin)
-    current = dict(live.named_parameters())
-    described = []
-    for name, planned in twin.named_parameters():
-        there = current.get(name)
-        if (
-            there is None
-            or there.shape != planned.shape
-            or there.dtype != planned.dtype
-            or not there.is_contiguous()
-        ):
-            found = "gone" if there is None else f"{tuple(there.shape)} {there.dtype}"
-            raise PackedWeights(
-                f"loaded as {tuple(planned.shape)} {planned.dtype}, but the engine "
-                f"holds it as {found}: start the worker with `python -m "
-                "dynamo.refit.worker`, which keeps the plain layout",
-                tensor=name,
-            )
-        described.append(
-            Parameter(
-                name=name,
-                shape=tuple(planned.shape),
-                dtype=str(planned.dtype).removeprefix("torch."),
-                unloaded=unloaded.get(name, 0),
-            )
+    return [
+        Parameter(
+            name=name,
+            shape=tuple(planned.shape),
+            dtype=str(planned.dtype).removeprefix("torch."),
+            unloaded=unloaded.get(name, 0),
         )
-    return described
+        for name, planned in twin.named_parameters()
+        if name not in placeholders
+    ]
 
 
 def capture_slices(twin: nn.Module, manifest: Manifest) -> list[ReadSlice]:

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The live parameters: copied into, copied from, and guarded.
 
-CUDA graphs and compiled code hold the addresses of the parameters they were
-captured with, so an install writes in place and no address may change. The only
-code that writes live weights; it is called between steps, on the thread that
-runs the model.
+CUDA graphs and compiled code hold the addresses of the tensors they were captured
+with, so an install writes in place and no address may change. The only code that
+writes live weights, itself or through :mod:`layerwise`; it is called between steps,
+on the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -15,78 +15,140 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dynamo.refit.errors import PointerMoved
-from dynamo.refit.rank.plan import Plan
+from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.rank.layerwise import ProcessedLayers
+from dynamo.refit.rank.slices import ArenaLayout, Parameter
 
 
 class LiveParameters:
-    """The parameters of the running model that a plan fills, and every address.
+    """The parameters of the running model that a version fills, and every address.
+
+    Parameters that the engine holds as they are loaded are copied, all at once. The
+    others go through their layer's processing, layer by layer.
 
     Args:
-        model: the engine's model. Its parameters and buffers must stay where they
-            are from now on.
-        plan: names the parameters, in the order of the arena.
+        model: the engine's model. Its tensors must stay where they are from now on.
+        layout: names the parameters, in the order of the arena.
+        layers: the layers of ``model`` that are not laid out as loaded. Only a model
+            that vLLM did not build (a test's) can do without.
+
+    Raises:
+        PackedWeights: without ``layers``, a parameter is not laid out as loaded.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ArenaLayout,
+        layers: ProcessedLayers | None = None,
+    ) -> None:
         # A look at each place is 100 times quicker than a walk over the modules, and
         # it happens twice in every pause.
         self._places = list(_places(model))
         self._addresses = [held[key].data_ptr() for _, held, key in self._places]
-        current = dict(model.named_parameters())
-        self._tensors = [current[p.name].detach() for p in plan.parameters]
+        self._device = next(model.parameters()).device
+        self._names = [parameter.name for parameter in layout.parameters]
+        self._layers = layers
+        #: The parameters that :meth:`copy_to` cannot copy out.
+        self.processed = frozenset() if layers is None else layers.names
+        plain = _all_as_loaded(model, layout) if layers is None else layers.plain
+        self._plain = [n for n, name in enumerate(self._names) if name in plain]
+        self._tensors = [plain[self._names[n]].detach() for n in self._plain]
+
+    @property
+    def can_copy_out(self) -> bool:
+        """Whether :meth:`copy_to` makes a backup that :meth:`copy_from` can restore.
+
+        Where it does not, the engine no longer has the bytes that were loaded: the way
+        back to a version are the staged tensors it was installed from, kept by the
+        caller, and from the first version that is installed there is no way back.
+        """
+        return not self.processed
 
     def check_addresses(self) -> None:
         """
         Raises:
-            PointerMoved: a parameter or buffer has moved; names it.
+            PointerMoved: a parameter, a buffer or another tensor that a module holds
+                has moved; names it.
         """
         places = zip(self._places, self._addresses, strict=True)
         for (name, held, key), address in places:
             tensor = held.get(key)
-            if tensor is None or tensor.data_ptr() != address:
+            if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() != address:
                 raise PointerMoved(
                     "its storage moved since the session was built, so captured CUDA "
                     "graphs read the old one: restart this worker",
                     tensor=name,
                 )
 
-    @torch.inference_mode()
     def copy_from(self, staged: list[torch.Tensor]) -> None:
-        """Overwrite the live parameters with ``staged``; returns when it is done."""
+        """Overwrite the live parameters with ``staged``; returns when it is done.
+
+        ``staged`` is in the layout's order, and only read; the call may be repeated,
+        also after a failure.
+
+        Raises:
+            PointerMoved: see :meth:`check_addresses`.
+            LayerFailed: the layers before this one are new, all others are old: call
+                again, or with the version before, or stop serving.
+        """
         self.check_addresses()
-        torch._foreach_copy_(self._tensors, staged)
-        synchronize(self._tensors[0].device)
+        if self._layers is not None:
+            # They may fail, so they come before anything else has changed.
+            self._layers.install(dict(zip(self._names, staged, strict=True)))
+        with torch.inference_mode():
+            if self._plain:
+                torch._foreach_copy_(self._tensors, [staged[n] for n in self._plain])
+        if self._layers is not None:
+            self._layers.refresh_attention()
+        synchronize(self._device)
         self.check_addresses()
 
     @torch.inference_mode()
     def copy_to(self, backup: list[torch.Tensor]) -> None:
-        """Copy the live parameters out, while they serve; blocks this thread."""
-        torch._foreach_copy_(backup, self._tensors)
-        synchronize(self._tensors[0].device)
+        """Copy the live parameters out, while they serve; blocks this thread.
+
+        Leaves ``backup`` alone where a parameter is :attr:`processed`.
+        """
+        if self._plain:
+            torch._foreach_copy_([backup[n] for n in self._plain], self._tensors)
+        synchronize(self._device)
 
 
-def parameter_views(buffer: torch.Tensor, plan: Plan) -> list[torch.Tensor]:
-    """The parameters of ``plan`` as views of a byte buffer of ``arena_nbytes``."""
-    views = []
-    for parameter in plan.parameters:
-        start = plan.offsets[parameter.name]
-        flat = buffer[start : start + parameter.nbytes]
-        views.append(flat.view(getattr(torch, parameter.dtype)).view(parameter.shape))
-    return views
+def _all_as_loaded(model: nn.Module, layout: ArenaLayout) -> dict[str, nn.Parameter]:
+    current = dict(model.named_parameters())
+    for parameter in layout.parameters:
+        found = current.get(parameter.name)
+        if found is None or not _as_loaded(found, parameter):
+            raise PackedWeights(
+                f"loaded as {parameter.shape} {parameter.dtype}, which is not how the "
+                "model holds it",
+                tensor=parameter.name,
+            )
+    return current
+
+
+def _as_loaded(found: torch.Tensor, parameter: Parameter) -> bool:
+    return (
+        tuple(found.shape) == parameter.shape
+        and found.dtype == getattr(torch, parameter.dtype)
+        and found.is_contiguous()
+    )
 
 
 def _places(
     model: nn.Module,
-) -> Iterator[tuple[str, dict[str, torch.Tensor | None], str]]:
-    """Where each parameter and buffer hangs: its name, the module's table, its key.
+) -> Iterator[tuple[str, dict[str, object], str]]:
+    """Where each tensor of a module hangs: its name, the module's table, its key.
 
-    Under every name: a tied tensor that is no longer tied has moved, too.
+    Parameters, buffers and bare attributes, such as a kernel's workspace or what MLA
+    derives from its weights. Under every name: a tied tensor that is no longer tied
+    has moved, too.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for held in (module._parameters, module._buffers):
-            for key, tensor in held.items():
-                if tensor is not None:
+        for held in (module._parameters, module._buffers, module.__dict__):
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor):
                     yield f"{prefix}.{key}".lstrip("."), held, key
 
 
