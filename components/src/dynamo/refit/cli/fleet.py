@@ -1,40 +1,29 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo-refit``: look at a running deployment."""
+"""``dynamo-refit status`` and ``watch``: look at a running deployment."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from datetime import datetime
-from typing import Annotated
 
 import msgspec
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from dynamo.refit.bus import EventSubscriber, RejectedPayload
+from dynamo.refit.cli.output import AsJson, Namespace, complain, time_of
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.protocol import FleetStatus, GetStatus, Refused
 from dynamo.refit.rpc import Caller, runtime_from_environment
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-
-Namespace = Annotated[
-    str, typer.Option(envvar="DYN_NAMESPACE", help="Dynamo namespace")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
-
 #: How long the coordinator may take to be found and to answer.
 STATUS_SECONDS = 5.0
 
 
-@app.command()
 def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     """Show which worker serves which version."""
-    fleet = asyncio.run(_fetch_status(namespace))
+    fleet = asyncio.run(_status(namespace))
     if as_json:
         print(msgspec.json.encode(fleet).decode())
         return
@@ -58,28 +47,22 @@ def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@app.command()
 def watch(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     """Print refit events as they come, until interrupted."""
     asyncio.run(_watch(namespace, as_json))
 
 
-def main() -> None:
-    """Console entry point: an error is one line and exit code 1."""
-    try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except typer.TyperException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except RefitError as error:
-        print(f"dynamo-refit: {error}", file=sys.stderr)
-        sys.exit(1)
+async def _status(namespace: str) -> FleetStatus:
+    return await fetch_status(Caller(runtime_from_environment()), namespace)
 
 
-async def _fetch_status(namespace: str) -> FleetStatus:
-    caller = Caller(runtime_from_environment())
+async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
+    """The newest coordinator's view of its fleet.
+
+    Raises:
+        RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
+            not answer.
+    """
     path = f"{namespace}.refit.status"
     deadline = asyncio.get_running_loop().time() + STATUS_SECONDS
     while not (found := await caller.instances(path)):
@@ -103,17 +86,12 @@ async def _watch(namespace: str, as_json: bool) -> None:
     async with EventSubscriber(topic) as events:
         async for event in events:
             if isinstance(event, RejectedPayload):
-                print(f"dynamo-refit: {event.detail}", file=sys.stderr)
+                complain(event.detail)
             elif as_json:
                 print(msgspec.json.encode(event).decode(), flush=True)
             else:
-                at = datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
-                print(f"{at} {event.publisher} {event}", flush=True)
+                print(f"{time_of(event)} {event.publisher} {event}", flush=True)
 
 
 def _show(version: int | None) -> str:
     return "start-up weights" if version is None else str(version)
-
-
-if __name__ == "__main__":
-    main()

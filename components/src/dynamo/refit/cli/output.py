@@ -1,0 +1,32 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: options, and how they say things."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from dynamo.refit.errors import RefitError
+from dynamo.refit.events import Event
+
+Namespace = Annotated[
+    str, typer.Option(envvar="DYN_NAMESPACE", help="Dynamo namespace")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
+
+
+def time_of(event: Event) -> str:
+    """When the event was sent, as local time of day with milliseconds."""
+    return datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
+
+
+def complain(what: RefitError | str) -> None:
+    """One line on standard error."""
+    tensor = getattr(what, "tensor", None)
+    where = f"tensor {tensor}: " if tensor else ""
+    line = " ".join(f"dynamo-refit: {where}{what}".splitlines())
+    print(line, file=sys.stderr, flush=True)
