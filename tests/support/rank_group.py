@@ -1,0 +1,237 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Real tensor-parallel ranks without an engine: vLLM's distributed environment, its
+loader and the production extension, one process a rank, a pipe to each.
+
+    with RankGroup(2, logs) as group:
+        group.load(checkpoint)
+        golden = group.golden(other_checkpoint)
+        group.refit(manifest, slot=0)
+        assert group.digests() == golden
+
+The conversation with the ranks is :class:`Conversation`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dynamo.refit.manifest import Manifest
+from dynamo.refit.protocol import (
+    Describe,
+    Discard,
+    Done,
+    Install,
+    Installed,
+    Poll,
+    RankAnswer,
+    RankCall,
+    RankReply,
+    RankRequest,
+    RankVote,
+    Refused,
+    Restore,
+    Running,
+    Stage,
+    Staged,
+)
+from dynamo.refit.rank.plan import check_extents
+from graphs.local import free_port
+from tests.support.child import Child
+
+#: What a rank may take to stage a tiny model.
+STAGE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a rank's process holds: resident bytes, file descriptors, threads."""
+
+    resident: int
+    descriptors: int
+    threads: int
+
+
+class RankGroup:
+    """``ranks`` processes; every method asks all of them, and answers rank by rank."""
+
+    def __init__(self, ranks: int, logs: Path) -> None:
+        port = free_port()
+        self.model: Path | None = None
+        self._children = [
+            Child(
+                "tests.support.rank_process",
+                [str(rank), str(ranks), str(port)],
+                logs / f"rank-{rank}-of-{ranks}.log",
+            )
+            for rank in range(ranks)
+        ]
+        self._golden: dict[tuple[Path, Path], list[dict[str, str]]] = {}
+        self._calls = 0
+        self.talk = Conversation(self.call)
+
+    def load(self, model: Path) -> None:
+        """Serve ``model`` from now on; nothing happens if it is loaded already."""
+        if self.model == model:
+            return
+        self._ask("load", model)
+        self.model = model
+        self.talk = Conversation(self.call)
+
+    def refit_call(self, payload: bytes) -> list[bytes]:
+        """The production entry point, ``RefitWorkerExtension.refit_call``."""
+        return self._ask("refit_call", payload)
+
+    def call(self, request: RankRequest) -> list[RankReply]:
+        """Send a request to every rank; their replies."""
+        self._calls += 1
+        payload = msgspec.msgpack.encode(RankCall(self._calls, request))
+        answers = [
+            msgspec.msgpack.decode(answer, type=RankAnswer)
+            for answer in self.refit_call(payload)
+        ]
+        assert [answer.call for answer in answers] == [self._calls] * len(answers)
+        return [answer.reply for answer in answers]
+
+    def digests(self) -> list[dict[str, str]]:
+        """Per rank, the SHA-256 of every live parameter."""
+        return self._ask("digests")
+
+    def golden(self, checkpoint: Path) -> list[dict[str, str]]:
+        """Per rank, what the digests must be when ``checkpoint`` is live."""
+        key = (self.model, checkpoint)
+        if key not in self._golden:
+            self._golden[key] = self._ask("golden", checkpoint)
+        return self._golden[key]
+
+    def scribble(self, value: float = 1.5) -> None:
+        """Overwrite every live parameter of every rank."""
+        self._ask("scribble", value)
+
+    def resources(self) -> list[Resources]:
+        """Per rank, what its process holds after a garbage collection."""
+        return [Resources(*held) for held in self._ask("resources")]
+
+    def refit(self, manifest: Manifest, slot: int) -> list[RankVote]:
+        """Stage a version, scribble over the live parameters, and install it."""
+        votes = self.talk.stage(manifest, slot)
+        self.scribble()
+        self.talk.install()
+        return votes
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        for child in self._children:
+            child.send(method, *arguments)
+        return [child.receive() for child in self._children]
+
+    def close(self) -> None:
+        for child in self._children:
+            child.close()
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RanksRefused(Exception):
+    """At least one rank refused; ``replies`` are those of all ranks."""
+
+    def __init__(self, replies: list[RankReply]) -> None:
+        refused = [reply for reply in replies if isinstance(reply, Refused)]
+        super().__init__("; ".join(str(reply.failure) for reply in refused))
+        self.replies = replies
+        self.failures = [reply.failure for reply in refused]
+
+
+class Conversation:
+    """What a worker says to its ranks, version after version: the one place in the
+    tests of ranks that knows the messages.
+
+    Args:
+        call: sends a request to every rank and returns their replies.
+    """
+
+    def __init__(self, call: Callable[[RankRequest], list[RankReply]]) -> None:
+        self._call = call
+        self._described = False
+        self._sent: str | None = None
+        self._version = 0
+
+    def stage(
+        self, manifest: Manifest, slot: int, seconds: float = STAGE_SECONDS
+    ) -> list[RankVote]:
+        """Stage the next version from ``slot`` on every rank; their votes.
+
+        Raises:
+            RanksRefused: a rank did not; nothing is staged on any rank then.
+        """
+        if not self._described:
+            self._all(Describe())
+            self._described = True
+        self._version += 1
+        fingerprint = manifest.fingerprint()
+        known = self._sent == fingerprint
+        request = Stage(
+            version=self._version,
+            manifest=fingerprint,
+            slot=slot,
+            seconds=seconds,
+            payload=None if known else msgspec.msgpack.encode(manifest),
+            want_reads=True,
+        )
+        self._sent = fingerprint
+        try:
+            self._all(request)
+            staged = self._poll(seconds + 10)
+        except RanksRefused:
+            self.discard()
+            raise
+        check_extents(manifest, [reply.reads for reply in staged])
+        return [reply.vote for reply in staged]
+
+    def install(self) -> None:
+        """Make the staged version live on every rank."""
+        replies = self._all(Install(version=self._version))
+        assert all(isinstance(reply, Installed) for reply in replies), replies
+
+    def restore(self) -> None:
+        """Undo the install."""
+        replies = self._all(Restore(version=self._version))
+        assert all(isinstance(reply, Installed) for reply in replies), replies
+
+    def discard(self) -> None:
+        """Forget what is staged, or being staged, on every rank."""
+        deadline = time.monotonic() + STAGE_SECONDS
+        while not all(
+            isinstance(reply, Done)
+            for reply in self._all(Discard(version=self._version))
+        ):
+            assert time.monotonic() < deadline, "a rank does not let go"
+            time.sleep(0.01)
+
+    def _poll(self, seconds: float) -> list[Staged]:
+        deadline = time.monotonic() + seconds
+        while True:
+            replies = self._call(Poll(version=self._version))
+            if not any(isinstance(reply, Running) for reply in replies):
+                break
+            assert time.monotonic() < deadline, "a rank stages for ever"
+            time.sleep(0.005)
+        if any(isinstance(reply, Refused) for reply in replies):
+            raise RanksRefused(replies)
+        assert all(isinstance(reply, Staged) for reply in replies), replies
+        return replies
+
+    def _all(self, request: RankRequest) -> list[RankReply]:
+        replies = self._call(request)
+        if any(isinstance(reply, Refused) for reply in replies):
+            raise RanksRefused(replies)
+        return replies
