@@ -32,7 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import InFlightPolicy, RankVote
-from dynamo.refit.publish.torch_state import SnapshotBuffers
+from dynamo.refit.publish.torch_state import SnapshotBuffers, local_shards
 from dynamo.refit.transport.nixl import NixlAgent
 from tests.support.replica import Replica
 
@@ -107,7 +107,7 @@ def serve_weights(config: dict, device: str, name: str, pipe: Connection) -> Non
         tensor: torch.empty(shape, dtype=torch.bfloat16, device=device)
         for tensor, shape in shapes(config).items()
     }
-    buffers = SnapshotBuffers(tensors, slots=2)
+    buffers = SnapshotBuffers(local_shards(tensors), slots=2)
     for slot in range(2):
         fill(tensors, seed=slot)
         buffers.write(slot)

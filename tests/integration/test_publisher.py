@@ -21,6 +21,8 @@ from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
+    FingerprintsReply,
+    GetFingerprints,
     GetManifest,
     ManifestReply,
     Refused,
@@ -37,7 +39,7 @@ pytestmark = [
 ]
 
 PATH = "dynamo.trainer.weights"
-REPLY = Done | Refused | ManifestReply
+REPLY = Done | Refused | ManifestReply | FingerprintsReply
 
 
 @pytest.fixture
@@ -66,6 +68,13 @@ def publisher(
 ) -> Iterator[WeightPublisher]:
     with WeightPublisher("tiny", weights) as publisher:
         yield publisher
+
+
+async def until_ready(caller: Caller, published: PublishedVersion) -> None:
+    """A version can be leased as soon as it is fingerprinted."""
+    request = GetFingerprints(announcement=published.announcement)
+    while isinstance(await ask(caller, request), Refused):
+        await asyncio.sleep(0.01)
 
 
 async def ask(caller: Caller, request: object) -> object:
@@ -102,6 +111,7 @@ async def test_a_leased_slot_is_not_written_again(
     publisher: WeightPublisher, caller: Caller
 ) -> None:
     first = publisher.publish(1)
+    await until_ready(caller, first)
     assert await ask(caller, lease(first)) == Done()
     publisher.publish(2)
     with pytest.raises(LeaseHeld, match="version 1 is still being read from slot 0"):
@@ -118,6 +128,7 @@ async def test_a_lease_ends_by_itself(
 ) -> None:
     """Its holder died: the trainer goes on."""
     first = publisher.publish(1)
+    await until_ready(caller, first)
     await ask(caller, lease(first, seconds=0.05))
     publisher.publish(2)
     await asyncio.sleep(0.1)
@@ -138,6 +149,7 @@ async def test_an_overwritten_version_cannot_be_leased(
     release = await first.released()
     assert release.outcome == "superseded"
     assert "version 3" in release.detail
+    await until_ready(caller, third)
     assert await ask(caller, lease(third)) == Done()
 
 

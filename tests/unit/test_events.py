@@ -32,11 +32,15 @@ from dynamo.refit.events import (
 from dynamo.refit.protocol import (
     CacheCounters,
     CommitTimings,
+    MemoryUse,
     RankVote,
     StageTimings,
 )
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+#: A version's fingerprint.
+WEIGHTS = "9f" * 32
 
 STAMP = {"publisher": "coordinator-1", "seq": 9, "epoch": 4, "at": 1753000000.25}
 
@@ -53,16 +57,19 @@ FAILURE = Failure(
 VOTE = RankVote(
     rank=1,
     nbytes=2**40,
+    memory=MemoryUse(mode="host", device_nbytes=0, host_nbytes=2**53),
     session="warm",
     counters=CacheCounters(hits=3),
     timings=StageTimings(
         started_at=1.5,
         finished_at=2.5,
+        lead_ms=0.5,
         plan_ms=0.0,
         allocate_ms=1.0,
         register_ms=2.0,
         prepare_ms=3.0,
         pull_ms=4.0,
+        fingerprint_ms=4.5,
         backup_ms=5.0,
     ),
 )
@@ -75,6 +82,7 @@ READY = WeightVersionReady(
     instance=2**53 - 1,
     manifest="0123abcd",
     slot=1,
+    weights=WEIGHTS,
     in_flight="recompute",
     **STAMP,
 )
@@ -86,10 +94,18 @@ EVENTS = [
     WorkerRefitted(
         worker=1,
         version=5,
+        weights=WEIGHTS,
+        unchecked=2,
         kv_epoch="5",
         in_flight="continue",
         timings=CommitTimings(
-            pause_ms=1.0, install_ms=2.0, resume_ms=3.0, stall_ms=6.0, probe_ms=7.0
+            pause_ms=1.0,
+            install_ms=2.0,
+            resume_ms=3.0,
+            stall_ms=6.0,
+            probe_ms=7.0,
+            verify_ms=8.0,
+            install_retries=1,
         ),
         **STAMP,
     ),
@@ -97,6 +113,7 @@ EVENTS = [
         model="tiny",
         version=5,
         announcement="a1",
+        weights=WEIGHTS,
         workers=(1, 2),
         seconds=None,
         **STAMP,
@@ -183,11 +200,31 @@ def test_malformed_is_refused_with_the_place(payload: bytes, why: str) -> None:
         decode(payload)
 
 
-def test_a_missing_field_is_refused_by_name() -> None:
-    fields = msgspec.to_builtins(READY)
-    del fields["slot"]
-    with pytest.raises(EventRefused, match="missing required field `slot`"):
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        (READY, "slot"),
+        (READY, "weights"),
+        (EVENTS[3], "weights"),
+        (EVENTS[3], "unchecked"),
+        (EVENTS[4], "weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_missing_field_is_refused_by_name(event: Any, name: str) -> None:
+    """An announcement or an end without its proof is none."""
+    fields = msgspec.to_builtins(event)
+    del fields[name]
+    with pytest.raises(EventRefused, match=f"missing required field `{name}`"):
         decode(msgspec.msgpack.encode(fields))
+
+
+def test_the_largest_fleet_s_vote_fits_an_event() -> None:
+    """A worker of 256 ranks, each with its memory and its timings."""
+    staged = WorkerStaged(worker=1, version=5, ranks=(VOTE,) * 256)
+    payload = encode(staged)
+    assert decode(payload) == staged
+    assert len(payload) < MAX_EVENT_BYTES
 
 
 def test_the_largest_event_passes_and_one_byte_more_is_refused() -> None:

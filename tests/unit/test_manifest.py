@@ -12,18 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo.refit import manifest as manifest_module
 from dynamo.refit.errors import ManifestInvalid
 from dynamo.refit.manifest import (
     ITEMSIZE,
+    MAX_BOXES,
+    MAX_TENSORS,
+    Box,
     Manifest,
     Region,
     Shard,
     Source,
     TensorEntry,
+    tiling_fault,
 )
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -187,7 +193,7 @@ def test_shards_that_overlap_are_refused() -> None:
 
     assert tensor == NAME
     assert cause == (
-        "shards ((0, 4), (0, 3)) and ((0, 4), (2, 5)) overlap"  # the column 2
+        "its shards ((0, 4), (0, 3)) and ((0, 4), (2, 5)) overlap"  # the column 2
     )
 
 
@@ -345,6 +351,65 @@ def test_slots_that_differ_in_their_regions_are_refused(other: list[int]) -> Non
 
     assert tensor is None
     assert cause == "source 'trainer-0': its slots differ in size"
+
+
+# What is too much.
+
+
+def _rows(number: int, **changes: Any) -> TensorEntry:
+    """A tensor of ``number`` rows of one byte, each one a shard."""
+    shards = [_shard((row, 0), (1, 1), byte_offset=row) for row in range(number)]
+    fields = {"dtype": "int8", "shape": (number, 1)} | changes
+    return _tensor(*shards, **fields)
+
+
+def test_too_many_tensors_are_refused_before_they_are_looked_at() -> None:
+    unsound = _tensor(dtype="nonsense")
+    tensor, cause = _refusal(_manifest(*[unsound] * (MAX_TENSORS + 1)))
+
+    assert tensor is None
+    assert cause == "200001 tensors, at most 200000 are read"
+
+
+def test_as_many_tensors_as_may_be_are_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manifest_module, "MAX_TENSORS", 2)
+    tensors = [_tensor(UPPER, LOWER, name=name) for name in "abc"]
+
+    _manifest(*tensors[:2]).validate()
+    assert _refusal(_manifest(*tensors)) == (None, "3 tensors, at most 2 are read")
+
+
+def test_too_many_shards_of_one_tensor_are_refused() -> None:
+    tensor, cause = _refusal(_manifest(_rows(MAX_BOXES + 1)))
+
+    assert tensor == NAME
+    assert cause == (
+        "it lies in 4097 different shards, at most 4096 are read: publish larger blocks"
+    )
+
+
+@pytest.mark.timeout(20)
+def test_as_many_shards_as_may_be_are_accepted_with_replicas() -> None:
+    rows = _rows(MAX_BOXES)
+    again = msgspec.structs.replace(rows, shards=(*rows.shards, *rows.shards))
+
+    _manifest(again).validate()
+
+
+@pytest.mark.timeout(20)
+def test_one_of_many_shards_that_overlaps_is_named() -> None:
+    rows = _rows(MAX_BOXES)
+    last = _shard((4094, 0), (2, 1), byte_offset=4094)
+    tensor, cause = _refusal(
+        _manifest(msgspec.structs.replace(rows, shards=(*rows.shards[:-1], last)))
+    )
+
+    assert tensor == NAME
+    assert cause == (
+        "its shards ((4094, 4095), (0, 1)) and ((4094, 4096), (0, 1)) overlap"
+    )
 
 
 # What a fingerprint stands for.
@@ -509,3 +574,75 @@ def test_a_grid_and_the_whole_tensor_are_refused(sharding: Sharding) -> None:
     name, cause = _refusal(both)
     assert name == tensor.name
     assert cause.endswith("overlap")
+
+
+# What tiles a shape.
+
+
+@pytest.mark.parametrize(
+    ("shape", "boxes", "fault"),
+    [
+        ((), [()], None),
+        ((), [], "hold 0 of 1 elements"),
+        ((3,), [((0, 1),), ((1, 3),)], None),
+        ((3,), [((1, 3),), ((0, 2),)], "((1, 3),) and ((0, 2),) overlap"),
+        ((3,), [((0, 1),), ((2, 3),)], "hold 2 of 3 elements"),
+        ((2, 2), [((0, 1), (0, 2)), ((1, 2), (0, 2))], None),
+        # They share rows and columns, but no element.
+        (
+            (2, 2),
+            [((0, 1), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (0, 1)), ((1, 2), (1, 2))],
+            None,
+        ),
+        # A pinwheel: no cut goes through all of it.
+        (
+            (3, 3),
+            [
+                ((0, 1), (0, 2)),
+                ((0, 2), (2, 3)),
+                ((2, 3), (1, 3)),
+                ((1, 3), (0, 1)),
+                ((1, 2), (1, 2)),
+            ],
+            None,
+        ),
+        (
+            (3, 3),
+            [((0, 1), (0, 2)), ((0, 2), (2, 3)), ((2, 3), (1, 3)), ((1, 3), (0, 1))],
+            "hold 8 of 9 elements",
+        ),
+    ],
+)
+def test_what_keeps_boxes_from_tiling(
+    shape: tuple[int, ...], boxes: list[Box], fault: str | None
+) -> None:
+    assert tiling_fault(shape, boxes) == fault
+
+
+@st.composite
+def boxes_inside(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape, and different boxes anywhere in it: mostly no tiling."""
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    side = [
+        st.tuples(st.integers(0, size), st.integers(0, size))
+        .filter(lambda ends: ends[0] != ends[1])
+        .map(lambda ends: (min(ends), max(ends)))
+        for size in shape
+    ]
+    return shape, draw(st.lists(st.tuples(*side), unique=True, max_size=5))
+
+
+@settings(max_examples=300, deadline=None)
+@given(drawn=boxes_inside())
+def test_boxes_tile_if_each_element_is_in_one_of_them(
+    drawn: tuple[tuple[int, ...], list[Box]],
+) -> None:
+    shape, boxes = drawn
+    holders = np.zeros(shape, dtype=int)
+    for box in boxes:
+        holders[tuple(slice(*side) for side in box)] += 1
+
+    fault = tiling_fault(shape, boxes)
+    assert (fault is None) == (holders == 1).all()
+    if fault is not None:
+        assert fault.endswith("overlap") == (holders > 1).any()

@@ -59,7 +59,12 @@ POLICY = Policy(stage_seconds=100.0, commit_seconds=10.0)
 STAGE_DEADLINE = POLICY.stage_seconds + GRACE_SECONDS
 COMMIT_DEADLINE = POLICY.commit_seconds + GRACE_SECONDS
 TIMINGS = CommitTimings(
-    pause_ms=1.0, install_ms=2.0, resume_ms=3.0, stall_ms=6.0, probe_ms=7.0
+    pause_ms=1.0,
+    install_ms=2.0,
+    resume_ms=3.0,
+    stall_ms=6.0,
+    probe_ms=7.0,
+    verify_ms=8.0,
 )
 #: A policy per event, other than the coordinator's.
 RECOMPUTE = "recompute"
@@ -76,7 +81,7 @@ def ready(
         instance=99,
         manifest="0123abcd",
         slot=0,
-        **fields,
+        **({"weights": f"weights-{version}"} | fields),
     )
 
 
@@ -110,9 +115,16 @@ def failure(worker: int | None = None, message: str = "no memory") -> Failure:
     )
 
 
-def voted(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
-    vote = Vote(version=announced.version, ranks=())
+def voted(
+    worker: int, announced: WeightVersionReady, weights: str | None = None
+) -> PrepareAnswered:
+    weights = weights or announced.weights
+    vote = Vote(version=announced.version, weights=weights, ranks=())
     return PrepareAnswered(worker, announced.announcement, vote)
+
+
+def voted_for_others(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
+    return voted(worker, announced, weights="of another version")
 
 
 def vote_refused(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
@@ -121,9 +133,15 @@ def vote_refused(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
     )
 
 
-def committed(worker: int, announced: WeightVersionReady) -> CommitAnswered:
+def committed(
+    worker: int, announced: WeightVersionReady, weights: str | None = None
+) -> CommitAnswered:
     reply = Committed(
-        version=announced.version, kv_epoch=f"{announced.version}-x", timings=TIMINGS
+        version=announced.version,
+        weights=weights or announced.weights,
+        unchecked=0,
+        kv_epoch=f"{announced.version}-x",
+        timings=TIMINGS,
     )
     return CommitAnswered(worker, announced.announcement, reply)
 
@@ -137,7 +155,7 @@ def commit_refused(worker: int, announced: WeightVersionReady) -> CommitAnswered
 def started(announced: WeightVersionReady, *workers: int) -> list[Action]:
     """What starts a transaction."""
     event = RefitStarted(model="tiny", version=announced.version, workers=workers)
-    return [Publish(event), TakeLease(announced, STAGE_DEADLINE + GRACE_SECONDS)]
+    return [Publish(event), TakeLease(announced, POLICY.lease_seconds)]
 
 
 def completed(
@@ -148,6 +166,7 @@ def completed(
         model="tiny",
         version=announced.version,
         announcement=announced.announcement,
+        weights=announced.weights,
         workers=workers,
         seconds=seconds,
     )
@@ -296,6 +315,73 @@ def test_the_time_that_is_told_begins_with_the_announcement() -> None:
     reconciler.handle(voted(1, V5), 152.0)
     actions = reconciler.handle(committed(1, V5), 160.0)
     assert actions == completed(V5, 1, seconds=60.0)
+
+
+# --- weights and leases -------------------------------------------------------
+
+
+def test_a_vote_for_other_weights_fails_the_version_and_aborts_all() -> None:
+    """One worker read other bytes than the others: nothing may be committed."""
+    reconciler = preparing(V5, 1, member(2, 4))
+    assert reconciler.handle(voted(1, V5), 2.0) == []
+    actions = reconciler.handle(voted(2, V5, weights="weights-4"), 3.0)
+    assert aborts(actions) == {1: 5, 2: 5}
+    [event] = events(actions)
+    assert isinstance(event, RefitFailed)
+    why = event.failure
+    assert (why.kind, why.stage) == ("FingerprintMismatch", "preparing")
+    assert (why.worker, why.version) == (2, 5)
+    assert "weights-4" in why.message and "weights-5" in why.message
+    assert without_aborts(actions) == failed(V5, why, (1, None), (2, 4))
+    assert reconciler.completed is None
+    # The next version starts from scratch.
+    assert reconciler.handle(V6, 4.0) == started(V6, 1, 2)
+
+
+def test_a_commit_of_other_weights_fails_the_version() -> None:
+    reconciler = committing(V5, 1, 2)
+    assert reconciler.handle(committed(1, V5, weights="weights-4"), 3.0) == []
+    [event] = events(reconciler.handle(committed(2, V5), 4.0))
+    assert isinstance(event, RefitFailed)
+    why = event.failure
+    assert (why.kind, why.stage, why.worker) == (
+        "FingerprintMismatch",
+        "committing",
+        1,
+    )
+    assert reconciler.completed is None
+
+
+def test_two_versions_may_have_the_same_weights() -> None:
+    reconciler = done(V5, 1)
+    same = ready(6, "same", weights=V5.weights)
+    reconciler.handle(same, 4.0)
+    reconciler.handle(LeaseTaken("same", None), 5.0)
+    assert reconciler.handle(voted(1, same), 6.0) == [SendCommit(1, same, "continue")]
+    assert reconciler.handle(committed(1, same), 7.0) == completed(same, 1, seconds=3.0)
+
+
+@pytest.mark.parametrize("stage_seconds", [0.5, 100.0, 3600.0])
+@pytest.mark.parametrize("commit_seconds", [0.5, 10.0, 600.0])
+def test_a_lease_outlives_the_last_commit_that_may_read(
+    stage_seconds: float, commit_seconds: float
+) -> None:
+    """In ``direct`` staging a worker reads once more, in its commit."""
+    reconciler = Reconciler("tiny", Policy(stage_seconds, commit_seconds))
+    reconciler.handle(fleet(1, 2), 0.0)
+    began = 10.0
+    actions = reconciler.handle(V5, began)
+    [lease] = [action for action in actions if isinstance(action, TakeLease)]
+
+    # Every step at the last moment that is not yet too late.
+    last_vote = began + stage_seconds + GRACE_SECONDS
+    reconciler.handle(LeaseTaken("a5", None), began + 1)
+    reconciler.handle(voted(1, V5), began + 2)
+    actions = reconciler.handle(voted(2, V5), last_vote)
+    assert [type(action) for action in actions] == [SendCommit, SendCommit]
+    last_read = last_vote + commit_seconds + GRACE_SECONDS
+    assert reconciler.handle(Tick(), last_read) == []
+    assert began + lease.seconds >= last_read + GRACE_SECONDS
 
 
 # --- repeats and refusals -----------------------------------------------------
@@ -737,6 +823,7 @@ class Watch:
     present: set[int] = field(default_factory=set)
     answered_version: dict[int, int] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
+    weights: dict[str, str] = field(default_factory=dict)
     starts: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, str] = field(default_factory=dict)
@@ -769,6 +856,7 @@ class Watch:
         match what:
             case WeightVersionReady():
                 self.heard.add(what.announcement)
+                self.weights[what.announcement] = what.weights
             case FleetSeen():
                 self.present = {m.worker for m in what.members}
                 self.members &= self.present
@@ -777,6 +865,7 @@ class Watch:
             case PrepareAnswered(worker=worker, announcement=name):
                 if name == self.open and worker in self.asked & self.members:
                     yes = isinstance(what.reply, Vote)
+                    yes = yes and what.reply.weights == self.weights[name]
                     self.votes[worker] = self.votes.get(worker, True) and yes
             case CommitAnswered(worker=worker, reply=Committed(version=version)):
                 if worker in self.present:
@@ -847,6 +936,9 @@ class Watch:
             assert event.by >= event.version
 
 
+ANSWERS = [voted, voted_for_others, vote_refused, commit_refused]
+
+
 class AnyOrder(RuleBasedStateMachine):
     """A coordinator and a fleet; messages are late, are lost, and come twice.
 
@@ -912,9 +1004,13 @@ class AnyOrder(RuleBasedStateMachine):
         self._feed(self.snapshots.pop(0))
 
     @precondition(lambda self: self.calls)
-    @rule(data=st.data(), good=st.sampled_from([True, True, True, False]))
-    def carry_out(self, data: st.DataObject, good: bool) -> None:
-        self._carry_out(data.draw(st.sampled_from(self.calls)), good)
+    @rule(
+        data=st.data(),
+        no=st.sampled_from([None, None, None, None, vote_refused, voted_for_others]),
+    )
+    def carry_out(self, data: st.DataObject, no: Any) -> None:
+        """``no`` is how a prepare is answered that goes wrong."""
+        self._carry_out(data.draw(st.sampled_from(self.calls)), no)
 
     @precondition(lambda self: self.replies)
     @rule(data=st.data())
@@ -928,7 +1024,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.snapshots.clear()
             self._feed(self._view())
             while self.calls:
-                self._carry_out(self.calls[0], good=True)
+                self._carry_out(self.calls[0])
             while self.replies:
                 self._deliver(self.replies[0])
 
@@ -938,7 +1034,7 @@ class AnyOrder(RuleBasedStateMachine):
         self._feed(data.draw(st.sampled_from(self.delivered)))
 
     @precondition(lambda self: self.announced and self.workers)
-    @rule(data=st.data(), answer=st.sampled_from([voted, vote_refused, commit_refused]))
+    @rule(data=st.data(), answer=st.sampled_from(ANSWERS))
     def answer_out_of_nowhere(self, data: st.DataObject, answer: Any) -> None:
         worker = data.draw(st.sampled_from(sorted(self.workers)))
         self._feed(answer(worker, data.draw(st.sampled_from(self.announced))))
@@ -1023,7 +1119,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.delivered.append(reply)
         self._feed(reply)
 
-    def _carry_out(self, call: Action, good: bool) -> None:
+    def _carry_out(self, call: Action, no: Any = None) -> None:
+        good = no is None
         self.calls.remove(call)
         name = call.ready.announcement
         if isinstance(call, TakeLease):
@@ -1035,7 +1132,7 @@ class AnyOrder(RuleBasedStateMachine):
             able = able and worker.committing is None
             if able:
                 worker.staged = name
-            reply = voted if able else vote_refused
+            reply = voted if able else no or vote_refused
         else:
             able = able and worker.committing == call.ready
             if worker is not None and worker.committing == call.ready:

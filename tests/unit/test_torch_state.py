@@ -18,6 +18,7 @@ from dynamo.refit.manifest import ALIGNMENT, ITEMSIZE, Manifest, Region, Source
 from dynamo.refit.publish.torch_state import (
     InPlaceBuffers,
     SnapshotBuffers,
+    local_shards,
 )
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -35,7 +36,7 @@ def _manifest(buffers: Buffers) -> Manifest:
         device=0,
         slots=buffers.regions,
     )
-    manifest = Manifest(model="tiny", tensors=tuple(buffers.entries), sources=(source,))
+    manifest = Manifest(model="tiny", tensors=buffers.entries, sources=(source,))
     manifest.validate()
     return manifest
 
@@ -74,7 +75,7 @@ def test_each_storage_is_a_region_and_its_bytes_are_the_tensors() -> None:
         "norm": _random(6, dtype=torch.float32),
         "scale": _random(dtype=torch.float32),
     }
-    buffers = InPlaceBuffers(tensors)
+    buffers = InPlaceBuffers(local_shards(tensors))
 
     assert buffers.slots == 1
     assert buffers.device == torch.device("cpu")
@@ -93,7 +94,7 @@ def test_each_storage_is_a_region_and_its_bytes_are_the_tensors() -> None:
 def test_views_of_one_storage_share_its_region() -> None:
     fused = _random(10, 8)
     tensors = {"up": fused[4:], "other": _random(3), "gate": fused[:4]}
-    buffers = InPlaceBuffers(tensors)
+    buffers = InPlaceBuffers(local_shards(tensors))
 
     assert [region.nbytes for region in buffers.regions[0]] == [160, 6]
     (up,), (other,), (gate,) = (entry.shards for entry in buffers.entries)
@@ -105,7 +106,7 @@ def test_views_of_one_storage_share_its_region() -> None:
 
 def test_tied_tensors_are_the_same_bytes_under_two_names() -> None:
     embedding = nn.Parameter(_random(4, 6))
-    buffers = InPlaceBuffers({"embed": embedding, "head": embedding})
+    buffers = InPlaceBuffers(local_shards({"embed": embedding, "head": embedding}))
 
     assert len(buffers.regions[0]) == 1
     assert _read(buffers) == dict.fromkeys(("embed", "head"), _bytes(embedding))
@@ -113,7 +114,7 @@ def test_tied_tensors_are_the_same_bytes_under_two_names() -> None:
 
 def test_in_place_means_that_the_next_step_is_seen() -> None:
     weight = _random(4, 6)
-    buffers = InPlaceBuffers({"weight": weight})
+    buffers = InPlaceBuffers(local_shards({"weight": weight}))
     before = _read(buffers)["weight"]
     weight.view(torch.uint8).bitwise_not_()
     buffers.write(0)
@@ -132,7 +133,7 @@ def test_a_tensor_that_is_not_contiguous_is_refused_by_name(view: str) -> None:
     }[view]
 
     with pytest.raises(ManifestInvalid, match="mode='snapshot'") as caught:
-        InPlaceBuffers({"whole": whole, "k_proj.weight": made})
+        InPlaceBuffers(local_shards({"whole": whole, "k_proj.weight": made}))
     assert caught.value.tensor == "k_proj.weight"
     assert str(caught.value).startswith("not contiguous")
 
@@ -145,7 +146,7 @@ def test_tensors_on_two_devices_are_refused_by_name(buffers: type[Buffers]) -> N
     elsewhere = torch.empty(4, device="meta")
 
     with pytest.raises(ManifestInvalid) as caught:
-        buffers({"here": _random(4), "there": elsewhere})
+        buffers(local_shards({"here": _random(4), "there": elsewhere}))
     assert caught.value.tensor == "there"
     assert str(caught.value).startswith("on meta, the first tensor on cpu")
 
@@ -153,7 +154,7 @@ def test_tensors_on_two_devices_are_refused_by_name(buffers: type[Buffers]) -> N
 @pytest.mark.parametrize("buffers", BOTH)
 def test_no_tensors_are_refused(buffers: type[Buffers]) -> None:
     with pytest.raises(ManifestInvalid, match="no tensors to publish"):
-        buffers({})
+        buffers(local_shards({}))
 
 
 @pytest.mark.parametrize("buffers", BOTH)
@@ -162,7 +163,7 @@ def test_every_dtype_of_a_manifest_can_be_published(
     buffers: type[Buffers], dtype: str
 ) -> None:
     tensor = _random(3, 5, dtype=getattr(torch, dtype))
-    published = buffers({"weight": tensor})
+    published = buffers(local_shards({"weight": tensor}))
     published.write(0)
 
     assert published.entries[0].dtype == dtype
@@ -173,7 +174,7 @@ def test_every_dtype_of_a_manifest_can_be_published(
 def test_a_dtype_that_no_manifest_has_is_refused_by_name(
     buffers: type[Buffers],
 ) -> None:
-    published = buffers({"phase": torch.zeros(2, dtype=torch.complex64)})
+    published = buffers(local_shards({"phase": torch.zeros(2, dtype=torch.complex64)}))
 
     with pytest.raises(ManifestInvalid, match="complex64") as caught:
         _manifest(published)
@@ -185,7 +186,7 @@ def test_a_dtype_that_no_manifest_has_is_refused_by_name(
 
 def test_a_snapshot_keeps_its_version_while_the_trainer_goes_on() -> None:
     weight = nn.Parameter(_random(4, 6, dtype=torch.float32).nan_to_num())
-    buffers = SnapshotBuffers({"weight": weight})
+    buffers = SnapshotBuffers(local_shards({"weight": weight}))
     assert _read(buffers) == {"weight": bytes(weight.nbytes)}
 
     buffers.write(0)
@@ -198,7 +199,7 @@ def test_a_snapshot_keeps_its_version_while_the_trainer_goes_on() -> None:
 
 def test_slots_are_independent() -> None:
     weight, bias = _random(4, 6), _random(6)
-    buffers = SnapshotBuffers({"weight": weight, "bias": bias}, slots=3)
+    buffers = SnapshotBuffers(local_shards({"weight": weight, "bias": bias}), slots=3)
     versions = []
     for slot in (0, 1, 2, 1):
         weight.view(torch.uint8).random_(0, 256)
@@ -215,7 +216,7 @@ def test_slots_are_independent() -> None:
 def test_every_slot_is_one_region_of_the_same_size() -> None:
     sizes = [(3,), (200,), (), (128,)]
     tensors = {f"w{i}": _random(*shape) for i, shape in enumerate(sizes)}
-    buffers = SnapshotBuffers(tensors, slots=2)
+    buffers = SnapshotBuffers(local_shards(tensors), slots=2)
 
     (first,), (second,) = buffers.regions
     assert first.nbytes == second.nbytes == 256 + 512 + 256 + 256
@@ -227,7 +228,7 @@ def test_every_slot_is_one_region_of_the_same_size() -> None:
 
 def test_tied_tensors_are_copied_under_both_names() -> None:
     embedding = _random(4, 6)
-    buffers = SnapshotBuffers({"embed": embedding, "head": embedding})
+    buffers = SnapshotBuffers(local_shards({"embed": embedding, "head": embedding}))
     buffers.write(1)
 
     assert _read(buffers, 1) == dict.fromkeys(("embed", "head"), _bytes(embedding))
@@ -236,7 +237,7 @@ def test_tied_tensors_are_copied_under_both_names() -> None:
 def test_a_snapshot_leaves_gradients_alone() -> None:
     weight = nn.Parameter(torch.ones(4))
     loss = (weight * weight).sum()
-    buffers = SnapshotBuffers({"weight": weight})
+    buffers = SnapshotBuffers(local_shards({"weight": weight}))
     buffers.write(0)
     loss.backward()
 
@@ -246,7 +247,7 @@ def test_a_snapshot_leaves_gradients_alone() -> None:
 def test_a_snapshot_is_of_the_parameter_as_it_is_now() -> None:
     """Trainers put new storage behind a parameter: ``.data =``, ``module.to()``."""
     weight = nn.Parameter(torch.zeros(4))
-    buffers = SnapshotBuffers({"weight": weight})
+    buffers = SnapshotBuffers(local_shards({"weight": weight}))
     weight.data = torch.ones(4)
     buffers.write(0)
 
@@ -270,7 +271,7 @@ def strided_tensors(draw: st.DrawFn) -> torch.Tensor:
 @given(tensors=st.lists(strided_tensors(), min_size=1, max_size=4))
 def test_snapshots_of_any_strides_are_row_major(tensors: list[torch.Tensor]) -> None:
     named = {f"w{i}": tensor for i, tensor in enumerate(tensors)}
-    buffers = SnapshotBuffers(named)
+    buffers = SnapshotBuffers(local_shards(named))
     buffers.write(1)
 
     assert _read(buffers, 1) == {name: _bytes(t) for name, t in named.items()}

@@ -120,6 +120,10 @@ class LeaseHeld(RefitError):
     """The buffers of a version are still being read."""
 
 
+class GroupUnnamed(RefitError):
+    """Several trainer ranks need a name that tells their job from any other."""
+
+
 def failure_from(
     error: BaseException,
     *,

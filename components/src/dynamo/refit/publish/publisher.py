@@ -6,10 +6,25 @@
     handle = publisher.publish(version=step)
     handle.wait()                       # or: await handle.released()
 
-The publisher owns the NIXL registration of the weights, the manifest and the
-leases; it knows nothing about workers. It runs on two threads of its own, so a
-trainer that computes for seconds still answers: an event loop with the Dynamo
-runtime, and a thread that lets UCX answer readers that connect.
+With FSDP2 (or any DTensors) every rank does the same, under ``torchrun --rdzv-id JOB``
+or with a ``group`` that is new for every start of the job:
+
+    fully_shard(model)
+    publisher = WeightPublisher(
+        "my-model", dict(model.named_parameters()),
+        rank=dist.get_rank(), world_size=dist.get_world_size(),
+    )
+    handle = publisher.publish(version=step)    # on every rank; blocks for the copy
+    handle.wait()                               # ends alike on every rank
+
+Nothing is gathered: each rank registers its own shards, and a version is announced
+when all of them are written. The ranks talk over Dynamo, not over torch.distributed.
+
+The publisher owns the NIXL registration of the weights, the manifest, the
+fingerprints and the leases; it knows nothing about workers. It runs on threads of its
+own, so a trainer that computes for seconds still answers: an event loop with the
+Dynamo runtime, one that lets UCX answer readers that connect, and one that
+fingerprints what was written.
 """
 
 from __future__ import annotations
@@ -17,61 +32,93 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import itertools
 import logging
 import os
+import queue
 import threading
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 import uvloop
+from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.bus import EventPublisher
-from dynamo.refit.errors import LeaseHeld, SourceLost
-from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
+from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
+from dynamo.refit.fingerprint import Part
 from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import (
-    AcquireLease,
-    Done,
-    GetManifest,
+    AwaitGroup,
+    AwaitRelease,
+    GroupReply,
+    GroupRequest,
     InFlightPolicy,
-    ManifestReply,
-    ReleaseLease,
+    Join,
     ReleaseOutcome,
-    TrainerReply,
-    TrainerRequest,
+    TakeSlot,
+    Waiting,
+    WriteFailed,
+    Written,
 )
-from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
-from dynamo.refit.rpc import runtime_from_environment, serve, unary
-from dynamo.refit.transport.nixl import NixlAgent, memory_of
+from dynamo.refit.publish.follower import Follower
+from dynamo.refit.publish.group import Group
+from dynamo.refit.publish.lead import Lead
+from dynamo.refit.publish.merge import RankPart
+from dynamo.refit.publish.shard import LocalShard
+from dynamo.refit.publish.torch_state import (
+    InPlaceBuffers,
+    NoBuffers,
+    SnapshotBuffers,
+    local_shards,
+)
+from dynamo.refit.rpc import runtime_from_environment
+from dynamo.refit.transport.nixl import NixlAgent, Registration, memory_of
 
 logger = logging.getLogger(__name__)
 
 #: UCX answers a connecting reader only when this process polls.
 PROGRESS_SECONDS = 0.002
 
-#: A version that nobody has finished with is announced again this often: an event
-#: may be lost, and a coordinator may be new.
-REANNOUNCE_SECONDS = 1.0
-
-#: How long start and stop of the publisher's threads may take.
+#: How long each of these may take: to serve, to find the other ranks, to stop.
 START_SECONDS = 60.0
+
+#: How long rank 0 is asked to wait before it says that nothing has changed.
+WAIT_SECONDS = 5.0
+
+SNAPSHOT_SLOTS = 2
 
 
 @dataclass(frozen=True)
 class Release:
-    """How a version's publication ended, as the coordinator says it."""
+    """How a version's publication ended, as the coordinator says it.
+
+    Without the coordinator: ``superseded`` by a later version in its buffer, or
+    ``failed`` since a rank's memory is gone.
+    """
 
     outcome: ReleaseOutcome
     detail: str
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class PublisherCounters:
+    """What a rank's publisher had to build and send so far.
+
+    A publication into buffers that were used before adds to ``published`` only.
+    ``manifests_built`` and ``manifests_sent`` are rank 0's.
+    """
+
+    registrations: int
+    fingerprint_plans: int
+    manifests_built: int
+    manifests_sent: int
+    published: int
+
+
+@dataclass(eq=False)
 class PublishedVersion:
     """One call of :meth:`WeightPublisher.publish`."""
 
@@ -81,127 +128,181 @@ class PublishedVersion:
     _released: concurrent.futures.Future = field(
         default_factory=concurrent.futures.Future
     )
-    _leased_until: float = 0.0
 
     async def released(self) -> Release:
         """Wait until nobody reads this version's bytes any more.
 
-        With ``in_place`` the tensors may be written again after this.
+        Ends alike on all ranks. With ``in_place`` the tensors may be written again
+        after this, whether it returns or raises.
+
+        Raises:
+            SourceLost: a rank has not written it in time, or rank 0 is gone, or this
+                publisher was closed.
+            FingerprintMismatch: two ranks hold different bytes of the same block.
         """
-        return await asyncio.wrap_future(self._released)
+        return await asyncio.shield(asyncio.wrap_future(self._released))
 
     def wait(self, timeout: float | None = None) -> Release:
         """As :meth:`released`, blocking; raises TimeoutError after ``timeout`` s."""
         return self._released.result(timeout)
 
-    @property
-    def leased(self) -> bool:
-        """Somebody may be reading the bytes."""
-        return time.monotonic() < self._leased_until
+    def _end(self, end: Release | BaseException) -> None:
+        if self._released.done():
+            return
+        if isinstance(end, BaseException):
+            self._released.set_exception(end)
+        else:
+            self._released.set_result(end)
 
 
 class WeightPublisher:
     """Publishes the versions of one model from one trainer rank.
 
+    Every rank of a job makes one, and publishes the same versions in the same order.
+    The constructor blocks until all ranks are there.
+
     Args:
         model: the served model's name, as clients send it.
-        tensors: checkpoint (Hugging Face) name to tensor, all on one device. The
-            same tensors hold every version.
+        tensors: checkpoint (Hugging Face) name to tensor or DTensor, all on one
+            device; or the blocks that this rank holds. The same tensors hold every
+            version. May be empty on some ranks of several.
         mode: ``snapshot`` copies each version into one of two registered buffers,
             and the trainer goes on at once; ``in_place`` publishes the tensors
             themselves, which must not change until the handle is released.
         namespace: Dynamo namespace of the graph.
         component: Dynamo component this trainer shows up as.
+        rank: this rank's number; rank 0 serves workers and the other ranks.
+        world_size: how many ranks publish.
+        group: what all ranks of this start of the job, and no others, call it.
+            Default: ``TORCHELASTIC_RUN_ID``, if torchrun was given an id.
+        ready_seconds: how long after the first rank the last one may write a version
+            (rank 0's counts); after that its handles end with SourceLost.
 
     The discovery backend and the planes come from Dynamo's environment
     (``DYN_DISCOVERY_BACKEND``, ``DYN_REQUEST_PLANE``, ``DYN_EVENT_PLANE``, ...).
 
     Raises:
-        ManifestInvalid: the tensors cannot be published as they are.
-        TransferFailed: NIXL does not register them.
+        ManifestInvalid: the tensors cannot be published as they are, or the ranks'
+            tensors do not fit together; on every rank.
+        SourceLost: not all ranks have come within :data:`START_SECONDS`.
+        GroupUnnamed: there are several ranks and no ``group``.
+        TransferFailed: NIXL does not register the tensors.
     """
 
     def __init__(
         self,
         model: str,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor] | Sequence[LocalShard],
         *,
         mode: Literal["snapshot", "in_place"] = "snapshot",
         namespace: str | None = None,
         component: str = "trainer",
+        rank: int = 0,
+        world_size: int = 1,
+        group: str | None = None,
+        ready_seconds: float = 300.0,
     ) -> None:
         self.model = model
+        self.rank = rank
+        self.world_size = world_size
         self._namespace = namespace or os.environ.get("DYN_NAMESPACE", "dynamo")
         self._component = component
-        self._in_place = mode == "in_place"
-        self._buffers = (
-            InPlaceBuffers(tensors) if self._in_place else SnapshotBuffers(tensors)
-        )
-        self._name = f"{component}-{uuid.uuid4().hex[:12]}"
-        self.manifest = self._register()
-        self._fingerprint = self.manifest.fingerprint()
-        self._payload = msgspec.msgpack.encode(self.manifest)
-        self._versions: dict[str, PublishedVersion] = {}
-        self._latest: tuple[PublishedVersion, WeightVersionReady] | None = None
-        self._slots = itertools.cycle(range(self._buffers.slots))
+        self._mode = mode
+        self._ready_seconds = ready_seconds
+        self._name = f"{component}-{rank}-{uuid.uuid4().hex[:12]}"
+        self._group = group or _group_of_environment(world_size, self._name)
+        self._buffers = _buffers(tensors, mode, world_size)
+        self._agent: NixlAgent | None = None
+        self._registration: Registration | None = None
+        self._registrations = 0
+        self._plans: dict[int, list[Part]] = {}
+        self._turn = 0
+        self._in_slot: dict[int, PublishedVersion] = {}
+        self._open: set[PublishedVersion] = set()
+        self._due: queue.SimpleQueue[PublishedVersion | None] = queue.SimpleQueue()
+        self._closing = False
         self._stopped = threading.Event()
-        self._started: concurrent.futures.Future[int] = concurrent.futures.Future()
-        self._threads = [
-            threading.Thread(target=self._progress, name="refit-nixl", daemon=True),
-            threading.Thread(target=self._serve, name="refit-publisher", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-        try:
-            self._instance = self._started.result(START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._part = RankPart(
+            model=model,
+            mode=mode,
+            slots=self._buffers.slots,
+            tensors=tuple(self._buffers.entries),
+            source=self._register(),
+        )
+        self._start()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Every rank's tensors, on rank 0; it changes when a rank is restarted."""
+        merged = self._seat.group.merged if isinstance(self._seat, Lead) else None
+        return merged.manifest if merged is not None else None
+
+    @property
+    def counters(self) -> PublisherCounters:
+        """What was built and sent since this publisher was made."""
+        lead = self._seat if isinstance(self._seat, Lead) else None
+        return PublisherCounters(
+            registrations=self._registrations,
+            fingerprint_plans=len(self._plans),
+            manifests_built=lead.manifests_built if lead else 0,
+            manifests_sent=lead.manifests_sent if lead else 0,
+            published=self._turn,
+        )
 
     def publish(
         self, version: int, *, in_flight: InFlightPolicy | None = None
     ) -> PublishedVersion:
-        """Make the tensors as they are now readable as ``version`` and announce it.
+        """Make the tensors as they are now readable as ``version``.
 
-        Blocks for the copy only (``snapshot``), never for a reader.
+        Blocks for the copy only (``snapshot``), never for a reader or another rank.
+        The version is announced when it is fingerprinted and every rank has written.
 
         Args:
             version: grows from publication to publication.
-            in_flight: overrides the coordinator's in-flight policy.
+            in_flight: overrides the coordinator's in-flight policy (rank 0's counts).
 
         Raises:
             LeaseHeld: the buffer that is due is still being read: wait for the
                 handle of the version before the last.
+            SourceLost: rank 0 does not answer, or the publisher is closed.
+            ManifestInvalid: a tensor is not what it was when the publisher was made.
         """
-        slot = next(self._slots)
-        self._on_loop(self._take_slot(slot, version)).result(START_SECONDS)
-        self._buffers.write(slot)
-        published = PublishedVersion(version, uuid.uuid4().hex, slot)
-        event = WeightVersionReady(
-            model=self.model,
-            version=version,
-            announcement=published.announcement,
-            endpoint=f"{self._namespace}.{self._component}.weights",
-            instance=self._instance,
-            manifest=self._fingerprint,
-            slot=slot,
-            in_flight=in_flight,
+        self._turn += 1
+        taken = self._ask(
+            TakeSlot(
+                member=self._name,
+                turn=self._turn,
+                version=version,
+                in_flight=in_flight,
+            )
         )
-        self._on_loop(self._announce(published, event)).result(START_SECONDS)
+        published = PublishedVersion(version, taken.announcement, taken.slot)
+        self._in_slot[taken.slot] = published
+        self._open.add(published)
+        self._on_loop(self._follow(published))
+        try:
+            self._buffers.write(taken.slot)
+        except Exception as error:
+            self._give_up(published, error)
+            raise
+        self._due.put(published)
         return published
 
     def close(self) -> None:
-        """Stop serving and give the registration back. Open handles get an error."""
+        """Stop serving and give the registration back. Open handles get an error.
+
+        Rank 0 waits for a moment until the others know how their versions ended.
+        """
+        self._closing = True
+        self._due.put(None)
+        # The loop may have ended by itself.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._threads[0].join(2 * START_SECONDS)
         self._stopped.set()
-        if self._started.done() and not self._started.exception():
-            self._loop.call_soon_threadsafe(self._closing.set)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(START_SECONDS)
-        for published in self._versions.values():
-            if not published._released.done():
-                error = SourceLost("the publisher was closed before the release")
-                published._released.set_exception(error)
+        for thread in self._threads[1:]:
+            thread.join(START_SECONDS)
         if self._registration is not None:
             self._agent.deregister(self._registration)
             self._registration = None
@@ -214,135 +315,227 @@ class WeightPublisher:
 
     # --- set-up ---------------------------------------------------------------
 
-    def _register(self) -> Manifest:
-        memory, number = memory_of(self._buffers.device)
-        self._agent = NixlAgent(self._name)
+    def _register(self) -> Source | None:
         regions = [
             (r.address, r.nbytes) for slot in self._buffers.regions for r in slot
         ]
+        if not regions:
+            return None
+        memory, number = memory_of(self._buffers.device)
+        self._agent = NixlAgent(self._name)
         self._registration = self._agent.register(regions, memory, number)
-        source = Source(
+        self._registrations += 1
+        return Source(
             agent=self._name,
             metadata=self._agent.metadata(),
             memory=memory,
             device=number,
             slots=self._buffers.regions,
         )
-        manifest = Manifest(
-            model=self.model, tensors=tuple(self._buffers.entries), sources=(source,)
-        )
-        manifest.validate()
-        return manifest
+
+    def _start(self) -> None:
+        """Start the threads; returns when all ranks have joined."""
+        self._loop = uvloop.new_event_loop()
+        runs = {
+            "refit-publisher": self._serve,
+            "refit-nixl": self._progress,
+            "refit-fingerprint": self._fingerprint,
+        }
+        self._threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for name, run in runs.items()
+        ]
+        self._seat = self._main_task = None
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._started.result(3 * START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
 
     def _progress(self) -> None:
         while not self._stopped.wait(PROGRESS_SECONDS):
-            self._agent.progress()
+            if self._agent is not None:
+                self._agent.progress()
+
+    # --- the fingerprints' thread ---------------------------------------------
+
+    def _fingerprint(self) -> None:
+        """Report each version that was written, in turn, with its fingerprints."""
+        while (published := self._due.get()) is not None:
+            # Its bytes are another version's by now, and rank 0 knows it.
+            if self._closing or self._in_slot[published.slot] is not published:
+                continue
+            try:
+                plan = self._plan(published.slot)
+                folded = np.array([part.fold() for part in plan], dtype="<u8")
+            # A thread's outermost line: the cause goes to every rank's handle.
+            except Exception as error:
+                logger.exception("version %d: no fingerprints", published.version)
+                self._give_up(published, error)
+                continue
+            written = Written(
+                member=self._name,
+                announcement=published.announcement,
+                fingerprints=folded.tobytes(),
+            )
+            self._report(published, written)
+
+    def _plan(self, slot: int) -> list[Part]:
+        """The parts of each of this rank's blocks in ``slot``, built once."""
+        if slot not in self._plans:
+            views = iter(self._buffers.views(slot))
+            self._plans[slot] = [
+                Part(next(views), shard.box, entry.shape)
+                for entry in self._buffers.entries
+                for shard in entry.shards
+            ]
+        return self._plans[slot]
+
+    def _give_up(self, published: PublishedVersion, error: Exception) -> None:
+        failure = failure_from(
+            error, stage="publish", rank=self.rank, version=published.version
+        )
+        failed = WriteFailed(
+            member=self._name, announcement=published.announcement, failure=failure
+        )
+        self._report(published, failed)
+
+    def _report(
+        self, published: PublishedVersion, report: Written | WriteFailed
+    ) -> None:
+        """Tell rank 0, without waiting for it."""
+        try:
+            self._on_loop(self._tell(published, report))
+        except SourceLost as error:
+            published._end(error)
 
     # --- the event loop's side ------------------------------------------------
 
-    def _on_loop(self, coroutine: Any) -> concurrent.futures.Future:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError as error:
+            coroutine.close()
+            raise SourceLost("this publisher is closed") from error
+
+    def _cancel(self) -> None:
+        if self._main_task is not None:
+            self._main_task.cancel()
+
+    def _ask(self, request: GroupRequest) -> GroupReply:
+        return self._on_loop(self._seat.ask(request)).result(START_SECONDS)
 
     def _serve(self) -> None:
+        """The loop's thread. However it ends, nobody waits for it any longer."""
+        cause: BaseException | None = None
         try:
-            uvloop.run(self._main())
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._main())
         except BaseException as error:
-            if not self._started.done():
-                self._started.set_exception(error)
-            else:
-                logger.exception("the publisher's event loop ended")
+            cause = error
+        if not self._started.done():
+            self._started.set_exception(cause)
+        elif not isinstance(cause, asyncio.CancelledError):
+            logger.error("the publisher's event loop ended", exc_info=cause)
+        closed = SourceLost("the publisher was closed before the release")
+        for published in list(self._open):
+            published._end(closed)
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._closing = asyncio.Event()
-        runtime = runtime_from_environment()
-        weights = runtime.endpoint(f"{self._namespace}.{self._component}.weights")
-        topic = runtime.endpoint(f"{self._namespace}.refit.{WEIGHT_VERSIONS}")
-        handler = unary(TrainerRequest, self._answer, "trainer")
-        serving = asyncio.create_task(serve(weights, handler))
+        self._main_task = asyncio.current_task()
+        if self._closing:
+            raise asyncio.CancelledError
+        self._seat = self._take_seat(runtime_from_environment())
         try:
-            async with EventPublisher(topic, self._name) as self._events:
-                await _wait_registered(weights, serving)
-                self._started.set_result(weights.connection_id())
-                await self._reannounce_until_closed()
+            await self._seat.start()
+            await self._join()
+            self._started.set_result(None)
+            await asyncio.Event().wait()
         finally:
-            runtime.shutdown()
-            with contextlib.suppress(Exception, asyncio.CancelledError):
-                await asyncio.wait_for(serving, 5)
+            await self._seat.stop()
 
-    async def _take_slot(self, slot: int, version: int) -> None:
-        """From here on nobody can lease what the slot held: its bytes will change.
+    def _take_seat(self, runtime: DistributedRuntime) -> Lead | Follower:
+        if self.rank > 0:
+            path = f"{self._namespace}.{self._component}.weights"
+            return Follower(runtime, path, self._name)
+        group = Group(
+            self._group,
+            self._name,
+            world_size=self.world_size,
+            slots=self._buffers.slots,
+            in_place=self._mode == "in_place",
+            ready_seconds=self._ready_seconds,
+        )
+        return Lead(runtime, self._namespace, self._component, self._name, group)
 
-        On the loop's thread, like every lease, so that none comes in between.
-        """
-        there = [p for p in self._versions.values() if p.slot == slot]
-        for published in there:
-            if published.leased:
-                raise LeaseHeld(
-                    f"version {published.version} is still being read from slot "
-                    f"{slot}: await its handle's released() before publishing again"
+    async def _join(self) -> None:
+        """Join, and wait until the other ranks have."""
+        request = Join(
+            group=self._group,
+            member=self._name,
+            rank=self.rank,
+            world_size=self.world_size,
+            part=msgspec.msgpack.encode(self._part),
+        )
+        await self._seat.join(request, START_SECONDS)
+        deadline = self._loop.time() + START_SECONDS
+        waiting = AwaitGroup(member=self._name, seconds=WAIT_SECONDS)
+        while missing := (await self._seat.ask(waiting)).missing:
+            if self._loop.time() > deadline:
+                raise SourceLost(
+                    f"trainer ranks {list(missing)} of {self.world_size} have not "
+                    f"joined {self._group!r} within {START_SECONDS:g} s"
                 )
-        for published in there:
-            del self._versions[published.announcement]
-            if not published._released.done():
-                detail = f"its buffer was taken for version {version}"
-                published._released.set_result(Release("superseded", detail))
 
-    async def _announce(
-        self, published: PublishedVersion, event: WeightVersionReady
+    async def _tell(
+        self, published: PublishedVersion, report: Written | WriteFailed
     ) -> None:
-        # Only the newest is announced again; an older one waits for its end.
-        self._versions[published.announcement] = published
-        self._latest = (published, event)
-        self._events.publish(event)
+        try:
+            await self._seat.ask(report)
+        # A task's outermost line: the handle must not wait for what is lost.
+        except Exception as error:
+            published._end(error)
 
-    async def _reannounce_until_closed(self) -> None:
-        while not self._closing.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), REANNOUNCE_SECONDS)
-                return
-            if self._latest is not None:
-                published, event = self._latest
-                if not published._released.done():
-                    self._events.publish(event)
-
-    async def _answer(self, request: TrainerRequest) -> TrainerReply:
-        match request:
-            case GetManifest(manifest=fingerprint):
-                if fingerprint != self._fingerprint:
-                    raise SourceLost(f"no manifest {fingerprint[:12]} is served here")
-                return ManifestReply(payload=self._payload)
-            case AcquireLease():
-                published = self._published(request.announcement)
-                if published._released.done() and self._in_place:
-                    raise SourceLost(
-                        f"version {published.version} was released, so the trainer "
-                        "may be writing it"
-                    )
-                published._leased_until = time.monotonic() + request.seconds
-                return Done()
-            case ReleaseLease():
-                published = self._published(request.announcement)
-                published._leased_until = 0.0
-                if not published._released.done():
-                    release = Release(request.outcome, request.detail)
-                    published._released.set_result(release)
-                return Done()
-
-    def _published(self, announcement: str) -> PublishedVersion:
-        published = self._versions.get(announcement)
-        if published is None:
-            raise SourceLost(f"announcement {announcement} is not held here any more")
-        return published
+    async def _follow(self, published: PublishedVersion) -> None:
+        """End the handle when rank 0 says so, or is gone."""
+        waiting = AwaitRelease(
+            member=self._name,
+            announcement=published.announcement,
+            seconds=WAIT_SECONDS,
+        )
+        try:
+            while isinstance(reply := await self._seat.ask(waiting), Waiting):
+                pass
+            published._end(Release(reply.outcome, reply.detail))
+        # A task's outermost line: a handle never hangs.
+        except Exception as error:
+            published._end(error)
+        self._open.discard(published)
 
 
-async def _wait_registered(endpoint: Any, serving: asyncio.Task) -> None:
-    """Until readers can find this process: discovery lags behind the start."""
-    client = await endpoint.client()
-    deadline = time.monotonic() + START_SECONDS
-    while endpoint.connection_id() not in client.instance_ids():
-        if serving.done():
-            serving.result()
-        if time.monotonic() > deadline:
-            raise SourceLost("the weights endpoint does not show up in discovery")
-        await asyncio.sleep(0.01)
+def _buffers(
+    tensors: Mapping[str, torch.Tensor] | Sequence[LocalShard],
+    mode: str,
+    world_size: int,
+) -> InPlaceBuffers | SnapshotBuffers | NoBuffers:
+    shards = local_shards(tensors) if isinstance(tensors, Mapping) else tensors
+    in_place = mode == "in_place"
+    if not shards and world_size > 1:
+        return NoBuffers(InPlaceBuffers.slots if in_place else SNAPSHOT_SLOTS)
+    return InPlaceBuffers(shards) if in_place else SnapshotBuffers(shards)
+
+
+def _group_of_environment(world_size: int, name: str) -> str:
+    """torchrun's run id; a rank that is alone needs none."""
+    if world_size == 1:
+        return name
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    # What torchrun says when nobody gave it an id.
+    if run == "none":
+        raise GroupUnnamed(
+            f"{world_size} trainer ranks need a name that no other job has: pass "
+            "group=..., or start them with torchrun --rdzv-id"
+        )
+    return run
