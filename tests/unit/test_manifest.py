@@ -356,11 +356,10 @@ def test_slots_that_differ_in_their_regions_are_refused(other: list[int]) -> Non
 # What is too much.
 
 
-def _rows(number: int, **changes: Any) -> TensorEntry:
+def _rows(number: int) -> TensorEntry:
     """A tensor of ``number`` rows of one byte, each one a shard."""
     shards = [_shard((row, 0), (1, 1), byte_offset=row) for row in range(number)]
-    fields = {"dtype": "int8", "shape": (number, 1)} | changes
-    return _tensor(*shards, **fields)
+    return _tensor(*shards, dtype="int8", shape=(number, 1))
 
 
 def test_too_many_tensors_are_refused_before_they_are_looked_at() -> None:
