@@ -1,0 +1,620 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's decisions, as data: who is in, what is in which slot, how it ends."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynamo.refit.errors import (
+    FingerprintMismatch,
+    LeaseHeld,
+    ManifestInvalid,
+    PointerMoved,
+    SourceLost,
+)
+from dynamo.refit.fingerprint import version_fingerprint
+from dynamo.refit.manifest import Region, Shard, Source, TensorEntry
+from dynamo.refit.protocol import (
+    Join,
+    Released,
+    SlotTaken,
+    TakeSlot,
+    WriteFailed,
+    Written,
+)
+from dynamo.refit.publish.group import Group
+from dynamo.refit.publish.merge import RankPart, merge
+from dynamo.refit.publish.publication import KEPT
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+READY_SECONDS = 30.0
+
+Rows = tuple[int, int]
+
+
+def tensor(
+    name: str, *blocks: Rows, rows: int = 4, dtype: str = "float32"
+) -> TensorEntry:
+    """``rows`` by 2, of which a rank holds the rows of ``blocks``."""
+    shards = tuple(
+        Shard(
+            source=0,
+            region=0,
+            byte_offset=64 * number,
+            offset=(start, 0),
+            shape=(stop - start, 2),
+        )
+        for number, (start, stop) in enumerate(blocks)
+    )
+    return TensorEntry(name=name, dtype=dtype, shape=(rows, 2), shards=shards)
+
+
+def part(*tensors: TensorEntry, agent: str = "agent", slots: int = 2) -> RankPart:
+    regions = ((Region(0, 1024),),) * slots
+    source = Source(agent=agent, metadata=b"", memory="DRAM", device=0, slots=regions)
+    return RankPart(
+        model="tiny",
+        mode="snapshot",
+        slots=slots,
+        tensors=tensors,
+        source=source if tensors else None,
+    )
+
+
+UPPER = part(tensor("w", (0, 3)), agent="upper")
+LOWER = part(tensor("w", (3, 4)), agent="lower")
+
+
+class Job:
+    """A group and its ranks; ``now`` is the time."""
+
+    def __init__(self, *parts: RankPart, in_place: bool = False) -> None:
+        self.parts = parts or (UPPER, LOWER)
+        self.now = 0.0
+        self.group = Group(
+            "job",
+            "life",
+            world_size=len(self.parts),
+            slots=self.parts[0].slots,
+            in_place=in_place,
+            ready_seconds=READY_SECONDS,
+        )
+        self.turns = [0] * len(self.parts)
+        self.names = [f"rank-{rank}" for rank in range(len(self.parts))]
+
+    def join(self, rank: int, **changes: object) -> tuple[int, ...]:
+        request = Join(
+            group="job",
+            member=self.names[rank],
+            rank=rank,
+            world_size=len(self.parts),
+            part=b"",
+        )
+        request = msgspec.structs.replace(request, **changes)
+        self.group.join(request, self.parts[rank], self.now)
+        return self.group.missing(request.member)
+
+    def restart(self, rank: int) -> None:
+        self.names[rank] += "-again"
+        self.turns[rank] = 0
+        self.join(rank)
+
+    def take(self, rank: int, version: int, *, again: bool = False) -> SlotTaken:
+        self.turns[rank] += not again
+        request = TakeSlot(
+            member=self.names[rank],
+            turn=self.turns[rank],
+            version=version,
+            in_flight=("continue", "recompute")[rank % 2],
+        )
+        return self.group.take_slot(request, self.now)
+
+    def wrote(self, rank: int, announcement: str, *values: int) -> None:
+        blocks = self.parts[rank].blocks
+        values = values or tuple(range(rank + 1, rank + 1 + blocks))
+        request = Written(
+            member=self.names[rank],
+            announcement=announcement,
+            fingerprints=np.array(values, dtype="<u8").tobytes(),
+        )
+        self.group.written(request, self.now)
+
+    def publish(self, version: int) -> str:
+        """By all ranks; returns the announcement."""
+        taken = {
+            self.take(rank, version).announcement for rank in range(len(self.parts))
+        }
+        (name,) = taken
+        for rank in range(len(self.parts)):
+            self.wrote(rank, name)
+        return name
+
+    def end(self, rank: int, announcement: str) -> Released | None:
+        return self.group.end_of(self.names[rank], announcement)
+
+    def lease(self, announcement: str, seconds: float = 10.0) -> None:
+        self.group.log.acquire(announcement, seconds, self.now)
+
+    def release(self, announcement: str, outcome: str = "completed") -> None:
+        self.group.log.release(announcement, outcome, "so it went", self.now)
+
+
+@pytest.fixture
+def job() -> Job:
+    job = Job()
+    assert job.join(0) == (1,)
+    assert job.join(1) == ()
+    return job
+
+
+# One manifest of all parts.
+
+
+def test_disjoint_blocks_make_a_tensor_up() -> None:
+    merged = merge({1: LOWER, 0: UPPER})
+    manifest = merged.manifest
+    assert [source.agent for source in manifest.sources] == ["upper", "lower"]
+    (entry,) = manifest.tensors
+    assert [(s.source, s.box) for s in entry.shards] == [
+        (0, ((0, 3), (0, 2))),
+        (1, ((3, 4), (0, 2))),
+    ]
+
+
+def test_equal_blocks_are_replicas_and_count_once() -> None:
+    both = part(tensor("norm", (0, 4)), tensor("w", (0, 2), (2, 4)))
+    third = part(tensor("late", (0, 4)), tensor("w", (2, 4)))
+    merged = merge({0: both, 1: both, 2: third})
+    assert [t.name for t in merged.manifest.tensors] == ["norm", "w", "late"]
+    assert [len(t.shards) for t in merged.manifest.tensors] == [2, 5, 1]
+    top = 2**64 - 1
+    written = {0: [5, top, 7], 1: [5, top, 7], 2: [11, 7]}
+    totals = merged.add_up({r: np.array(v, np.uint64) for r, v in written.items()})
+    assert totals.tolist() == [5, 6, 11]
+
+
+def test_a_rank_without_anything_is_no_source() -> None:
+    merged = merge({0: part(), 1: UPPER, 2: LOWER})
+    assert [source.agent for source in merged.manifest.sources] == ["upper", "lower"]
+    assert [s.source for s in merged.manifest.tensors[0].shards] == [0, 1]
+    nothing = np.zeros(0, np.uint64)
+    one, two = np.array([1], np.uint64), np.array([2], np.uint64)
+    assert merged.add_up({0: nothing, 1: one, 2: two}).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("second", "message", "rank"),
+    [
+        (tensor("w", (3, 4), dtype="bfloat16"), "bfloat16 (4, 2) on trainer rank 1", 1),
+        (tensor("w", (3, 5), rows=5), "float32 (5, 2) on trainer rank 1, float32", 1),
+        (tensor("w", (2, 4)), "overlap (rank 0 holds ((0, 3), (0, 2)); rank 1", 1),
+        (tensor("other", (0, 4)), "hold 6 of 8 elements", 0),
+    ],
+)
+def test_ranks_that_disagree_are_named(
+    second: TensorEntry, message: str, rank: int
+) -> None:
+    with pytest.raises(ManifestInvalid) as caught:
+        merge({0: UPPER, 1: part(second)})
+    assert message in str(caught.value)
+    assert (caught.value.tensor, caught.value.rank) == ("w", rank)
+
+
+def test_replicas_with_different_bytes_are_named() -> None:
+    both = part(tensor("norm", (0, 4)), tensor("w", (0, 4)))
+    merged = merge({0: both, 1: both, 2: both})
+    same, other = np.array([1, 2], np.uint64), np.array([1, 3], np.uint64)
+    with pytest.raises(FingerprintMismatch, match="ranks 0 and 2") as caught:
+        merged.add_up({0: same, 1: same, 2: other})
+    assert (caught.value.tensor, caught.value.rank) == ("w", 2)
+
+
+# Who is in.
+
+
+def test_a_join_may_be_repeated(job: Job) -> None:
+    merged = job.group.merged
+    assert job.join(1) == job.join(0) == ()
+    assert job.group.merged is merged
+
+
+def test_parts_that_do_not_fit_are_everybodys_error() -> None:
+    job = Job(UPPER, UPPER, UPPER)
+    job.join(0)
+    job.join(1)
+    with pytest.raises(ManifestInvalid, match="hold 6 of 8"):
+        job.join(2)
+    assert not job.group.all_told(but="rank-0")
+    for rank in (0, 1, 2, 1):
+        with pytest.raises(ManifestInvalid, match="hold 6 of 8"):
+            job.group.missing(job.names[rank])
+    assert job.group.all_told(but="rank-0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3}, "world_size is 3 on trainer rank 1 and 2 on rank 0"),
+        ({"rank": 2}, "there is no trainer rank 2 of 2"),
+    ],
+)
+def test_a_rank_out_of_place_is_everybodys_error(changes: dict, message: str) -> None:
+    job = Job()
+    job.join(0)
+    with pytest.raises(ManifestInvalid, match=message):
+        job.join(1, **changes)
+    with pytest.raises(ManifestInvalid, match=message):
+        job.group.missing(job.names[0])
+
+
+def test_settings_must_be_alike() -> None:
+    with pytest.raises(ManifestInvalid, match="slots is 1 on trainer rank 1 and 2"):
+        merge({0: UPPER, 1: part(tensor("w", (3, 4)), slots=1)})
+
+
+def test_a_restarted_rank_ends_what_is_out(job: Job) -> None:
+    ready = job.publish(1)
+    half = job.take(0, 2).announcement
+    zombie = job.names[1]
+    before = job.group.merged.manifest
+    job.parts = (UPPER, part(tensor("w", (3, 4)), agent="lower again"))
+    job.restart(1)
+    for name in (ready, half):
+        assert job.end(0, name).outcome == "failed"
+        assert job.end(0, name).detail == "trainer rank 1 was restarted"
+        with pytest.raises(SourceLost):
+            job.lease(name)
+    assert job.group.merged.manifest.fingerprint() != before.fingerprint()
+    assert job.group.merged.manifest.sources[1].agent == "lower again"
+    with pytest.raises(SourceLost, match="another process has joined"):
+        job.group.missing(zombie)
+    third = job.publish(3)
+    assert [p.announcement for p in job.group.log.to_announce()] == [third]
+
+
+def test_a_restarted_rank_that_does_not_fit_leaves_the_others_alone(job: Job) -> None:
+    ready = job.publish(1)
+    job.parts = (UPPER, part(tensor("w", (3, 4), dtype="float16")))
+    with pytest.raises(ManifestInvalid):
+        job.join(1, member="rank-1-again")
+    assert job.group.missing("rank-1") == ()
+    job.lease(ready)
+
+
+def test_a_leased_version_of_a_restarted_rank_ends_with_the_lease(job: Job) -> None:
+    """With ``in_place`` the others' tensors are still being read."""
+    for outcome in ("completed", "failed"):
+        name = job.publish(1)
+        job.lease(name)
+        job.restart(1)
+        assert job.end(0, name) is None
+        with pytest.raises(SourceLost):
+            job.lease(name)
+        job.release(name, outcome)
+        assert job.end(0, name).outcome == outcome
+    name = job.publish(1)
+    job.lease(name, seconds=10)
+    job.restart(1)
+    job.now = 11
+    assert job.group.expire(job.now)
+    assert job.end(0, name).detail == "trainer rank 1 was restarted"
+
+
+def test_a_rank_that_leaves_takes_its_memory_along(job: Job) -> None:
+    name = job.publish(1)
+    job.group.leave(job.names[1], job.now)
+    assert job.end(0, name).detail == "trainer rank 1 was closed"
+    with pytest.raises(SourceLost):
+        job.lease(name)
+    later = job.take(0, 2).announcement
+    job.wrote(0, later)
+    job.restart(1)
+    assert job.end(0, later).outcome == "failed"
+
+
+# Slots.
+
+
+def test_all_ranks_write_a_version_into_one_slot(job: Job) -> None:
+    for version, slot in ((1, 0), (2, 1), (3, 0)):
+        first = job.take(1, version)
+        assert first == job.take(0, version)
+        assert first.slot == slot
+
+
+def test_the_same_turn_has_the_same_answer(job: Job) -> None:
+    first = job.take(0, 1)
+    assert job.take(0, 1, again=True) == first
+    assert job.take(0, 2) != first
+    late = TakeSlot(member=job.names[0], turn=1, version=1, in_flight=None)
+    with pytest.raises(SourceLost, match="turn 1 of rank 0 is over"):
+        job.group.take_slot(late, job.now)
+
+
+def test_a_rank_may_publish_a_version_twice(job: Job) -> None:
+    assert job.publish(1) != job.publish(1)
+
+
+def test_a_slow_rank_takes_part_in_what_the_others_have_left(job: Job) -> None:
+    ahead = [job.take(0, version) for version in (1, 2, 3)]
+    behind = [job.take(1, version) for version in (1, 2, 3)]
+    assert behind == ahead
+    job.wrote(1, behind[0].announcement)
+    job.wrote(0, ahead[0].announcement)
+    assert job.group.log.to_announce() == []
+    assert job.end(1, behind[0].announcement).detail == (
+        "its buffer was taken for version 3"
+    )
+
+
+def test_a_leased_slot_is_refused_to_every_rank_once(job: Job) -> None:
+    first = job.publish(1)
+    job.lease(first)
+    second = job.publish(2)
+    for rank in (1, 0):
+        with pytest.raises(LeaseHeld, match="version 1 is still being read"):
+            job.take(rank, 3)
+        with pytest.raises(LeaseHeld):
+            job.take(rank, 3, again=True)
+    # It is the next slot's turn, as it is for a publisher of one rank.
+    assert job.take(0, 4).slot == 1
+    assert job.end(0, second).outcome == "superseded"
+    job.release(first)
+    assert job.take(0, 5).slot == 0
+
+
+def test_a_refusal_stands_though_the_lease_has_ended_meanwhile(job: Job) -> None:
+    first = job.publish(1)
+    job.lease(first)
+    job.publish(2)
+    with pytest.raises(LeaseHeld):
+        job.take(0, 3)
+    job.release(first)
+    again = job.take(0, 3)
+    with pytest.raises(LeaseHeld):
+        job.take(1, 3)
+    assert job.take(1, 3) == again
+
+
+def test_many_refusals_do_not_push_out_what_is_there(job: Job) -> None:
+    leased = [job.publish(1), job.publish(2)]
+    for name in leased:
+        job.lease(name)
+    for _ in range(3 * KEPT):
+        with pytest.raises(LeaseHeld):
+            job.take(0, 3)
+    assert len(list(job.group.log)) <= KEPT + len(leased)
+    for name in leased:
+        job.lease(name)
+
+
+def test_old_publications_are_forgotten(job: Job) -> None:
+    names = [job.publish(version) for version in range(3 * KEPT)]
+    assert len(list(job.group.log)) <= KEPT + 3
+    with pytest.raises(SourceLost, match="not held here any more"):
+        job.end(1, names[0])
+    assert job.end(1, names[-3]).outcome == "superseded"
+
+
+# Ready.
+
+
+def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
+    name = job.take(0, 7).announcement
+    job.take(1, 7)
+    job.wrote(1, name, 2**63)
+    job.wrote(1, name, 2**63)
+    with pytest.raises(SourceLost):
+        job.lease(name)
+    assert job.group.log.to_announce() == []
+    job.wrote(0, name, 2**63 + 5)
+    (ready,) = job.group.log.to_announce()
+    totals = np.array([5], dtype="<u8")
+    assert (ready.version, ready.announcement) == (7, name)
+    assert ready.weights == version_fingerprint(totals)
+    assert job.group.log.readable(name).fingerprints == totals.tobytes()
+    assert ready.in_flight == "continue"  # rank 0's, though rank 1 came first
+    job.wrote(0, name, 1)
+    assert job.group.log.readable(name).fingerprints == totals.tobytes()
+    assert job.group.log.to_announce() == []
+
+
+def test_only_the_newest_is_announced_again(job: Job) -> None:
+    first, second = job.publish(1), job.publish(2)
+    ready = job.group.log.to_announce()
+    assert [p.announcement for p in ready] == [first, second]
+    assert job.group.log.to_repeat().announcement == second
+    job.release(second)
+    assert job.group.log.to_repeat() is None
+
+
+def test_a_report_of_another_size_is_refused(job: Job) -> None:
+    name = job.take(0, 1).announcement
+    with pytest.raises(ManifestInvalid, match="rank 0 reports 2 fingerprints of 1"):
+        job.wrote(0, name, 1, 2)
+
+
+def test_a_rank_that_does_not_write_is_named_in_time(job: Job) -> None:
+    job.now = 100.0
+    name = job.take(0, 1).announcement
+    job.wrote(0, name)
+    job.now += READY_SECONDS - 1
+    assert not job.group.expire(job.now)
+    assert job.end(0, name) is None
+    job.now += 1
+    assert job.group.expire(job.now)
+    assert not job.group.expire(job.now)
+    with pytest.raises(SourceLost, match=r"version 1: trainer ranks \[1\] have not"):
+        job.end(0, name)
+    job.wrote(1, name)
+    assert job.group.log.to_announce() == []
+    assert job.publish(2)
+
+
+def test_a_failed_write_ends_it_for_every_rank(job: Job) -> None:
+    name = job.take(0, 1).announcement
+    job.take(1, 1)
+    error = PointerMoved("moved", tensor="w", rank=1)
+    failed = WriteFailed(member=job.names[1], announcement=name, failure=None)
+    job.group.write_failed(failed, error, job.now)
+    job.wrote(0, name)
+    for rank in (0, 1, 0):
+        with pytest.raises(PointerMoved, match="moved"):
+            job.end(rank, name)
+
+
+def test_replicas_that_differ_are_not_announced() -> None:
+    whole = part(tensor("w", (0, 4)))
+    job = Job(whole, whole)
+    job.join(0), job.join(1)
+    name = job.take(0, 1).announcement
+    job.take(1, 1)
+    job.wrote(0, name, 1)
+    job.wrote(1, name, 2)
+    assert job.group.log.to_announce() == []
+    with pytest.raises(SourceLost):
+        job.lease(name)
+    for rank in (0, 1):
+        with pytest.raises(FingerprintMismatch, match="ranks 0 and 1"):
+            job.end(rank, name)
+
+
+# Leases and ends.
+
+
+def test_every_rank_hears_the_same_end(job: Job) -> None:
+    name = job.publish(1)
+    job.lease(name)
+    assert job.end(0, name) is job.end(1, name) is None
+    job.release(name, "failed")
+    job.release(name, "completed")
+    expected = Released(outcome="failed", detail="so it went")
+    assert job.end(0, name) == job.end(1, name) == job.end(1, name) == expected
+
+
+def test_a_released_snapshot_can_be_leased_until_its_slot_is_taken(job: Job) -> None:
+    name = job.publish(1)
+    job.release(name)
+    job.lease(name)
+    assert job.end(1, name).outcome == "completed"
+    job.release(name)
+    job.publish(2)
+    job.lease(name, seconds=1)
+    job.now = 2.0
+    job.take(1, 3)
+    with pytest.raises(SourceLost):
+        job.lease(name)
+
+
+def test_released_tensors_cannot_be_leased() -> None:
+    """``in_place``: some rank may be writing them."""
+    job = Job(part(tensor("w", (0, 4)), slots=1), in_place=True)
+    job.join(0)
+    name = job.publish(1)
+    job.lease(name)
+    job.release(name)
+    with pytest.raises(SourceLost, match="may be writing it"):
+        job.lease(name)
+
+
+def test_the_end_of_rank_0_is_told(job: Job) -> None:
+    first, second = job.publish(1), job.publish(2)
+    job.release(first)
+    job.lease(second)
+    job.group.close("rank 0 was closed")
+    assert not job.group.all_told(but="rank-0")
+    assert job.end(1, first).outcome == "completed"
+    assert not job.group.all_told(but="rank-0")
+    with pytest.raises(SourceLost, match="rank 0 was closed"):
+        job.end(1, second)
+    assert job.group.all_told(but="rank-0")
+    with pytest.raises(SourceLost, match="rank 0 was closed"):
+        job.take(1, 3)
+
+
+def test_nobody_waits_for_a_rank_that_has_left(job: Job) -> None:
+    job.publish(1)
+    job.group.leave(job.names[1], job.now)
+    job.group.close("rank 0 was closed")
+    assert job.group.all_told(but="rank-0")
+
+
+# Any order.
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["publish", "report", "repeat", "lease", "release", "restart"]),
+        st.integers(0, 1),
+        st.integers(0, 4),
+    ),
+    max_size=120,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=STEPS, in_place=st.booleans())
+def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
+    """Whatever comes late, twice or never: what is leased is what each rank holds.
+
+    Each rank writes versions in order, and reports them some time later.
+    """
+    slots = 1 if in_place else 2
+    job = Job(
+        part(tensor("w", (0, 3)), slots=slots),
+        part(tensor("w", (3, 4)), slots=slots),
+        in_place=in_place,
+    )
+    job.join(0), job.join(1)
+    held: list[dict[int, str]] = [{}, {}]
+    reports: list[list[str]] = [[], []]
+    versions = [0, 0]
+    known: list[str] = []
+    leased: set[str] = set()
+
+    def publish(rank: int) -> None:
+        versions[rank] += 1
+        try:
+            taken = job.take(rank, versions[rank])
+        except LeaseHeld:
+            return
+        assert job.take(rank, versions[rank], again=True) == taken
+        for name in leased:
+            assert held[rank].get(taken.slot) != name, "a leased slot is overwritten"
+        held[rank][taken.slot] = taken.announcement
+        reports[rank].append(taken.announcement)
+        known.append(taken.announcement)
+
+    for step, rank, which in steps:
+        if step == "publish":
+            publish(rank)
+        elif step in ("report", "repeat") and reports[rank]:
+            name = reports[rank][min(which, len(reports[rank]) - 1)]
+            job.wrote(rank, name)
+            if step == "report":
+                reports[rank].remove(name)
+        elif step == "restart":
+            job.restart(rank)
+            held[rank], reports[rank] = {}, []
+            versions[rank] = max(versions)
+            # Its bytes are gone: those who read them find out.
+            leased.clear()
+            for name in known[-4:]:
+                job.release(name, "failed")
+        elif step == "lease" and known:
+            name = known[-1 - which % len(known)]
+            try:
+                job.lease(name, seconds=1e9)
+            except SourceLost:
+                continue
+            leased.add(name)
+            assert all(name in held[rank].values() for rank in (0, 1))
+        elif step == "release" and leased:
+            name = sorted(leased)[0]
+            leased.discard(name)
+            job.release(name)
