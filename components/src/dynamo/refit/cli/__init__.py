@@ -12,13 +12,15 @@ from typing import Annotated
 
 import typer
 
-# Dynamo reads it when it is imported, and tells a lot about itself by default.
+# Read when they are imported: Dynamo tells a lot about itself by default, and NIXL on
+# standard output.
 os.environ.setdefault("DYN_LOG", "warn")
+os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
-from dynamo.refit.cli.fleet import status, watch  # noqa: E402
-from dynamo.refit.cli.output import AsJson, Namespace, complain  # noqa: E402
-from dynamo.refit.errors import RefitError, UnsupportedConfiguration  # noqa: E402
-from dynamo.refit.protocol import InFlightPolicy  # noqa: E402
+from dynamo.refit.cli.fleet import status, watch
+from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.errors import RefitError, UnsupportedConfiguration
+from dynamo.refit.protocol import InFlightPolicy
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(status)

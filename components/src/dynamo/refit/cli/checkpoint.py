@@ -176,7 +176,7 @@ class _Report:
             return
         mib = sum(shard.tensor.nbytes for shard in shards) / 2**20
         print(
-            f"{self._directory}: {len(shards)} tensors, {mib:.1f} MiB, announced as "
+            f"{self._directory}: {len(shards)} tensors, {mib:.1f} MiB, publishing as "
             f"version {self._version} of {model!r}",
             flush=True,
         )
