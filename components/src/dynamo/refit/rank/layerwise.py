@@ -124,7 +124,9 @@ class ProcessedLayers:
 
     def _rehearse(self, model: nn.Module) -> None:
         compiled = _is_compiled(model)
-        kinds = {_kind(layer): layer for layer in reversed(self._layers)}
+        kinds: dict[tuple, ProcessedLayer] = {}
+        for layer in self._layers:
+            kinds.setdefault(_kind(layer), layer)
         with self._as_after_a_load():
             for layer in kinds.values():
                 with _refusing(layer.name):

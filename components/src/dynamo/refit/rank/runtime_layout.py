@@ -100,6 +100,7 @@ def find_layout(twin: nn.Module, live: nn.Module) -> RuntimeLayout:
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     there = dict(live.named_modules(remove_duplicate=False))
     plain: dict[str, nn.Parameter] = {}
+    held: dict[str, nn.Parameter | None] = {}
     processed, placeholders = [], set()
     for path, planned in twin.named_modules():
         own = {
@@ -115,14 +116,17 @@ def find_layout(twin: nn.Module, live: nn.Module) -> RuntimeLayout:
         method = quantization_method(planned)
         if isinstance(method, BaseKVCacheMethod):
             placeholders.update(own.values())
-        elif _is_plain(planned, layer):
-            plain.update((name, layer._parameters[leaf]) for leaf, name in own.items())
+            continue
+        current = {name: layer._parameters.get(leaf) for leaf, name in own.items()}
+        held.update(current)
+        if _is_plain(planned, layer):
+            plain.update(current)
         elif method is None:
             raise _packed(planned, layer, own)
         else:
             _check_method(path, method, layer)
             processed.append(ProcessedLayer(path, layer, planned, own))
-    _check_ties(plain)
+    _check_ties(held)
     return RuntimeLayout(
         plain=plain,
         processed=tuple(processed),
@@ -215,11 +219,11 @@ def _check_method(name: str, planned: QuantizeMethodBase, layer: nn.Module) -> N
         )
 
 
-def _check_ties(plain: dict[str, nn.Parameter]) -> None:
+def _check_ties(held: dict[str, nn.Parameter | None]) -> None:
     """vLLM ties an output layer whose weights were loaded equal to the embedding's."""
     seen: dict[int, str] = {}
-    for name, tensor in plain.items():
-        if tensor.numel() == 0:
+    for name, tensor in held.items():
+        if tensor is None or tensor.numel() == 0:
             continue
         other = seen.setdefault(tensor.data_ptr(), name)
         if other != name:

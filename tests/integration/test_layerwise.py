@@ -1,0 +1,269 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Installs into layers that run on something else than what was loaded into them.
+
+Here with a quantization method made up for the test, which does what vLLM's do: it
+replaces weights, adds scales, keeps a workspace and a kernel of its own, and works in
+place on what it is given. vLLM's models are in packed_layers.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
+
+stand_in_if_missing()
+
+from vllm.model_executor.layers.quantization.base_config import (  # noqa: E402
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.quantization.kv_cache import (  # noqa: E402
+    BaseKVCacheMethod,
+)
+
+from dynamo.refit.errors import PointerMoved, UnsupportedConfiguration  # noqa: E402
+from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
+from dynamo.refit.rank.install import LiveParameters  # noqa: E402
+from dynamo.refit.rank.layerwise import LayerFailed, ProcessedLayers  # noqa: E402
+from dynamo.refit.rank.slices import ArenaLayout  # noqa: E402
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+]
+
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+
+
+@pytest.mark.timeout(280)
+def test_vllm_s_models_in_the_packed_layout() -> None:
+    cases = Path(__file__).with_name("packed_layers.py")
+    options = ["-q", "-p", "no:cacheprovider", "--timeout=250"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(cases)],
+        capture_output=True,
+        text=True,
+        timeout=270,
+        cwd=cases.parents[2],
+    )
+    assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
+
+
+class Kernel:
+    """Keeps a tensor that it computed from the layer's, as kernels for experts do."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.gain = scale * 2
+        self.max_tokens = id(self) % 97
+
+
+# As if vLLM had defined it.
+Kernel.__module__ = "vllm.model_executor.kernels.made_up"
+
+
+class Eighths(QuantizeMethodBase):
+    """Weights as eight-bit integers, transposed, with a scale for each row."""
+
+    def __init__(self) -> None:
+        self.kernel: Kernel | None = None
+
+    def create_weights(self, layer: nn.Module, *sizes: int, **_: object) -> None:
+        layer.weight = nn.Parameter(torch.empty(*sizes), requires_grad=False)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if hasattr(layer, "processed"):
+            return
+        scale = layer.weight.abs().amax(1, keepdim=True) / 127
+        # In place: what was staged must not be what this works on.
+        layer.weight.div_(scale).round_()
+        weight = layer.weight.to(torch.int8).t()
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.scale = nn.Parameter(scale, requires_grad=False)
+        layer.workspace = torch.zeros(4)
+        if self.kernel is None:
+            self.kernel = Kernel(scale)
+        layer.processed = True
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        layer.workspace += 1
+        return x @ layer.weight.float() * layer.scale.t() * self.kernel.gain.t()
+
+
+class Layer(nn.Module):
+    def __init__(self, method: QuantizeMethodBase) -> None:
+        super().__init__()
+        self.quant_method = method
+        method.create_weights(self, 6, 4)
+        self.register_buffer("map", torch.arange(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant_method.apply(self, x)
+
+
+class Model(nn.Module):
+    def __init__(self, method: Callable[[], QuantizeMethodBase]) -> None:
+        super().__init__()
+        self.first = Layer(method())
+        self.norm = nn.LayerNorm(6)
+        self.second = Layer(method())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x))[:, :4])
+
+
+def _weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {
+            "first.weight": (6, 4),
+            "norm.weight": (6,),
+            "norm.bias": (6,),
+            "second.weight": (6, 4),
+        }.items()
+    }
+
+
+def _loaded(method: Callable[[], QuantizeMethodBase], seed: int) -> Model:
+    """As vLLM loads a model: the weights, and then every layer's method."""
+    model = Model(method)
+    with torch.no_grad():
+        model.load_state_dict(_weights(seed), strict=False)
+        for layer in (model.first, model.second):
+            layer.quant_method.process_weights_after_loading(layer)
+    return model
+
+
+def _twin(method: Callable[[], QuantizeMethodBase]) -> Model:
+    with torch.device("meta"):
+        return Model(method)
+
+
+def _live(model: Model, twin: Model) -> tuple[LiveParameters, ArenaLayout]:
+    layout = ArenaLayout(describe_parameters(twin, model))
+    layers = ProcessedLayers(model, twin, CONFIG)
+    return LiveParameters(model, layout, layers), layout
+
+
+def _staged(layout: ArenaLayout, seed: int) -> list[torch.Tensor]:
+    weights = _weights(seed)
+    return [weights[parameter.name] for parameter in layout.parameters]
+
+
+def _graph_addresses(model: Model) -> list[int]:
+    """What a CUDA graph of this model would read."""
+    return [
+        tensor.data_ptr()
+        for layer in (model.first, model.second)
+        for tensor in (
+            layer.weight,
+            layer.scale,
+            layer.workspace,
+            layer.map,
+            layer.quant_method.kernel.gain,
+        )
+    ]
+
+
+@torch.no_grad()
+def test_versions_follow_each_other_where_they_are() -> None:
+    model, twin = _loaded(Eighths, 1), _twin(Eighths)
+    live, layout = _live(model, twin)
+    assert live.processed == {"first.weight", "second.weight"}
+    x, addresses = torch.randn(3, 4), _graph_addresses(model)
+    layers = (model.first, model.second)
+    kernels = [layer.quant_method.kernel for layer in layers]
+    for version in (2, 3, 1, 1):
+        staged = _staged(layout, version)
+        live.copy_from(staged)
+        assert all(map(torch.equal, staged, _staged(layout, version)))
+        fresh = _loaded(Eighths, version)
+        assert torch.equal(model(x), fresh(x))
+        assert torch.equal(model.first.weight, fresh.first.weight)
+        assert _graph_addresses(model) == addresses
+    assert kernels == [
+        model.first.quant_method.kernel,
+        model.second.quant_method.kernel,
+    ]
+    assert torch.equal(model.first.map, torch.arange(6))
+    # The twin can be used again, for captures as well.
+    assert twin.first.quant_method.kernel is None
+    assert twin.first.weight.is_meta
+    assert twin.first.weight.shape == (6, 4)
+
+
+def test_a_workspace_that_moved_is_named() -> None:
+    model = _loaded(Eighths, 1)
+    live, layout = _live(model, _twin(Eighths))
+    model.second.workspace = torch.zeros(4)
+    with pytest.raises(PointerMoved) as caught:
+        live.copy_from(_staged(layout, 2))
+    assert caught.value.tensor == "second.workspace"
+
+
+class Baked(Eighths):
+    """Hands a number of its weights to the kernel, where a graph has captured it."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.peak = layer.weight.max().item()
+        super().process_weights_after_loading(layer)
+
+
+def test_a_number_that_depends_on_the_weights_is_refused() -> None:
+    model = _loaded(Baked, 1)
+    with pytest.raises(UnsupportedConfiguration, match=r"first.*peak is .*would be 1"):
+        ProcessedLayers(model, _twin(Baked), CONFIG)
+
+
+class Sparse(Eighths):
+    """Its runtime form has as many rows as there are without a zero."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        rows = (layer.weight != 0).all(1)
+        super().process_weights_after_loading(layer)
+        layer.weight = nn.Parameter(layer.weight[:, rows], requires_grad=False)
+
+
+def test_another_shape_leaves_the_layer_as_it_was() -> None:
+    model = _loaded(Sparse, 1)
+    live, layout = _live(model, _twin(Sparse))
+    staged = _staged(layout, 2)
+    staged[-1][0, 0] = 0
+    before = {name: t.clone() for name, t in model.second.state_dict().items()}
+    with pytest.raises(LayerFailed, match=r"weight is \(4, 6\) torch.int8") as caught:
+        live.copy_from(staged)
+    assert caught.value.tensor == "second.weight"
+    for name, tensor in model.second.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    live.copy_from(_staged(layout, 2))
+    assert torch.equal(model.second.weight, _loaded(Sparse, 2).second.weight)
+
+
+class Scales(BaseKVCacheMethod):
+    def __init__(self) -> None:
+        super().__init__(quant_config=None)
+
+    def create_weights(self, layer: nn.Module, *_: int) -> None:
+        super().create_weights(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        del layer.q_scale, layer.k_scale, layer.v_scale, layer.prob_scale
+
+
+def test_scales_of_the_kv_cache_exist_during_a_load_only() -> None:
+    model, twin = nn.Module(), nn.Module()
+    model.attention, twin.attention = Layer(Scales()), Layer(Scales())
+    assert len(list(twin.parameters())) == 4
+    model.attention.quant_method.process_weights_after_loading(model.attention)
+    assert describe_parameters(twin, model) == []
