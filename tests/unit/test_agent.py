@@ -8,21 +8,27 @@ import asyncio
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo.refit.errors import (
     Failure,
+    FingerprintMismatch,
+    MemoryShort,
     NothingStaged,
+    NoWayBack,
     OutOfStep,
     RefitError,
     SourceLost,
     StaleEpoch,
+    TransferFailed,
     failure_from,
 )
 from dynamo.refit.events import (
@@ -32,7 +38,8 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
-from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
+from dynamo.refit.fingerprint import version_fingerprint
+from dynamo.refit.manifest import Box, Manifest, Region, Shard, Source, TensorEntry
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -43,11 +50,14 @@ from dynamo.refit.protocol import (
     Described,
     Discard,
     Done,
+    FingerprintsReply,
+    GetFingerprints,
     GetManifest,
     GetStatus,
     Install,
     Installed,
     ManifestReply,
+    MemoryUse,
     Message,
     Poll,
     Prepare,
@@ -62,7 +72,11 @@ from dynamo.refit.protocol import (
     Stage,
     Staged,
     StageTimings,
+    Verified,
+    Verify,
+    VerifyWeights,
     Vote,
+    WeightsVerified,
     WorkerStatus,
 )
 from dynamo.refit.rpc import PeerLost
@@ -82,16 +96,20 @@ WORKER = 7
 EPOCH = 100
 
 #: What a good commit asks of the engine, in this order.
-COMMIT_STEPS = ["pause", "install", "epoch", "resume", "probe"]
+COMMIT_STEPS = ["pause", "install", "epoch", "resume", "probe", "verify"]
+
+MEMORY = MemoryUse(mode="device", device_nbytes=3 << 20, host_nbytes=1 << 20)
 
 
 def manifest(address: int = 0x1000) -> Manifest:
-    """A model of one float32 tensor; ``address`` tells one trainer from another."""
-    shard = Shard(source=0, region=0, byte_offset=0, offset=(0, 0), shape=(4, 2))
+    """A model of two float32 tensors; ``address`` tells one trainer from another."""
+    w = Shard(source=0, region=0, byte_offset=0, offset=(0, 0), shape=(4, 2))
+    norm = Shard(source=0, region=0, byte_offset=32, offset=(0,), shape=(2,))
     return Manifest(
         model="tiny",
         tensors=(
-            TensorEntry(name="w", dtype="float32", shape=(4, 2), shards=(shard,)),
+            TensorEntry(name="w", dtype="float32", shape=(4, 2), shards=(w,)),
+            TensorEntry(name="norm", dtype="float32", shape=(2,), shards=(norm,)),
         ),
         sources=(
             Source(
@@ -99,35 +117,79 @@ def manifest(address: int = 0x1000) -> Manifest:
                 metadata=b"\0meta",
                 memory="DRAM",
                 device=0,
-                slots=((Region(address, 32),),),
+                slots=((Region(address, 40),),),
             ),
         ),
     )
 
 
+def reads_of(rank: int) -> tuple[tuple[int, Box], ...]:
+    """``w`` is row-parallel: each of two ranks reads its half; both read ``norm``."""
+    rows = (2 * rank, 2 * rank + 2)
+    return (0, (rows, (0, 2))), (1, ((0, 2),))
+
+
+def parts_of(version: int, rank: int) -> np.ndarray:
+    """A rank's parts of a version's fingerprint; those of ``w`` add up past 2^64."""
+    big = 2**64 - 1000 * version
+    return np.array([big if rank == 0 else 3000 * version, 77 * version], "<u8")
+
+
+def fingerprints_of(version: int) -> np.ndarray:
+    """What the trainer says of ``w`` and ``norm``."""
+    return np.array([2000 * version, 77 * version], "<u8")
+
+
+def weights_of(version: int) -> str:
+    return version_fingerprint(fingerprints_of(version))
+
+
+@dataclass
+class Job:
+    """What a rank was told to start, and what it answers when that has ended."""
+
+    doing: str
+    version: int
+    end: Callable[[], RankReply]
+    reply: RankReply | None = None
+
+
 class FakeRank:
     """A rank whose weights are the number of their version.
 
-    ``fail`` maps a kind of request to the errors that its next ones are answered
-    with; ``letting_go`` is how often it answers Running before a discard is done.
+    ``fail`` maps a kind of request to the errors that its next ones end in; ``held``
+    names the work that does not end; ``letting_go`` is how often it answers Running
+    before a discard is done; ``wrong`` is added to its parts, by their number. In
+    ``direct`` mode an install is started and polled, and cannot be undone.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.live: int | None = None
         self.backup: int | None = None
-        self.job: int | None = None
+        self.started: Job | None = None
         self.staged: int | None = None
-        self.may_finish = True
+        self.held: set[str] = set()
         self.letting_go = 0
         self.manifest: str | None = None
         self.fail: dict[type, list[Exception]] = {}
+        self.wrong: dict[int, int] = {}
+        self.direct = False
+        self.unchecked = 0
+
+    @property
+    def job(self) -> int | None:
+        """The version that it was told to start something for."""
+        return self.started.version if self.started else None
 
     def answer(self, request: RankRequest) -> RankReply:
+        return self._refusing(request, lambda: self._carry_out(request))
+
+    def _refusing(
+        self, request: RankRequest, work: Callable[[], RankReply]
+    ) -> RankReply:
         try:
-            if errors := self.fail.get(type(request)):
-                raise errors.pop(0)
-            return self._carry_out(request)
+            return work()
         except RefitError as error:
             stage = type(request).__name__.lower()
             version = getattr(request, "version", None)
@@ -139,49 +201,93 @@ class FakeRank:
 
     def _carry_out(self, request: RankRequest) -> RankReply:
         match request:
+            case Install() if self.direct:
+                return self._start(request, "install", self._install)
+            case Verify():
+                return self._start(request, "verify", self._verify)
+        self._fail_if_told(request)
+        match request:
             case Describe():
-                return Described(rank=self.rank, ranks=2, parameters=1, nbytes=16)
-            case Stage(version=version):
-                return self._stage(request)
+                return Described(
+                    rank=self.rank, ranks=2, parameters=2, nbytes=24, memory=MEMORY
+                )
+            case Stage():
+                if request.payload is not None:
+                    self.manifest = request.manifest
+                if self.manifest != request.manifest:
+                    raise RefitError(f"this rank has no manifest {request.manifest}")
+                self.staged = None
+                return self._start(request, "stage", self._stage)
             case Poll(version=version):
                 return self._poll(version)
-            case Install(version=version):
-                self._require(version)
-                self.live = version
-                return Installed(rank=self.rank, copy_ms=0.1)
+            case Install():
+                return self._install(request)
             case Restore(version=version):
                 self._require(version)
+                if self.direct:
+                    raise NoWayBack("direct staging keeps no copy of the old weights")
                 self.live = self.backup
                 return Installed(rank=self.rank, copy_ms=0.1)
             case Discard(version=version):
                 return self._discard(version)
 
-    def _stage(self, request: Stage) -> RankReply:
-        if self.job is not None and self.staged != self.job:
-            raise RefitError(f"version {self.job} is still being staged here")
-        if request.payload is not None:
-            self.manifest = request.manifest
-        if self.manifest != request.manifest:
-            raise RefitError(f"this rank has no manifest {request.manifest}")
-        self.job, self.staged = request.version, None
+    def _fail_if_told(self, request: RankRequest) -> None:
+        if errors := self.fail.get(type(request)):
+            raise errors.pop(0)
+
+    def _start(
+        self,
+        request: Stage | Install | Verify,
+        doing: str,
+        work: Callable[[Any], RankReply],
+    ) -> RankReply:
+        if self.started is not None and self.started.reply is None:
+            raise RefitError(f"version {self.job} is still being worked on")
+
+        def carry_out() -> RankReply:
+            if doing != "stage":
+                self._fail_if_told(request)
+            return work(request)
+
+        self.started = Job(
+            doing, request.version, lambda: self._refusing(request, carry_out)
+        )
         return Running()
 
     def _poll(self, version: int) -> RankReply:
-        if self.job != version:
-            raise NothingStaged(f"no stage of version {version} was started here")
-        if not self.may_finish:
-            return Running()
-        self.staged, self.backup = version, self.live
-        # Row-parallel: each of two ranks reads its half.
-        rows = (2 * self.rank, 2 * self.rank + 2)
-        return Staged(vote=vote_of(self.rank), reads={"w": (rows, (0, 2))})
+        job = self.started
+        if job is None or job.version != version:
+            raise NothingStaged(f"nothing was started for version {version} here")
+        if job.reply is None:
+            if job.doing in self.held:
+                return Running()
+            job.reply = job.end()
+        return job.reply
+
+    def _stage(self, request: Stage) -> RankReply:
+        self.staged, self.backup = request.version, self.live
+        parts = parts_of(request.version, self.rank)
+        for number, error in self.wrong.items():
+            parts[number] = (int(parts[number]) + error) % 2**64
+        reads = reads_of(self.rank) if request.want_reads else ()
+        return Staged(vote=vote_of(self.rank), parts=parts.tobytes(), reads=reads)
+
+    def _install(self, request: Install) -> RankReply:
+        self._require(request.version)
+        self.live = request.version
+        return Installed(rank=self.rank, copy_ms=0.1)
+
+    def _verify(self, request: Verify) -> RankReply:
+        if self.live != request.version:
+            raise FingerprintMismatch("1 block is not what was staged", tensor="w")
+        return Verified(rank=self.rank, unchecked=self.unchecked)
 
     def _discard(self, version: int) -> RankReply:
         if self.job == version:
             if self.letting_go:
                 self.letting_go -= 1
                 return Running()
-            self.job = self.staged = None
+            self.started = self.staged = None
         return Done()
 
     def _require(self, version: int) -> None:
@@ -193,11 +299,15 @@ def vote_of(rank: int) -> RankVote:
     timings = dict.fromkeys(StageTimings.__struct_fields__, 1.0)
     return RankVote(
         rank=rank,
-        nbytes=16,
+        nbytes=24,
+        memory=MEMORY,
         session="cold",
         counters=CacheCounters(allocations=1),
         timings=StageTimings(**timings),
     )
+
+
+VOTES = (vote_of(0), vote_of(1))
 
 
 class FakeEngine:
@@ -224,10 +334,21 @@ class FakeEngine:
             self._step(type(request).__name__.lower(), locked=True)
             assert self.paused, "live weights are written between pause and resume"
             await self.may_install.wait()
+        if isinstance(request, Verify):
+            self._step("verify")
+            assert self.paused == self.paused_by_user, "it makes the pause longer"
         await asyncio.sleep(0)
         if error := self.fail.get(type(request).__name__):
             raise error
-        return [rank.answer(request) for rank in self.ranks]
+        replies = [rank.answer(request) for rank in self.ranks]
+        installing = [rank for rank in self.ranks if rank.direct and self._writes(rank)]
+        assert self.paused or not installing, "resumed while a rank writes"
+        return replies
+
+    @staticmethod
+    def _writes(rank: FakeRank) -> bool:
+        job = rank.started
+        return job is not None and job.doing == "install" and job.reply is None
 
     async def pause(self, in_flight: str) -> None:
         self.in_flight = in_flight
@@ -235,6 +356,7 @@ class FakeEngine:
         self._step("pause", locked=True)
 
     async def resume(self) -> None:
+        assert not [r for r in self.ranks if self._writes(r)], "a rank still writes"
         self._step("resume", locked=True)
         self.paused = False
 
@@ -269,40 +391,60 @@ class FakeEngine:
     def jobs(self) -> list[int | None]:
         return [rank.job for rank in self.ranks]
 
-    def hold_stage(self) -> None:
+    def hold(self, doing: str) -> None:
+        """Ranks that are told to do this do not end."""
         for rank in self.ranks:
-            rank.may_finish = False
+            rank.held.add(doing)
 
-    def finish_stage(self) -> None:
+    def let(self, doing: str) -> None:
         for rank in self.ranks:
-            rank.may_finish = True
+            rank.held.discard(doing)
+
+    def stage_directly(self) -> None:
+        for rank in self.ranks:
+            rank.direct = True
 
 
 class FakeTrainer:
-    """A caller that reaches a trainer with ``manifests``, or fails with ``error``."""
+    """A caller that reaches a trainer with ``manifests``, or fails with ``error``.
+
+    Announcement ``a5`` is one of version 5; ``fingerprints`` has the answers that are
+    other than the version's own, by announcement.
+    """
 
     def __init__(self, *manifests: Manifest) -> None:
         self.payloads = {m.fingerprint(): msgspec.msgpack.encode(m) for m in manifests}
+        self.fingerprints: dict[str, bytes | Failure] = {}
         self.error: Exception | None = None
-        self.asked: list[tuple[str, int, Message]] = []
+        self.requests: list[tuple[str, int, Message]] = []
 
     async def call(
         self, path: str, instance: int, request: Any, expected: Any, seconds: float
     ) -> Any:
-        self.asked.append((path, instance, request))
+        self.requests.append((path, instance, request))
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
+        if isinstance(request, GetFingerprints):
+            name = request.announcement
+            own = fingerprints_of(int(name[1:])).tobytes()
+            sent = self.fingerprints.get(name, own)
+            if isinstance(sent, Failure):
+                return Refused(failure=sent)
+            return FingerprintsReply(payload=sent)
         if request.manifest not in self.payloads:
             why = SourceLost(f"no manifest {request.manifest[:12]} is served here")
             return Refused(failure=failure_from(why, stage="trainer"))
         return ManifestReply(payload=self.payloads[request.manifest])
 
+    def asked(self, kind: type) -> list[Any]:
+        return [request for _, _, request in self.requests if isinstance(request, kind)]
+
 
 class Bench:
     """An agent with everything around it faked."""
 
-    def __init__(self) -> None:
+    def __init__(self, staging: str = "auto") -> None:
         self.engine = FakeEngine()
         self.manifest = manifest()
         self.other_manifest = manifest(address=0x2000)
@@ -316,6 +458,7 @@ class Bench:
             self._fence,
             model="tiny",
             worker=WORKER,
+            staging=staging,
         )
 
     def _fence(self) -> None:
@@ -325,10 +468,12 @@ class Bench:
         fields = {
             "version": version,
             "epoch": EPOCH,
+            "announcement": f"a{version}",
             "endpoint": "ns.trainer.weights",
             "instance": 99,
             "manifest": self.manifest.fingerprint(),
             "slot": 0,
+            "weights": weights_of(version),
             "stage_seconds": 60.0,
             "commit_seconds": 60.0,
         }
@@ -347,7 +492,7 @@ class Bench:
 
     async def staging(self, version: int) -> asyncio.Task:
         """A prepare whose ranks do not finish."""
-        self.engine.hold_stage()
+        self.engine.hold("stage")
         return await self.staging_on(version)
 
     async def staging_on(self, version: int) -> asyncio.Task:
@@ -361,6 +506,15 @@ class Bench:
         self.engine.may_install.clear()
         task = asyncio.create_task(self.agent.answer(commit(version)))
         await until(lambda: "install" in self.engine.steps)
+        return task
+
+    async def checking(self, version: int) -> asyncio.Task:
+        """A check on request of ``version``, whose ranks do not finish."""
+        await self.committed(version)
+        self.engine.hold("verify")
+        before = len(self.engine.asked(Verify))
+        task = asyncio.create_task(self.agent.answer(VerifyWeights()))
+        await until(lambda: len(self.engine.asked(Verify)) > before)
         return task
 
     def assert_serving(self, version: int | None) -> None:
@@ -435,16 +589,17 @@ async def test_a_rank_that_cannot_be_refitted_fails_the_start(bench: Bench) -> N
 
 async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:
     vote = await bench.agent.answer(bench.prepare(5, slot=1))
-    votes = (vote_of(0), vote_of(1))
-    assert vote == Vote(version=5, ranks=votes)
-    assert bench.events == [WorkerStaged(worker=WORKER, version=5, ranks=votes)]
+    assert vote == Vote(version=5, weights=weights_of(5), ranks=VOTES)
+    assert bench.events == [WorkerStaged(worker=WORKER, version=5, ranks=VOTES)]
 
     fingerprint = bench.manifest.fingerprint()
-    assert bench.trainer.asked == [
-        ("ns.trainer.weights", 99, GetManifest(manifest=fingerprint))
+    assert bench.trainer.requests == [
+        ("ns.trainer.weights", 99, GetManifest(manifest=fingerprint)),
+        ("ns.trainer.weights", 99, GetFingerprints(announcement="a5")),
     ]
     [stage] = bench.engine.asked(Stage)
     assert (stage.version, stage.manifest, stage.slot) == (5, fingerprint, 1)
+    assert (stage.staging, stage.want_reads) == ("auto", True)
     assert stage.seconds == 60.0
     assert msgspec.msgpack.decode(stage.payload, type=Manifest) == bench.manifest
 
@@ -458,7 +613,7 @@ async def test_status_while_staging(bench: Bench) -> None:
     task = await bench.staging(5)
     status = bench.agent.status()
     assert (status.phase, status.pending) == ("staging", 5)
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     assert isinstance(await task, Vote)
 
 
@@ -466,7 +621,7 @@ async def test_a_repeated_prepare_stages_once(bench: Bench) -> None:
     first = await bench.staging(5)
     second = asyncio.create_task(bench.agent.answer(bench.prepare(5)))
     await asyncio.sleep(0)
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     vote = await first
     assert await second == vote
     assert await bench.agent.answer(bench.prepare(5)) == vote
@@ -479,14 +634,14 @@ async def test_a_known_manifest_is_neither_fetched_nor_sent_again(
 ) -> None:
     await bench.committed(5)
     await bench.committed(6)
-    assert len(bench.trainer.asked) == 1
+    assert len(bench.trainer.asked(GetManifest)) == 1
     assert [stage.payload is None for stage in bench.engine.asked(Stage)] == [
         False,
         True,
     ]
     other = bench.other_manifest.fingerprint()
     await bench.committed(7, manifest=other)
-    assert len(bench.trainer.asked) == 2
+    assert len(bench.trainer.asked(GetManifest)) == 2
     assert bench.engine.asked(Stage)[-1].payload is not None
 
 
@@ -495,7 +650,7 @@ async def test_a_manifest_is_sent_again_to_ranks_that_refused_it(bench: Bench) -
     assert refusal(await bench.agent.answer(bench.prepare(5))).message == "busy"
     await bench.staged(6)
     assert bench.engine.asked(Stage)[-1].payload is not None
-    assert len(bench.trainer.asked) == 1
+    assert len(bench.trainer.asked(GetManifest)) == 1
 
 
 @pytest.mark.parametrize("request_kind", [Stage, Poll])
@@ -504,7 +659,7 @@ async def test_a_rank_that_refuses_is_a_refusal_of_all(
 ) -> None:
     error = SourceLost("the trainer is gone")
     error.tensor = "w"
-    bench.engine.ranks[0].may_finish = False
+    bench.engine.ranks[0].held.add("stage")
     bench.engine.ranks[0].letting_go = 3
     bench.engine.ranks[1].fail[request_kind] = [error]
 
@@ -517,7 +672,7 @@ async def test_a_rank_that_refuses_is_a_refusal_of_all(
     assert bench.events == []
     bench.assert_serving(None)
 
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     await bench.staged(5)
 
 
@@ -577,7 +732,7 @@ async def test_the_caller_of_a_prepare_may_go(bench: Bench) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     await bench.staged(5)
     assert len(bench.engine.asked(Stage)) == 1
 
@@ -624,11 +779,13 @@ async def test_commit_steps_in_order(bench: Bench) -> None:
         timings.pause_ms + timings.install_ms + timings.resume_ms
     )
     assert min(timings.pause_ms, timings.install_ms, timings.resume_ms) > 0
-    assert timings.probe_ms > 0
+    assert min(timings.probe_ms, timings.verify_ms) > 0
     assert bench.events[1:] == [
         WorkerRefitted(
             worker=WORKER,
             version=5,
+            weights=weights_of(5),
+            unchecked=0,
             kv_epoch=reply.kv_epoch,
             in_flight="continue",
             timings=timings,
@@ -678,7 +835,7 @@ async def test_a_commit_while_staging_is_refused(bench: Bench) -> None:
     task = await bench.staging(5)
     with pytest.raises(NothingStaged, match="still being staged"):
         await bench.agent.answer(commit(5))
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     assert isinstance(await task, Vote)
 
 
@@ -710,14 +867,7 @@ async def test_an_install_that_fails_once_is_done_again(bench: Bench) -> None:
     bench.engine.ranks[1].fail[Install] = [RefitError("copy engine")]
     reply = await bench.committed(5)
     assert reply.timings.install_retries == 1
-    assert bench.engine.steps == [
-        "pause",
-        "install",
-        "install",
-        "epoch",
-        "resume",
-        "probe",
-    ]
+    assert bench.engine.steps == ["pause", "install", *COMMIT_STEPS[1:]]
     bench.assert_serving(5)
 
 
@@ -822,7 +972,7 @@ async def test_an_engine_that_its_user_paused_stays_so(
         assert bench.engine.steps == ["pause"]
     else:
         assert isinstance(reply, Committed)
-        assert bench.engine.steps == ["pause", "install", "epoch"]
+        assert bench.engine.steps == ["pause", "install", "epoch", "verify"]
         assert bench.engine.live() == [5, 5]
     assert bench.engine.paused
     assert (bench.agent.status().phase, bench.fences) == ("serving", 0)
@@ -845,6 +995,439 @@ async def test_a_pause_of_the_user_s_during_a_commit_fences_nothing(
     await user
     assert bench.fences == 0
     assert isinstance(reply, Committed)
+
+
+# --- the proof ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [1, 2**63, 2**64 - 1])
+async def test_parts_that_do_not_add_up_are_refused(
+    bench: Bench, rank: int, error: int
+) -> None:
+    await bench.committed(5)
+    bench.engine.steps.clear()
+    bench.events.clear()
+    bench.engine.ranks[rank].wrong = {0: error}
+
+    failure = refusal(await bench.agent.answer(bench.prepare(6)))
+    assert (failure.kind, failure.stage) == ("FingerprintMismatch", "stage")
+    assert (failure.tensor, failure.rank) == ("w", None)
+    assert (failure.worker, failure.version) == (WORKER, 6)
+    assert "read by ranks [0, 1]" in failure.message
+    assert bench.engine.jobs() == [None, None]
+    assert bench.engine.steps == []
+    assert bench.events == []
+    bench.assert_serving(5)
+    with pytest.raises(NothingStaged):
+        await bench.agent.answer(commit(6))
+
+    bench.engine.ranks[rank].wrong = {}
+    await bench.committed(7)
+    bench.assert_serving(7)
+
+
+async def test_errors_that_cancel_out_within_one_tensor_do_so_by_definition(
+    bench: Bench,
+) -> None:
+    """A fingerprint is a sum: what it is of is the parts' business."""
+    bench.engine.ranks[0].wrong = {0: 1}
+    bench.engine.ranks[1].wrong = {0: 2**64 - 1}
+    await bench.staged(5)
+
+
+async def test_a_tensor_that_both_ranks_hold_wrong_is_refused(bench: Bench) -> None:
+    for rank in bench.engine.ranks:
+        rank.wrong = {1: 3}
+    failure = refusal(await bench.agent.answer(bench.prepare(5)))
+    assert (failure.kind, failure.tensor) == ("FingerprintMismatch", "norm")
+    assert failure.rank is None
+
+
+async def test_a_replica_that_differs_is_refused_with_its_rank(bench: Bench) -> None:
+    bench.engine.ranks[0].wrong = {1: 1}
+    failure = refusal(await bench.agent.answer(bench.prepare(5)))
+    assert (failure.kind, failure.tensor) == ("FingerprintMismatch", "norm")
+    assert failure.rank == 0
+    bench.assert_serving(None)
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (fingerprints_of(6).tobytes(), "not the ones it announced"),
+        (fingerprints_of(5)[::-1].tobytes(), "not the ones it announced"),
+        (fingerprints_of(5).tobytes()[:-1], "15 bytes of fingerprints, 2 tensors"),
+        (fingerprints_of(5).tobytes() + bytes(8), "24 bytes of fingerprints"),
+        (b"", "0 bytes of fingerprints, 2 tensors have 16"),
+    ],
+    ids=["of another version", "swapped", "short", "long", "none"],
+)
+async def test_other_fingerprints_than_announced_are_refused(
+    bench: Bench, sent: bytes, why: str
+) -> None:
+    await bench.committed(4)
+    bench.events.clear()
+    bench.trainer.fingerprints["a5"] = sent
+    failure = refusal(await bench.agent.answer(bench.prepare(5)))
+    assert failure.kind == "FingerprintMismatch"
+    assert why in failure.message
+    assert (failure.worker, failure.version) == (WORKER, 5)
+    assert bench.engine.jobs() == [None, None]
+    assert bench.events == []
+    bench.assert_serving(4)
+
+    del bench.trainer.fingerprints["a5"]
+    await bench.committed(5)
+    bench.assert_serving(5)
+
+
+async def test_a_vote_is_for_the_announced_weights_only(bench: Bench) -> None:
+    """The trainer is consistent, but what was announced was something else."""
+    request = bench.prepare(5, weights=weights_of(6))
+    assert refusal(await bench.agent.answer(request)).kind == "FingerprintMismatch"
+    bench.assert_serving(None)
+
+
+async def test_a_trainer_without_the_fingerprints_gives_its_reason(
+    bench: Bench,
+) -> None:
+    why = SourceLost("announcement a5 was released")
+    bench.trainer.fingerprints["a5"] = failure_from(why, stage="trainer")
+    failure = refusal(await bench.agent.answer(bench.prepare(5)))
+    assert (failure.kind, failure.stage) == ("SourceLost", "trainer")
+    assert (failure.message, failure.worker) == ("announcement a5 was released", WORKER)
+    assert bench.engine.jobs() == [None, None]
+    bench.assert_serving(None)
+
+
+async def test_fingerprints_are_fetched_beside_the_pull(bench: Bench) -> None:
+    task = await bench.staging(5)
+    await until(lambda: bench.trainer.asked(GetFingerprints) != [])
+    assert bench.trainer.asked(GetFingerprints) == [GetFingerprints(announcement="a5")]
+    bench.engine.let("stage")
+    assert isinstance(await task, Vote)
+
+
+async def test_ranks_say_what_they_read_once_per_layout(bench: Bench) -> None:
+    await bench.committed(5)
+    await bench.committed(6)
+    # A trainer that restarted: other addresses, the same layout.
+    await bench.committed(7, manifest=bench.other_manifest.fingerprint())
+    stages = bench.engine.asked(Stage)
+    assert [stage.want_reads for stage in stages] == [True, False, False]
+
+    # Another layout, with the tensors in another order.
+    swapped = msgspec.structs.replace(
+        bench.manifest, tensors=bench.manifest.tensors[::-1]
+    )
+    bench.trainer.payloads[swapped.fingerprint()] = msgspec.msgpack.encode(swapped)
+    request = bench.prepare(8, manifest=swapped.fingerprint())
+    assert refusal(await bench.agent.answer(request)).kind == "LayoutRefused"
+    # What is known of the other layout still holds.
+    await bench.committed(9)
+    stages = bench.engine.asked(Stage)[3:]
+    assert [stage.want_reads for stage in stages] == [True, False]
+
+
+async def test_what_ranks_read_is_asked_again_after_a_refused_layout(
+    bench: Bench,
+) -> None:
+    bench.engine.ranks[1].rank = 0
+    refusal(await bench.agent.answer(bench.prepare(5)))
+    bench.engine.ranks[1].rank = 1
+    await bench.committed(6)
+    assert [stage.want_reads for stage in bench.engine.asked(Stage)] == [True, True]
+    bench.assert_serving(6)
+
+
+# --- staging modes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staging", ["auto", "device", "host", "direct"])
+async def test_the_staging_mode_reaches_the_ranks(staging: str) -> None:
+    bench = Bench(staging)
+    await bench.agent.start()
+    await bench.staged(5)
+    [describe], [stage] = bench.engine.asked(Describe), bench.engine.asked(Stage)
+    assert (describe.staging, stage.staging) == (staging, staging)
+
+
+async def test_a_rank_without_room_fails_the_start_with_its_numbers() -> None:
+    bench = Bench("device")
+    why = "device takes 9.00 GiB of device and 8.00 GiB of host memory"
+    bench.engine.ranks[1].fail[Describe] = [MemoryShort(why)]
+    with pytest.raises(RanksFailed, match=why) as caught:
+        await bench.agent.start()
+    assert (caught.value.failure.kind, caught.value.failure.rank) == ("MemoryShort", 1)
+
+
+@pytest.mark.parametrize("direct", [(True, True), (False, True), (True, False)])
+async def test_an_install_that_takes_time_is_polled_inside_the_pause(
+    bench: Bench, direct: tuple[bool, bool]
+) -> None:
+    for rank, mode in zip(bench.engine.ranks, direct, strict=True):
+        rank.direct = mode
+    bench.engine.hold("install")
+    await bench.staged(5, commit_seconds=60.0)
+    polls = len(bench.engine.asked(Poll))
+    task = asyncio.create_task(bench.agent.answer(commit(5)))
+    await until(lambda: len(bench.engine.asked(Poll)) > polls + 3)
+    assert bench.engine.steps == ["pause", "install"]
+    assert bench.engine.paused
+    assert bench.agent.status().phase == "committing"
+    [install] = bench.engine.asked(Install)
+    # Half of the time that the coordinator waits, so that there is a second try.
+    assert install == Install(version=5, seconds=30.0)
+
+    bench.engine.let("install")
+    reply = await task
+    assert isinstance(reply, Committed)
+    assert reply.timings.install_retries == 0
+    assert bench.engine.steps == COMMIT_STEPS
+    bench.assert_serving(5)
+
+
+async def test_a_direct_install_that_fails_once_is_done_again(bench: Bench) -> None:
+    """Not before every rank has ended: one that works refuses to start."""
+    bench.engine.stage_directly()
+    slow, broken = bench.engine.ranks
+    slow.held.add("install")
+    broken.fail[Install] = [TransferFailed("the source broke off")]
+    await bench.staged(5)
+    task = asyncio.create_task(bench.agent.answer(commit(5)))
+    await until(lambda: broken.started.reply is not None)
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert len(bench.engine.asked(Install)) == 1
+    assert bench.engine.paused
+
+    slow.held.clear()
+    reply = await task
+    assert isinstance(reply, Committed)
+    assert reply.timings.install_retries == 1
+    assert bench.engine.steps == ["pause", "install", *COMMIT_STEPS[1:]]
+    bench.assert_serving(5)
+
+
+async def test_a_direct_install_that_fails_for_good_fences(bench: Bench) -> None:
+    """Some parameters are written, and there is no copy of what they were."""
+    await bench.committed(4)
+    bench.engine.steps.clear()
+    bench.engine.stage_directly()
+    bench.engine.ranks[1].fail[Install] = [
+        TransferFailed("1st"),
+        FingerprintMismatch("2nd"),
+    ]
+    await bench.staged(5)
+    failure = refusal(await bench.agent.answer(commit(5)))
+    assert failure == bench.assert_fenced(5, "WeightsUnknown")
+    assert "FingerprintMismatch: 2nd" in failure.message
+    assert "keeps no copy" in failure.message
+    assert bench.engine.steps == ["pause", "install", "install", "restore"]
+    assert bench.engine.paused
+    assert bench.agent.status().version == 4
+    refitted = [e.version for e in bench.events if isinstance(e, WorkerRefitted)]
+    assert refitted == [4]
+
+
+async def test_answers_out_of_step_while_an_install_is_polled_fence(
+    bench: Bench,
+) -> None:
+    bench.engine.stage_directly()
+    await bench.staged(5)
+    bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
+    refusal(await bench.agent.answer(commit(5)))
+    bench.assert_fenced(5, "OutOfStep")
+    assert "resume" not in bench.engine.steps
+
+
+# --- what is live -------------------------------------------------------------
+
+
+async def test_live_weights_are_checked_while_tokens_flow(bench: Bench) -> None:
+    bench.engine.hold("verify")
+    await bench.staged(5)
+    task = asyncio.create_task(bench.agent.answer(commit(5)))
+    await until(lambda: "verify" in bench.engine.steps)
+    assert not bench.engine.paused
+    assert bench.agent.status().phase == "committing"
+    with pytest.raises(RefitError, match="version 5 is being committed"):
+        await bench.agent.answer(bench.prepare(6))
+    assert not [event for event in bench.events if isinstance(event, WorkerRefitted)]
+
+    bench.engine.let("verify")
+    assert isinstance(await task, Committed)
+    assert bench.engine.asked(Verify) == [Verify(version=5)]
+    bench.assert_serving(5)
+
+
+async def test_live_weights_that_are_others_fence(bench: Bench) -> None:
+    """Found after the resume: the check is no part of the pause."""
+    await bench.committed(4)
+    bench.engine.steps.clear()
+    bench.events.clear()
+    wrong = FingerprintMismatch("2 blocks are not what was staged", tensor="norm")
+    bench.engine.ranks[1].fail[Verify] = [wrong]
+    await bench.staged(5)
+    failure = refusal(await bench.agent.answer(commit(5)))
+    assert failure == bench.assert_fenced(5, "WeightsUnknown")
+    assert "are not those of version 5" in failure.message
+    assert "rank 1, tensor norm" in failure.message
+    assert bench.engine.steps == COMMIT_STEPS
+    assert [type(event) for event in bench.events] == [WorkerStaged, WorkerFenced]
+
+
+async def test_a_check_that_cannot_be_made_fences(bench: Bench) -> None:
+    bench.engine.fail["verify"] = OSError("engine core died")
+    await bench.staged(5)
+    refusal(await bench.agent.answer(commit(5)))
+    bench.assert_fenced(5, "OSError")
+
+
+async def test_what_ranks_could_not_compare_adds_up(bench: Bench) -> None:
+    for rank, unchecked in zip(bench.engine.ranks, (2, 3), strict=True):
+        rank.unchecked = unchecked
+    reply = await bench.committed(5)
+    assert (reply.unchecked, reply.weights) == (5, weights_of(5))
+    assert bench.events[-1].unchecked == 5
+    assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
+        version=5, weights=weights_of(5), unchecked=5
+    )
+
+
+async def test_there_is_nothing_to_check_before_the_first_version(
+    bench: Bench,
+) -> None:
+    with pytest.raises(RefitError, match="no version was installed here"):
+        await bench.agent.answer(VerifyWeights())
+    await bench.staged(5)
+    await bench.agent.answer(abort(5))
+    with pytest.raises(RefitError, match="no version was installed here"):
+        await bench.agent.answer(VerifyWeights())
+    assert bench.engine.asked(Verify) == []
+
+
+async def test_a_check_on_request_disturbs_nothing(bench: Bench) -> None:
+    await bench.committed(5)
+    bench.engine.steps.clear()
+    events = list(bench.events)
+    for _ in range(2):
+        assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
+            version=5, weights=weights_of(5), unchecked=0
+        )
+    assert bench.engine.steps == ["verify", "verify"]
+    assert bench.events == events
+    bench.assert_serving(5)
+    await bench.committed(6)
+    bench.assert_serving(6)
+
+
+async def test_checks_that_come_at_once_are_made_one_after_the_other(
+    bench: Bench,
+) -> None:
+    await bench.committed(5)
+    checks = [bench.agent.answer(VerifyWeights()) for _ in range(3)]
+    replies = await asyncio.gather(*checks)
+    expected = WeightsVerified(version=5, weights=weights_of(5), unchecked=0)
+    assert replies == [expected] * 3
+
+
+async def test_a_check_on_request_tells_which_weights_are_others(bench: Bench) -> None:
+    await bench.committed(5)
+    bench.engine.ranks[1].live = 4
+    failure = refusal(await bench.agent.answer(VerifyWeights()))
+    assert (failure.kind, failure.tensor) == ("FingerprintMismatch", "w")
+    assert (failure.rank, failure.worker, failure.version) == (1, WORKER, 5)
+    # To ask changes nothing: whoever asked decides.
+    assert (bench.agent.status().phase, bench.fences) == ("serving", 0)
+
+
+async def test_no_check_on_request_during_a_refit(bench: Bench) -> None:
+    await bench.committed(5)
+    task = await bench.staging(6)
+    with pytest.raises(RefitError, match="a refit is under way"):
+        await bench.agent.answer(VerifyWeights())
+    bench.engine.let("stage")
+    await task
+    with pytest.raises(RefitError, match="a refit is under way"):
+        await bench.agent.answer(VerifyWeights())
+    bench.engine.may_install.clear()
+    task = asyncio.create_task(bench.agent.answer(commit(6)))
+    await until(lambda: bench.engine.steps[-1] == "install")
+    with pytest.raises(RefitError, match="a refit is under way"):
+        await bench.agent.answer(VerifyWeights())
+    bench.engine.may_install.set()
+    assert isinstance(await task, Committed)
+    assert bench.engine.asked(Verify) == [Verify(version=5), Verify(version=6)]
+
+
+async def test_after_a_restore_the_old_version_is_what_is_checked(
+    bench: Bench,
+) -> None:
+    await bench.committed(5)
+    bench.engine.ranks[1].fail[Install] = [RefitError("1st"), RefitError("2nd")]
+    await bench.staged(6)
+    refusal(await bench.agent.answer(commit(6)))
+    assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
+        version=5, weights=weights_of(5), unchecked=0
+    )
+
+
+@pytest.mark.parametrize("caller_goes", [False, True])
+async def test_a_prepare_waits_for_a_check_on_request(
+    bench: Bench, caller_goes: bool
+) -> None:
+    """The ranks do one thing at a time, whoever still waits for its end."""
+    check = await bench.checking(5)
+    if caller_goes:
+        check.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await check
+    prepare = asyncio.create_task(bench.agent.answer(bench.prepare(6)))
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    assert [stage.version for stage in bench.engine.asked(Stage)] == [5]
+    status = bench.agent.status()
+    assert (status.phase, status.pending) == ("staging", 6)
+
+    bench.engine.let("verify")
+    assert await prepare == Vote(version=6, weights=weights_of(6), ranks=VOTES)
+    if not caller_goes:
+        assert isinstance(await check, WeightsVerified)
+    assert isinstance(await bench.agent.answer(commit(6)), Committed)
+    bench.assert_serving(6)
+
+
+async def test_a_prepare_that_waits_for_a_check_can_be_aborted(bench: Bench) -> None:
+    check = await bench.checking(5)
+    prepare = asyncio.create_task(bench.agent.answer(bench.prepare(6)))
+    await until(lambda: bench.agent.status().pending == 6)
+    assert await bench.agent.answer(abort(6)) == Aborted(version=6)
+    assert refusal(await prepare).kind == "StagingCancelled"
+    bench.engine.let("verify")
+    assert isinstance(await check, WeightsVerified)
+    bench.assert_serving(5)
+
+
+async def test_a_fenced_worker_checks_nothing(bench: Bench) -> None:
+    """Its ranks' answers cannot be trusted."""
+    await bench.committed(5)
+    bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
+    refusal(await bench.agent.answer(bench.prepare(6)))
+    bench.engine.fail.clear()
+    with pytest.raises(WeightsUnknown, match="fenced: restart it"):
+        await bench.agent.answer(VerifyWeights())
+
+
+async def test_a_check_on_request_whose_answers_are_out_of_step_fences(
+    bench: Bench,
+) -> None:
+    await bench.committed(5)
+    bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
+    with pytest.raises(OutOfStep):
+        await bench.agent.answer(VerifyWeights())
+    bench.assert_fenced(5, "OutOfStep")
 
 
 # --- abort, supersede, expire -------------------------------------------------
@@ -916,7 +1499,7 @@ async def test_a_newer_prepare_supersedes_an_older_stage(
     await until(lambda: bench.engine.jobs() == [6, 6])
     if not finished:
         assert refusal(await task).kind == "StagingCancelled"
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     assert (await newer).version == 6
     assert bench.agent.status().pending == 6
     with pytest.raises(NothingStaged):
@@ -943,12 +1526,12 @@ async def test_a_prepare_after_an_abort_waits_until_the_ranks_let_go(
     bench.engine.ranks[1].letting_go = 20
     aborting = asyncio.create_task(bench.agent.answer(abort(5)))
     await until(lambda: len(bench.engine.asked(Discard)) > 0)
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     reply = await bench.agent.answer(bench.prepare(6))
 
     assert refusal(await old).kind == "StagingCancelled"
     assert await aborting == Aborted(version=5)
-    assert reply == Vote(version=6, ranks=(vote_of(0), vote_of(1)))
+    assert reply == Vote(version=6, weights=weights_of(6), ranks=VOTES)
     assert bench.agent.status().pending == 6
     assert isinstance(await bench.agent.answer(commit(6)), Committed)
     bench.assert_serving(6)
@@ -962,12 +1545,12 @@ async def test_two_newer_prepares_while_the_ranks_let_go(bench: Bench) -> None:
     older = asyncio.create_task(bench.agent.answer(bench.prepare(6)))
     await until(lambda: len(bench.engine.asked(Discard)) > 0)
     newest = asyncio.create_task(bench.agent.answer(bench.prepare(7)))
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
 
     replies = await asyncio.gather(oldest, older, newest, return_exceptions=True)
     assert refusal(replies[0]).kind == "StagingCancelled"
     assert isinstance(replies[1], Refused | RefitError | Vote)
-    assert replies[2] == Vote(version=7, ranks=(vote_of(0), vote_of(1)))
+    assert replies[2] == Vote(version=7, weights=weights_of(7), ranks=VOTES)
     assert bench.agent.status().pending == 7
     assert isinstance(await bench.agent.answer(commit(7)), Committed)
     bench.assert_serving(7)
@@ -982,7 +1565,7 @@ async def test_a_version_that_is_announced_anew_while_the_ranks_let_go(
         rank.letting_go = 20
     aborting = asyncio.create_task(bench.agent.answer(abort(5)))
     await until(lambda: len(bench.engine.asked(Discard)) > 0)
-    bench.engine.finish_stage()
+    bench.engine.let("stage")
     fingerprint = bench.other_manifest.fingerprint()
     reply = await bench.agent.answer(bench.prepare(5, manifest=fingerprint))
 
@@ -1155,6 +1738,11 @@ async def test_a_sleeping_engine_is_left_alone(bench: Bench) -> None:
     assert "sleeps" in refusal(await bench.agent.answer(commit(5))).message
     with pytest.raises(RefitError, match="sleeps"):
         await bench.agent.answer(bench.prepare(6))
+    bench.engine.asleep = False
+    await bench.committed(6)
+    bench.engine.asleep = True
+    with pytest.raises(RefitError, match="sleeps"):
+        await bench.agent.answer(VerifyWeights())
     bench.engine.asleep = False
     await bench.committed(7)
     bench.assert_serving(7)

@@ -174,7 +174,9 @@ class RefitAgent:
                 self._check_epoch(request.epoch)
                 return await self._abort(request)
             case VerifyWeights():
-                return await self._verify()
+                self._check_not_fenced()
+                # The ranks go on with it if whoever asked is gone.
+                return await asyncio.shield(asyncio.ensure_future(self._verify()))
 
     def status(self) -> WorkerStatus:
         transaction = self._transaction
@@ -189,9 +191,12 @@ class RefitAgent:
             ranks=self._size,
         )
 
-    def _check_epoch(self, epoch: int) -> None:
+    def _check_not_fenced(self) -> None:
         if self._fenced:
             raise WeightsUnknown("this worker is fenced: restart it")
+
+    def _check_epoch(self, epoch: int) -> None:
+        self._check_not_fenced()
         if epoch < self._epoch:
             raise StaleEpoch(
                 f"coordinator epoch {epoch} was replaced by {self._epoch}: there is a "
@@ -425,9 +430,13 @@ class RefitAgent:
             raise RefitError("no version was installed here since the start")
         if self._transaction is not None:
             raise RefitError("a refit is under way: it verifies by itself")
+        self._check_awake()
         async with self._verifying:
             version, weights = self._version, self._weights
-            unchecked = await self._ranks.verify(version)
+            try:
+                unchecked = await self._ranks.verify(version)
+            except RanksFailed as error:
+                return Refused(failure=self._failure(error, "verify", version))
         return WeightsVerified(version=version, weights=weights, unchecked=unchecked)
 
     def _check_awake(self) -> None:
