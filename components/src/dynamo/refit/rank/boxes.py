@@ -29,15 +29,20 @@ def intersect(a: Box, b: Box) -> Box | None:
     return None if any(lo >= hi for lo, hi in box) else box
 
 
-def split(box: Box, elements: int) -> Iterator[Box]:
-    """``box`` in blocks of at most ``elements``, cut along its first dimension of
-    more than one; a single row of it may still be larger."""
+def split(box: Box, strides: Sequence[int], elements: int) -> Iterator[Box]:
+    """``box`` in blocks that reach over at most ``elements`` of a block with
+    ``strides``, gaps included.
+
+    It is cut along its first dimension of more than one; a single row of that may
+    still be larger.
+    """
     dim = next((d for d, (lo, hi) in enumerate(box) if hi - lo > 1), None)
     if dim is None:
         yield box
         return
     lo, hi = box[dim]
-    step = max(1, elements * (hi - lo) // volume(box))
+    row = last_element(extent(box[dim + 1 :]), strides[dim + 1 :]) + 1
+    step = max(1, (elements - row) // strides[dim] + 1)
     for start in range(lo, hi, step):
         yield (*box[:dim], (start, min(start + step, hi)), *box[dim + 1 :])
 

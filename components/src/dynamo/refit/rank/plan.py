@@ -59,6 +59,11 @@ class Limits:
     scratch: int
     arena: int | None = None
 
+    @property
+    def block(self) -> int:
+        """Bytes that a piece of a shard spans at the most."""
+        return self.scratch if self.arena is None else min(self.scratch, self.arena)
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -236,9 +241,10 @@ class _Planner:
         converts = tensor.dtype != self._dtypes[piece.parameter]
         exact = self._is_exact(overlap, shard, piece, size)
         straight = exact and not converts and not self._direct
-        limit = self._limits.arena if straight else self._limits.scratch
-        blocks = [overlap] if limit is None else boxes.split(overlap, limit // size)
-        for box in blocks:
+        # The same blocks whichever way they come, since ranks that read the same box
+        # must come to the same parts of its fingerprint.
+        room = self._limits.block // size
+        for box in boxes.split(overlap, boxes.row_major(shard.shape), room):
             origin = [lo for lo, _ in piece.box]
             block = Piece(
                 tensor=index,

@@ -4,25 +4,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from dynamo.refit.errors import TransferFailed
-from dynamo.refit.manifest import Manifest, Source
+from dynamo.refit.manifest import Manifest
 from dynamo.refit.rank.cycle import Cycle
-from dynamo.refit.rank.plan import Plan, Segments, Wave
+from dynamo.refit.rank.plan import Plan, Segments
 from dynamo.refit.transport.nixl import NixlAgent, Read, memory_of
 
 
 class Requests:
-    """Prepared reads: ``waves[slot][wave]`` has one read per source.
+    """Prepared reads: ``waves[shadow][slot][wave]`` has one read per source.
 
     Args:
         agent: makes the reads.
         manifest: has the sources and their addresses.
         fingerprint: the manifest's.
         plan: what goes where.
-        arena: where straight waves land; ``None`` in ``direct`` staging.
+        shadows: where straight waves land; in ``direct`` staging there are none.
         scratch: where the others do.
 
     Raises:
@@ -36,12 +38,12 @@ class Requests:
         manifest: Manifest,
         fingerprint: str,
         plan: Plan,
-        arena: torch.Tensor | None,
+        shadows: Sequence[torch.Tensor],
         scratch: torch.Tensor,
         cycle: Cycle,
     ) -> None:
         self.manifest = fingerprint
-        self.waves: list[list[list[Read]]] = []
+        self.waves: list[list[list[list[Read]]]] = []
         self._agent = agent
         self._peers: dict[int, str] = {}
         try:
@@ -49,13 +51,22 @@ class Requests:
             for number in sorted(used):
                 metadata = manifest.sources[number].metadata
                 self._peers[number] = agent.connect(metadata)
-            for slot in range(manifest.slots):
-                shards = np.array(manifest.shard_addresses(slot), dtype=np.int64)
-                self.waves.append([])
-                for wave in plan.waves:
-                    target = scratch if wave.half is not None else arena
-                    reads = self._prepare(manifest, shards, wave, target, cycle)
-                    self.waves[-1].append(reads)
+            slots = [
+                np.array(manifest.shard_addresses(slot), dtype=np.int64)
+                for slot in range(manifest.slots)
+            ]
+            for shadow in shadows or [None]:
+                self.waves.append([[] for _ in slots])
+                for shards, waves in zip(slots, self.waves[-1], strict=True):
+                    for wave in plan.waves:
+                        target = scratch if wave.half is not None else shadow
+                        # Known before they are made, so that all are released if one
+                        # of them is refused.
+                        reads: list[Read] = []
+                        waves.append(reads)
+                        for segments in wave.segments:
+                            reads.append(self._read(manifest, shards, segments, target))
+                            cycle.built["descriptor_builds"] += 1
         except BaseException:
             self.close()
             raise
@@ -72,34 +83,18 @@ class Requests:
             self._agent.disconnect(peer)
         self.waves, self._peers = [], {}
 
-    def _prepare(
-        self,
-        manifest: Manifest,
-        shards: np.ndarray,
-        wave: Wave,
-        target: torch.Tensor,
-        cycle: Cycle,
-    ) -> list[Read]:
-        reads = []
-        for segments in wave.segments:
-            source = manifest.sources[segments.source]
-            peer = self._peers[segments.source]
-            reads.append(self._read(source, peer, shards, segments, target))
-            cycle.built["descriptor_builds"] += 1
-        return reads
-
     def _read(
         self,
-        source: Source,
-        peer: str,
+        manifest: Manifest,
         shards: np.ndarray,
         segments: Segments,
         target: torch.Tensor,
     ) -> Read:
+        source = manifest.sources[segments.source]
         remote = shards[segments.shard] + segments.remote
         local = segments.local + target.data_ptr()
         return self._agent.prepare_read(
-            peer,
+            self._peers[segments.source],
             (np.stack([local, segments.nbytes], axis=1), *memory_of(target.device)),
             (
                 np.stack([remote, segments.nbytes], axis=1),
@@ -109,7 +104,8 @@ class Requests:
         )
 
     def _reads(self) -> list[Read]:
-        return [read for slot in self.waves for wave in slot for read in wave]
+        waves = (w for shadow in self.waves for slot in shadow for w in slot)
+        return [read for wave in waves for read in wave]
 
 
 def _still_active(read: Read) -> bool:
