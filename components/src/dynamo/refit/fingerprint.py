@@ -43,23 +43,37 @@ class Part:
     """The part of a tensor's fingerprint that a box of it contributes.
 
     Args:
-        view: the box's elements, of any strides, on any device. Every call of
-            :meth:`fold` reads what is there then.
+        view: the box's elements, of any strides, on any device. Every call reads
+            what is there then.
         box: where they are in the full tensor.
         shape: of the full tensor.
+        copy_to: for :meth:`copy_and_fold`, a view of the same shape and dtype.
     """
 
-    def __init__(self, view: torch.Tensor, box: Box, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        view: torch.Tensor,
+        box: Box,
+        shape: Sequence[int],
+        copy_to: torch.Tensor | None = None,
+    ) -> None:
         size = view.element_size()
         # A scalar is a row of one.
         start, stop = box[-1] if box else (0, 1)
         first, last = start * size // WORD, -(-stop * size // WORD)
         self._view = view if view.dim() else view.reshape(1)
+        self._copy_to = copy_to
         self._row_weights = _row_weights(tuple(box[:-1]), tuple(shape[:-1]))
         self._column_weights = _column_weights(first, last)
         # Elements by which the first word begins before the box.
         self._before = start - first * WORD // size if size < WORD else 0
-        self._fold = self._choose()
+        columns = len(self._column_weights)
+        self._rows = _word_rows(self._view, columns)
+        self._target = None
+        if copy_to is not None and self._rows is not None:
+            self._target = _word_rows(
+                copy_to if copy_to.dim() else copy_to.reshape(1), columns
+            )
 
     @property
     def nbytes(self) -> int:
@@ -67,44 +81,22 @@ class Part:
 
     def fold(self) -> int:
         """The part, from 0 to 2^64 - 1; blocks until it is computed."""
-        return self._fold()
-
-    def _choose(self):
         if self._view.device.type != "cpu":
-            return self._fold_by_torch
-        words = _words_of_storage(self._view)
-        offsets = self._word_offsets(len(words))
-        if offsets is None:
-            return self._fold_copy
+            return self._fold_by_torch()
+        rows = self._rows
+        if rows is None:
+            rows = _word_rows(self._padded(), len(self._column_weights))
         low, high = _halves(self._column_weights)
-        rows = self._row_weights
-        return lambda: int(_fold_rows(words, offsets, rows, low, high))
+        return int(_fold_rows(*rows, self._row_weights, low, high))
 
-    def _word_offsets(self, words: int) -> np.ndarray | None:
-        """Where each row begins in its storage, in words; ``None`` if some row does
-        not lie there as whole words."""
-        view, size = self._view, self._view.element_size()
-        columns = len(self._column_weights)
-        if view.shape[-1] * size != columns * WORD or (
-            view.shape[-1] > 1 and view.stride(-1) != 1
-        ):
-            return None
-        offsets = np.array([view.storage_offset()], dtype=np.int64)
-        for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
-            steps = np.arange(extent, dtype=np.int64) * stride
-            offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
-        offsets *= size
-        if (offsets % WORD).any() or offsets.max() // WORD + columns > words:
-            return None
-        return offsets // WORD
-
-    def _fold_copy(self) -> int:
-        """Rows that are not made of whole words, through a copy that is."""
-        padded = self._padded()
-        words = padded.view(torch.uint8).reshape(-1).numpy().view(np.uint32)
-        offsets = np.arange(len(padded), dtype=np.int64) * len(self._column_weights)
+    def copy_and_fold(self) -> int:
+        """Copy the elements to ``copy_to``, and :meth:`fold` them in the same pass."""
+        if self._target is None:
+            self._copy_to.copy_(self._view.view(self._copy_to.shape))
+            return self.fold()
         low, high = _halves(self._column_weights)
-        return int(_fold_rows(words, offsets, self._row_weights, low, high))
+        arguments = (*self._rows, *self._target, self._row_weights, low, high)
+        return int(_copy_and_fold_rows(*arguments))
 
     def _padded(self) -> torch.Tensor:
         """The rows in whole words, shape ``[rows, columns * WORD / itemsize]``."""
@@ -112,7 +104,8 @@ class Part:
         rows = view.reshape(-1, view.shape[-1])
         width = len(self._column_weights) * WORD // view.element_size()
         if width == view.shape[-1]:
-            return rows.contiguous()
+            # A copy, even of what is contiguous: it may begin within a word.
+            return rows.clone(memory_format=torch.contiguous_format)
         padded = view.new_zeros((len(rows), width))
         padded[:, self._before : self._before + view.shape[-1]] = rows
         return padded
@@ -131,9 +124,13 @@ class Part:
         return int(total.item()) % 2**64
 
 
-def fold_all(parts: Sequence[Part]) -> np.ndarray:
-    """Every part, as uint64."""
-    return np.array([part.fold() for part in parts], dtype=np.uint64)
+def fold_all(parts: Sequence[Part], copy: Sequence[bool] | None = None) -> np.ndarray:
+    """Every part, as uint64; those with ``copy`` are copied on the way."""
+    values = [
+        part.copy_and_fold() if copy is not None and copy[number] else part.fold()
+        for number, part in enumerate(parts)
+    ]
+    return np.array(values, dtype=np.uint64)
 
 
 def add_up(parts: Sequence[int]) -> int:
@@ -177,10 +174,26 @@ def _halves(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, (weights >> np.uint64(32)).astype(np.uint32)
 
 
-def _words_of_storage(view: torch.Tensor) -> np.ndarray:
-    storage = view.untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-    return flat[: len(flat) // WORD * WORD].view(np.uint32)
+def _word_rows(
+    view: torch.Tensor, columns: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The storage of ``view`` as words, and where in it each row of ``columns`` words
+    begins; ``None`` if some row does not lie there as whole words, or on a device."""
+    size = view.element_size()
+    if view.device.type != "cpu" or view.shape[-1] * size != columns * WORD:
+        return None
+    if view.shape[-1] > 1 and view.stride(-1) != 1:
+        return None
+    offsets = np.array([view.storage_offset()], dtype=np.int64)
+    for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
+        steps = np.arange(extent, dtype=np.int64) * stride
+        offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
+    offsets *= size
+    flat = torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage()).numpy()
+    words = flat[: len(flat) // WORD * WORD].view(np.uint32)
+    if (offsets % WORD).any() or offsets.max() // WORD + columns > len(words):
+        return None
+    return words, offsets // WORD
 
 
 @numba.njit(nogil=True)
@@ -211,4 +224,22 @@ def _fold_rows(words, offsets, row_weights, low, high):
         total += (low_1 + (high_1 << np.uint64(32))) * row_weights[pair]
         if other != pair:
             total += (low_2 + (high_2 << np.uint64(32))) * row_weights[other]
+    return total
+
+
+@numba.njit(nogil=True)
+def _copy_and_fold_rows(words, offsets, target, target_offsets, row_weights, low, high):
+    """As :func:`_fold_rows`, with every row copied to ``target`` on the way."""
+    columns = len(low)
+    total = np.uint64(0)
+    for row in range(len(offsets)):
+        source = words[offsets[row] : offsets[row] + columns]
+        copy = target[target_offsets[row] : target_offsets[row] + columns]
+        sum_low, sum_high = np.uint64(0), np.uint64(0)
+        for column in range(columns):
+            copy[column] = source[column]
+            word = np.uint64(source[column])
+            sum_low += word * np.uint64(low[column])
+            sum_high += word * np.uint64(high[column])
+        total += (sum_low + (sum_high << np.uint64(32))) * row_weights[row]
     return total

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
-from dynamo.refit.rank.install import synchronize
+from dynamo.refit.rank.install import LiveParameters, synchronize
 from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
@@ -34,14 +34,37 @@ class RegisteredBuffer:
         self._agent.deregister(self._registration)
 
 
+class Shadow:
+    """An image of the rank's parameters as they are loaded, in one registered buffer.
+
+    ``staged`` has the parameters in the layout's order, ``by_name`` by name.
+    """
+
+    def __init__(
+        self,
+        agent: NixlAgent,
+        layout: ArenaLayout,
+        device: torch.device,
+        cycle: Cycle,
+    ) -> None:
+        self.buffer = RegisteredBuffer(agent, layout.nbytes, device, cycle)
+        self.staged = _views(self.buffer.bytes, layout)
+        names = [parameter.name for parameter in layout.parameters]
+        self.by_name = dict(zip(names, self.staged, strict=True))
+
+
 class Arena:
-    """The shadow of a rank's parameters, and a copy of those that are live.
+    """Where a version waits for its commit, and where the one before it is kept.
+
+    In host memory two shadows take turns: while a version comes into one, the live one
+    is still in the other, and nothing has to be copied for the way back. On a device
+    there is one shadow, and the live version is copied to host memory.
 
     It depends on the parameters alone, so it outlives the layouts of trainers.
 
     Args:
         layout: what lies where in it.
-        memory: says whether the shadow is on ``device`` or on the host.
+        memory: says whether shadows are on ``device`` or on the host.
         device: the model's.
     """
 
@@ -53,39 +76,72 @@ class Arena:
         device: torch.device,
         cycle: Cycle,
     ) -> None:
-        where = device if memory.mode == "device" else torch.device("cpu")
-        self.layout = layout
         self.memory = memory
-        with cycle.time("allocate"):
-            pin = torch.cuda.is_available()
-            backup = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
-            cycle.built["allocations"] += 1
-        self._buffer = RegisteredBuffer(agent, layout.nbytes, where, cycle)
-        self.staged = _views(self.bytes, layout)
-        self.backup = _views(backup, layout)
-        names = [parameter.name for parameter in layout.parameters]
-        self.by_name = dict(zip(names, self.staged, strict=True))
-        self._kept = dict(zip(names, self.backup, strict=True))
-        #: The shadow is what is live, byte for byte.
-        self.is_live = False
-        #: ``backup`` has the live version of the parameters that cannot be read back.
-        self.keeps_processed = False
+        on_host = memory.mode == "host" or device.type == "cpu"
+        where = torch.device("cpu") if on_host else device
+        count = 2 if on_host else 1
+        self.shadows = [Shadow(agent, layout, where, cycle) for _ in range(count)]
+        #: The shadow that the next version comes into.
+        self.target = 0
+        self._live: int | None = None
+        self._old: int | None = None
+        self._backup: list[torch.Tensor] | None = None
+        self._backup_is_whole = False
+        if not on_host:
+            with cycle.time("allocate"):
+                pinned = _allocate(layout.nbytes, torch.device("cpu"))
+                cycle.built["allocations"] += 1
+            self._backup = _views(pinned, layout)
 
     @property
-    def bytes(self) -> torch.Tensor:
-        """All of the shadow, uint8."""
-        return self._buffer.bytes
+    def staged(self) -> list[torch.Tensor]:
+        """The parameters of the version that came last, in the layout's order."""
+        return self.shadows[self.target].staged
 
-    def keep(self, processed: Iterable[str]) -> None:
-        """Copy the shadow of ``processed`` parameters to the backup, before another
-        version comes into it: the engine cannot give their loaded bytes back."""
-        for name in processed:
-            self._kept[name].copy_(self.by_name[name])
-            self.keeps_processed = True
-        self.is_live = False
+    @property
+    def old(self) -> list[torch.Tensor] | None:
+        """What was live when the last version came; ``None``: nobody has it."""
+        if self._backup is not None:
+            return self._backup if self._backup_is_whole else None
+        return None if self._old is None else self.shadows[self._old].staged
+
+    def begin(self, processed: Collection[str]) -> None:
+        """Before a version comes: choose its shadow.
+
+        A shadow that is live and will be overwritten is the only place that has the
+        loaded bytes of ``processed`` parameters: they are copied to the backup.
+        """
+        if self._backup is None:
+            self._old = self._live
+            self.target = 0 if self._live is None else 1 - self._live
+            return
+        if self._live is not None:
+            names = list(self.shadows[0].by_name)
+            for name in processed:
+                self._backup[names.index(name)].copy_(self.shadows[0].by_name[name])
+            self._backup_is_whole = True
+        self._live = None
+
+    def preserve(self, live: LiveParameters) -> None:
+        """While it comes: see to it that what is live can be put back."""
+        if self._backup is not None:
+            live.copy_to(self._backup)
+            self._backup_is_whole |= live.can_copy_out
+        elif self._old is None and live.can_copy_out:
+            live.copy_to(self.shadows[1].staged)
+            self._live = self._old = 1
+
+    def installed(self) -> None:
+        """The target is live."""
+        self._live = self.target
+
+    def restored(self) -> None:
+        """:attr:`old` is live again."""
+        self._live = self._old
 
     def close(self) -> None:
-        self._buffer.close()
+        for shadow in self.shadows:
+            shadow.buffer.close()
 
 
 def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -65,11 +65,13 @@ class Session:
         # At least a byte: NIXL does not register nothing.
         nbytes = max(plan.scratch_nbytes, 1)
         self._scratch = RegisteredBuffer(agent, nbytes, device, cycle)
-        shadow = arena.by_name if arena is not None else live
+        targets = [live] if arena is None else [s.by_name for s in arena.shadows]
         self._works = [
-            _WaveWork(wave, self._scratch.bytes, shadow, arena is None)
-            for wave in plan.waves
+            [_WaveWork(wave, self._scratch.bytes, target) for wave in plan.waves]
+            for target in targets
         ]
+        #: The local work of the shadow that was pulled into last.
+        self._current = self._works[0]
         self.live_parts = LiveParts(plan.pieces, live, converted=arena is not None)
 
     @property
@@ -85,10 +87,15 @@ class Session:
     def address(self, manifest: Manifest, fingerprint: str, cycle: Cycle) -> None:
         """Prepare the requests for every slot of ``manifest``."""
         self.forget_requests()
-        arena = self.arena.bytes if self.arena is not None else None
-        scratch = self._scratch.bytes
+        shadows = [] if self.arena is None else self.arena.shadows
         self._requests = Requests(
-            self._agent, manifest, fingerprint, self.plan, arena, scratch, cycle
+            self._agent,
+            manifest,
+            fingerprint,
+            self.plan,
+            [shadow.buffer.bytes for shadow in shadows],
+            self._scratch.bytes,
+            cycle,
         )
 
     def pull(
@@ -107,25 +114,24 @@ class Session:
         """
         if self._requests is None:
             raise TransferFailed("the session has no prepared requests")
+        shadow = 0 if self.arena is None else self.arena.target
+        self._current = self._works[shadow]
         settle = functools.partial(self._settle, land, cycle)
         pipeline = Pipeline(limit, submit, settle)
         try:
-            for number, reads in enumerate(self._requests.waves[slot]):
+            for number, reads in enumerate(self._requests.waves[shadow][slot]):
                 cycle.first_read()
                 pipeline.post(number, self.plan.waves[number].half, reads)
             pipeline.drain()
         finally:
             # Whatever happened, nobody works on these buffers after this.
             pipeline.join()
-        return np.concatenate([work.parts for work in self._works])
+        return np.concatenate([work.parts for work in self._current])
 
     def _settle(self, land: bool, cycle: Cycle, number: int) -> None:
         """What follows the arrival of a wave, on the follower's thread."""
-        work = self._works[number]
         with cycle.time("fingerprint"):
-            if land:
-                work.land()
-            work.fold()
+            self._current[number].run(land)
         # The next wave overwrites scratch, outside of any stream.
         synchronize(self._device)
 
@@ -133,7 +139,7 @@ class Session:
     def landed(self) -> np.ndarray:
         """The parts, as :meth:`pull` gives them, but of what the pieces became in the
         parameters' dtypes: what ``live_parts`` must show after the install."""
-        return np.concatenate([work.landed for work in self._works])
+        return np.concatenate([work.landed for work in self._current])
 
     def poll_active(self) -> bool:
         """May bytes still arrive in these buffers?"""
@@ -163,38 +169,39 @@ class _WaveWork:
         wave: Wave,
         scratch: torch.Tensor,
         shadow: Mapping[str, torch.Tensor],
-        direct: bool,
     ) -> None:
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._arrived: list[Part] = []
-        self._converted: list[int] = []
-        for piece in wave.pieces:
+        self._parts = []
+        self._converts: list[tuple[int, torch.Tensor, torch.Tensor, Part]] = []
+        for number, piece in enumerate(wave.pieces):
             place = piece_view(piece, shadow[piece.parameter])
-            arrived = place
-            if piece.scratch is not None:
+            if piece.scratch is None:
+                part = Part(place, piece.box, piece.shape)
+            elif piece.converts:
                 source = _scratch_view(piece, scratch)
-                self._copies.append((place, source))
-                if piece.converts or direct:
-                    arrived = source
-            if piece.converts and not direct:
-                self._converted.append(len(self._arrived))
-            self._arrived.append(Part(arrived, piece.box, piece.shape))
-        self._placed = [
-            Part(piece_view(piece, shadow[piece.parameter]), piece.box, piece.shape)
-            for piece in (wave.pieces[i] for i in self._converted)
+                part = Part(source, piece.box, piece.shape)
+                landed = Part(place, piece.box, piece.shape)
+                self._converts.append((number, place, source, landed))
+            else:
+                source = _scratch_view(piece, scratch)
+                part = Part(source, piece.box, piece.shape, copy_to=place)
+            self._parts.append(part)
+        self._copies = [
+            piece.scratch is not None and not piece.converts for piece in wave.pieces
         ]
         self.parts = self.landed = np.zeros(len(wave.pieces), dtype=np.uint64)
 
     @torch.inference_mode()
-    def land(self) -> None:
-        for place, source in self._copies:
-            place.copy_(source)
-
-    def fold(self) -> None:
-        self.parts = self.landed = fold_all(self._arrived)
-        if self._converted:
+    def run(self, land: bool) -> None:
+        """Fingerprint what has arrived; with ``land``, copy it from scratch on."""
+        self.parts = self.landed = fold_all(
+            self._parts, [land and copies for copies in self._copies]
+        )
+        if land and self._converts:
+            for _, place, source, _ in self._converts:
+                place.copy_(source)
             self.landed = self.parts.copy()
-            self.landed[self._converted] = fold_all(self._placed)
+            for number, _, _, landed in self._converts:
+                self.landed[number] = landed.fold()
 
 
 class LiveParts:

@@ -51,7 +51,7 @@ logger = init_logger("vllm.dynamo_refit")
 #: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them;
 #: on a GPU the wire is the faster the more is in one request.
 LIMITS = {
-    "cpu": Limits(scratch=64 << 20, arena=64 << 20),
+    "cpu": Limits(scratch=32 << 20, arena=32 << 20),
     "cuda": Limits(scratch=128 << 20),
 }
 
@@ -202,7 +202,7 @@ class RankStager:
         start = time.perf_counter()
         if session.arena is not None:
             self._live.copy_from(session.arena.staged)
-            session.arena.is_live = True
+            session.arena.installed()
         else:
             self._install_direct(session, staged, limit)
         if self._installed is None or self._installed.version != version:
@@ -219,14 +219,14 @@ class RankStager:
         session, _ = self._holding(version)
         if session.arena is None:
             raise NoWayBack("direct staging keeps no copy of the old weights")
-        if self._live.processed and not session.arena.keeps_processed:
+        if session.arena.old is None:
             raise NoWayBack(
                 "some layers keep their weights in another layout than they are "
                 "loaded in, and this is the first version that was installed"
             )
         start = time.perf_counter()
-        self._live.copy_from(session.arena.backup)
-        session.arena.is_live = False
+        self._live.copy_from(session.arena.old)
+        session.arena.restored()
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
         return (time.perf_counter() - start) * 1e3
@@ -308,10 +308,9 @@ class RankStager:
         submit, arena = self._follower.submit, session.arena
         if arena is None:
             return session.pull(slot, limit, submit, cycle, land=False)
-        if arena.is_live:
-            with cycle.time("backup"):
-                arena.keep(self._live.processed)
-        backup = submit(self._back_up, arena, cycle)
+        with cycle.time("backup"):
+            arena.begin(self._live.processed)
+        backup = submit(self._preserve, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle, land=True)
         finally:
@@ -319,9 +318,9 @@ class RankStager:
         backup.result()
         return parts
 
-    def _back_up(self, arena: Arena, cycle: Cycle) -> None:
+    def _preserve(self, arena: Arena, cycle: Cycle) -> None:
         with cycle.time("backup"):
-            self._live.copy_to(arena.backup)
+            arena.preserve(self._live)
 
     def _install_direct(self, session: Session, staged: _Staged, limit: Limit) -> None:
         self._use_own_stream()
