@@ -88,7 +88,7 @@ class Job:
         self.turns = [0] * len(self.parts)
         self.names = [f"rank-{rank}" for rank in range(len(self.parts))]
 
-    def join(self, rank: int, **changes: object) -> tuple[int, ...]:
+    def join(self, rank: int, /, **changes: object) -> tuple[int, ...]:
         request = Join(
             group="job",
             member=self.names[rank],
