@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo.refit.protocol import StagingChoice
 from graphs.tiny_model import ARCHITECTURES, make_checkpoint
 from tests.support.rank_group import RankGroup, RanksRefused
 from tests.support.raw_sources import CUTS, RawSources, cut, name_cut, shapes
@@ -37,8 +38,7 @@ SHARDS = (1, 2, 3)
 
 SEEDS = {"A": 1, "B": 2, "C": 3}
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_split = pytest.mark.parametrize("ranks", RANKS)
+SERVED = {f"{v}-tp{ranks}": (v, ranks) for v in VARIANTS for ranks in RANKS}
 
 
 def checkpoint(variant: str, weights: str) -> Path:
@@ -66,11 +66,28 @@ def groups(
         group.close()
 
 
+@pytest.fixture(scope="module", params=SERVED)
+def served(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """A variant and its number of ranks. Of module scope, so that pytest runs all
+    tests of one after another, and it is loaded once."""
+    return SERVED[request.param]
+
+
+@pytest.fixture
+def variant(served: tuple[str, int]) -> str:
+    return served[0]
+
+
+@pytest.fixture
+def ranks(served: tuple[str, int]) -> int:
+    return served[1]
+
+
 @pytest.fixture
 def group(groups: dict[int, RankGroup], variant: str, ranks: int) -> RankGroup:
     """The ranks with ``variant`` loaded, and its plain layout checked once."""
     group, start = groups[ranks], checkpoint(variant, "A")
-    if group.model != start:
+    if group.model != start or group.talk.staging != "auto":
         group.load(start)
         assert differences(group, start) == []
     return group
@@ -88,7 +105,7 @@ def differences(group: RankGroup, golden: Path) -> list[str]:
     ]
 
 
-@every_variant
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_tensor_is_cut_in_every_way(variant: str) -> None:
     """That is what the matrix below rests on."""
     tensors = shapes(checkpoint(variant, "A"))
@@ -102,8 +119,6 @@ def test_every_kind_of_tensor_is_cut_in_every_way(variant: str) -> None:
         assert len(sizes) >= (2 if name_cut(name) in ("rows", "columns") else 1), name
 
 
-@every_variant
-@every_split
 def test_golden_digests_tell_weights_and_ranks_apart(
     group: RankGroup, variant: str, ranks: int
 ) -> None:
@@ -116,8 +131,6 @@ def test_golden_digests_tell_weights_and_ranks_apart(
         assert a[0][split] != a[1][split]
 
 
-@every_variant
-@every_split
 @pytest.mark.parametrize("shards", SHARDS)
 def test_refits_equal_the_golden_path(
     group: RankGroup, sources: RawSources, variant: str, ranks: int, shards: int
@@ -126,8 +139,7 @@ def test_refits_equal_the_golden_path(
     held = sources.hold(checkpoint(variant, "A"), shards)
     for cycle, weights in enumerate("BCAB"):
         golden = checkpoint(variant, weights)
-        held.write(cycle % 2, golden)
-        votes = group.refit(held.manifest, cycle % 2)
+        votes = group.refit(held.write(cycle % 2, golden))
         assert differences(group, golden) == [], f"cycle {cycle}"
         assert [vote.rank for vote in votes] == list(range(ranks))
         for vote in votes:
@@ -138,8 +150,6 @@ def test_refits_equal_the_golden_path(
     held.release()
 
 
-@every_variant
-@every_split
 def test_sources_that_come_back_elsewhere(
     group: RankGroup, sources: RawSources, variant: str, ranks: int
 ) -> None:
@@ -149,8 +159,7 @@ def test_sources_that_come_back_elsewhere(
         golden = checkpoint(variant, weights)
         if moves:
             used.append(sources.hold(golden, 3))
-        used[-1].write(1, golden)
-        votes = group.refit(used[-1].manifest, 1)
+        votes = group.refit(used[-1].write(1, golden))
         assert differences(group, golden) == []
         if len(used) > 1:
             expected = "re-addressed" if moves else "warm"
@@ -163,8 +172,6 @@ def test_sources_that_come_back_elsewhere(
         held.release()
 
 
-@every_variant
-@every_split
 def test_a_layout_changes_and_changes_back(
     group: RankGroup, sources: RawSources, variant: str, ranks: int
 ) -> None:
@@ -172,27 +179,29 @@ def test_a_layout_changes_and_changes_back(
     held = {shards: sources.hold(checkpoint(variant, "A"), shards) for shards in (2, 3)}
     for shards, weights in zip((2, 3, 3, 2, 2), "BCABC", strict=True):
         golden = checkpoint(variant, weights)
-        held[shards].write(0, golden)
-        group.refit(held[shards].manifest, 0)
+        group.refit(held[shards].write(0, golden))
         assert differences(group, golden) == []
     for each in held.values():
         each.release()
 
 
-@pytest.mark.parametrize("variant", ["qwen3-tied", "qwen3moe"])
-@every_split
+@pytest.mark.parametrize(
+    "served",
+    [name for name in SERVED if name.startswith(("qwen3-tied", "qwen3moe"))],
+    indirect=True,
+)
 def test_a_source_that_vanishes_fails_one_cycle(
     group: RankGroup, sources: RawSources, variant: str, ranks: int
 ) -> None:
     """Nothing live changes, and the next cycle, from a restarted source, is good."""
     first, second = checkpoint(variant, "B"), checkpoint(variant, "C")
     held = sources.hold(first, 3)
-    held.write(0, first)
-    group.refit(held.manifest, 0)
+    version = held.write(0, first)
+    group.refit(version)
 
     sources.kill(1)
     with pytest.raises(RanksRefused) as refused:
-        group.talk.stage(held.manifest, 0)
+        group.talk.stage(version)
     assert {failure.kind for failure in refused.value.failures} == {"TransferFailed"}
     assert len(refused.value.failures) == ranks
     assert differences(group, first) == []
@@ -203,7 +212,43 @@ def test_a_source_that_vanishes_fails_one_cycle(
     sources.restart(1)
     again = sources.hold(first, 3)
     for slot, golden in enumerate((second, first)):
-        again.write(slot, golden)
-        group.refit(again.manifest, slot)
+        group.refit(again.write(slot, golden))
         assert differences(group, golden) == []
     again.release()
+
+
+def test_an_install_is_undone(
+    group: RankGroup, sources: RawSources, variant: str, ranks: int
+) -> None:
+    held = sources.hold(checkpoint(variant, "A"), 2)
+    group.refit(held.write(0, checkpoint(variant, "B")))
+    for slot in (1, 0):
+        group.talk.stage(held.write(slot, checkpoint(variant, "C")))
+        group.talk.install()
+        assert differences(group, checkpoint(variant, "C")) == []
+        group.talk.restore()
+        assert differences(group, checkpoint(variant, "B")) == []
+    held.release()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ranks", [2])
+@pytest.mark.parametrize("staging", ["host", "direct"])
+def test_other_places_to_stage(
+    groups: dict[int, RankGroup],
+    sources: RawSources,
+    variant: str,
+    ranks: int,
+    staging: StagingChoice,
+) -> None:
+    """A direct install does not touch the padding, so nothing is scribbled over it."""
+    group = groups[ranks]
+    group.load(checkpoint(variant, "A"), staging)
+    held = sources.hold(checkpoint(variant, "A"), 3)
+    for cycle, weights in enumerate("BCA"):
+        golden = checkpoint(variant, weights)
+        version = held.write(cycle % 2, golden)
+        votes = group.refit(version, scribble=staging != "direct")
+        assert {vote.memory.mode for vote in votes} == {staging}
+        assert differences(group, golden) == [], f"cycle {cycle}"
+    held.release()

@@ -6,10 +6,11 @@ loader and the production extension, one process a rank, a pipe to each.
     with RankGroup(2, logs) as group:
         group.load(checkpoint)
         golden = group.golden(other_checkpoint)
-        group.refit(manifest, slot=0)
+        group.refit(held.write(0, other_checkpoint))
         assert group.digests() == golden
 
-The conversation with the ranks is :class:`Conversation`, and nowhere else.
+The conversation with the ranks is :class:`Conversation`, and nowhere else; where the
+bytes come from is :mod:`tests.support.raw_sources`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     Describe,
     Discard,
-    Done,
     Install,
     Installed,
     Poll,
@@ -40,10 +40,14 @@ from dynamo.refit.protocol import (
     Running,
     Stage,
     Staged,
+    StagingChoice,
+    Verified,
+    Verify,
 )
-from dynamo.refit.rank.plan import check_extents
+from dynamo.refit.worker.proof import Proof
 from graphs.local import free_port
 from tests.support.child import Child
+from tests.support.raw_sources import RawVersion
 
 #: What a rank may take to stage a tiny model.
 STAGE_SECONDS = 30.0
@@ -74,15 +78,13 @@ class RankGroup:
         ]
         self._golden: dict[tuple[Path, Path], list[dict[str, str]]] = {}
         self._calls = 0
-        self.talk = Conversation(self.call)
+        self.talk = Conversation(self.call, "auto")
 
-    def load(self, model: Path) -> None:
-        """Serve ``model`` from now on; nothing happens if it is loaded already."""
-        if self.model == model:
-            return
+    def load(self, model: Path, staging: StagingChoice = "auto") -> None:
+        """Serve ``model`` from now on, with nothing staged or cached."""
         self._ask("load", model)
         self.model = model
-        self.talk = Conversation(self.call)
+        self.talk = Conversation(self.call, staging)
 
     def refit_call(self, payload: bytes) -> list[bytes]:
         """The production entry point, ``RefitWorkerExtension.refit_call``."""
@@ -118,11 +120,16 @@ class RankGroup:
         """Per rank, what its process holds after a garbage collection."""
         return [Resources(*held) for held in self._ask("resources")]
 
-    def refit(self, manifest: Manifest, slot: int) -> list[RankVote]:
-        """Stage a version, scribble over the live parameters, and install it."""
-        votes = self.talk.stage(manifest, slot)
-        self.scribble()
+    def refit(self, version: RawVersion, *, scribble: bool = True) -> list[RankVote]:
+        """Stage a version, scribble over the live parameters, install and verify it.
+
+        The verification is the product's, and must have covered every parameter.
+        """
+        votes = self.talk.stage(version)
+        if scribble:
+            self.scribble()
         self.talk.install()
+        assert self.talk.verify() == 0
         return votes
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
@@ -157,81 +164,90 @@ class Conversation:
 
     Args:
         call: sends a request to every rank and returns their replies.
+        staging: where versions wait.
     """
 
-    def __init__(self, call: Callable[[RankRequest], list[RankReply]]) -> None:
+    def __init__(
+        self, call: Callable[[RankRequest], list[RankReply]], staging: StagingChoice
+    ) -> None:
         self._call = call
+        self.staging = staging
         self._described = False
         self._sent: str | None = None
         self._version = 0
 
     def stage(
-        self, manifest: Manifest, slot: int, seconds: float = STAGE_SECONDS
+        self, version: RawVersion, seconds: float = STAGE_SECONDS
     ) -> list[RankVote]:
-        """Stage the next version from ``slot`` on every rank; their votes.
+        """Stage a version on every rank and prove it; their votes.
 
         Raises:
             RanksRefused: a rank did not; nothing is staged on any rank then.
+            RefitError: all of them did, but they hold something else.
         """
         if not self._described:
-            self._all(Describe())
+            self._finish(Describe(staging=self.staging))
             self._described = True
         self._version += 1
-        fingerprint = manifest.fingerprint()
+        fingerprint = version.manifest.fingerprint()
         known = self._sent == fingerprint
         request = Stage(
             version=self._version,
             manifest=fingerprint,
-            slot=slot,
+            slot=version.slot,
+            staging=self.staging,
             seconds=seconds,
-            payload=None if known else msgspec.msgpack.encode(manifest),
+            payload=None if known else msgspec.msgpack.encode(version.manifest),
             want_reads=True,
         )
         self._sent = fingerprint
         try:
-            self._all(request)
-            staged = self._poll(seconds + 10)
+            staged = self._finish(request)
         except RanksRefused:
             self.discard()
             raise
-        check_extents(manifest, [reply.reads for reply in staged])
+        assert all(isinstance(reply, Staged) for reply in staged), staged
+        proof = Proof(version.manifest, [reply.reads for reply in staged])
+        parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
+        proof.check(version.fingerprints, parts)
         return [reply.vote for reply in staged]
 
     def install(self) -> None:
         """Make the staged version live on every rank."""
-        replies = self._all(Install(version=self._version))
+        replies = self._finish(Install(version=self._version, seconds=STAGE_SECONDS))
         assert all(isinstance(reply, Installed) for reply in replies), replies
+
+    def verify(self) -> int:
+        """Compare what is live with it; how many parameters cannot be compared."""
+        replies = self._finish(Verify(version=self._version))
+        assert all(isinstance(reply, Verified) for reply in replies), replies
+        return sum(reply.unchecked for reply in replies)
 
     def restore(self) -> None:
         """Undo the install."""
-        replies = self._all(Restore(version=self._version))
+        replies = self._finish(Restore(version=self._version))
         assert all(isinstance(reply, Installed) for reply in replies), replies
 
     def discard(self) -> None:
         """Forget what is staged, or being staged, on every rank."""
         deadline = time.monotonic() + STAGE_SECONDS
-        while not all(
-            isinstance(reply, Done)
-            for reply in self._all(Discard(version=self._version))
-        ):
+        request = Discard(version=self._version)
+        while any(isinstance(reply, Running) for reply in self._call(request)):
             assert time.monotonic() < deadline, "a rank does not let go"
             time.sleep(0.01)
 
-    def _poll(self, seconds: float) -> list[Staged]:
-        deadline = time.monotonic() + seconds
-        while True:
-            replies = self._call(Poll(version=self._version))
-            if not any(isinstance(reply, Running) for reply in replies):
-                break
-            assert time.monotonic() < deadline, "a rank stages for ever"
-            time.sleep(0.005)
-        if any(isinstance(reply, Refused) for reply in replies):
-            raise RanksRefused(replies)
-        assert all(isinstance(reply, Staged) for reply in replies), replies
-        return replies
-
-    def _all(self, request: RankRequest) -> list[RankReply]:
+    def _finish(self, request: RankRequest) -> list[RankReply]:
+        """Every rank's answer to ``request``, when what it started has ended."""
+        deadline = time.monotonic() + STAGE_SECONDS + 10
         replies = self._call(request)
+        while any(isinstance(reply, Running) for reply in replies):
+            assert time.monotonic() < deadline, "a rank works for ever"
+            time.sleep(0.005)
+            polled = self._call(Poll(version=self._version))
+            replies = [
+                now if isinstance(before, Running) else before
+                for before, now in zip(replies, polled, strict=True)
+            ]
         if any(isinstance(reply, Refused) for reply in replies):
             raise RanksRefused(replies)
         return replies

@@ -5,24 +5,26 @@ and a manifest that this helper builds itself. No publisher is involved.
 
     with RawSources(3, logs) as sources:
         held = sources.hold(checkpoint, shards=3)
-        held.write(0, checkpoint)
-        group.refit(held.manifest, slot=0)
+        group.refit(held.write(0, checkpoint))
 
 Every way to cut a tensor occurs for every kind of tensor; see :func:`cut`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dynamo.refit.fingerprint import Part, fold_all
 from dynamo.refit.manifest import (
     ITEMSIZE,
     Manifest,
@@ -58,6 +60,16 @@ class Piece:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     byte_offset: int
+
+
+@dataclass(frozen=True)
+class RawVersion:
+    """A version that can be read: where it lies, and a fingerprint per tensor
+    (uint64, in the manifest's order)."""
+
+    manifest: Manifest
+    slot: int
+    fingerprints: np.ndarray
 
 
 CUTS = ("rows", "columns", "replicated", "one source")
@@ -181,18 +193,31 @@ class Held:
             )
         return TensorEntry(name=name, dtype=dtype, shape=shape, shards=tuple(shards))
 
-    def write(self, slot: int, checkpoint: Path) -> None:
+    def write(self, slot: int, checkpoint: Path) -> RawVersion:
         """Put the tensors of ``checkpoint`` into ``slot``."""
         owned = zip(self._children, self._agents, self._pieces, strict=True)
         for child, agent, pieces in owned:
             child.send("write", agent, slot, checkpoint, pieces)
         for child in self._children:
             child.receive()
+        return RawVersion(self.manifest, slot, fingerprints(checkpoint))
 
     def release(self) -> None:
         """Give the memory and the agents back."""
         for child, agent in zip(self._children, self._agents, strict=True):
             child.ask("release", agent)
+
+
+@functools.cache
+def fingerprints(checkpoint: Path) -> np.ndarray:
+    """Of the whole tensors, in the order of :func:`shapes`."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    return fold_all(
+        [
+            Part(tensors[name], tuple((0, size) for size in shape), shape)
+            for name, _, shape in shapes(checkpoint)
+        ]
+    )
 
 
 def shapes(checkpoint: Path) -> list[tuple[str, str, tuple[int, ...]]]:
