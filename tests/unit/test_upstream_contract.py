@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 
@@ -412,3 +413,108 @@ def test_importing_the_extension_has_replaced_them_on_a_cpu() -> None:
     assert gemm.dispatch_cpu_unquantized_gemm is cpu_layout.dispatch_plain
     assert experts.process_weights_after_loading is cpu_layout.keep_experts
     assert experts.apply is cpu_layout.apply_plain_experts
+
+
+# --- vLLM's processing after a load: rank/runtime_layout.py, rank/layerwise.py -
+
+
+def test_every_layer_is_processed_by_its_quantization_method_and_by_nothing_else() -> (
+    None
+):
+    """What ``layerwise`` does to a copy of a layer is all that a load does to one."""
+    loader = importlib.import_module("vllm.model_executor.model_loader.utils")
+    process = loader.process_weights_after_loading
+    source = inspect.getsource(process)
+    assert 'getattr(module, "quant_method", None)' in source
+    assert "isinstance(quant_method, QuantizeMethodBase)" in source
+    hooks = calls_of("process_weights_after_loading", process)
+    assert {ast.unparse(call) for call in hooks} <= {
+        "quant_method.process_weights_after_loading(module)",
+        "module.process_weights_after_loading(model_config.dtype)",
+        # A model's own, which is refused by name.
+        "model.process_weights_after_loading()",
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind"),
+    [
+        ("linear", "UnquantizedLinearMethod"),
+        ("vocab_parallel_embedding", "UnquantizedEmbeddingMethod"),
+    ],
+)
+def test_unquantized_layers_are_left_alone_except_on_some_platforms(
+    layers: str, kind: str
+) -> None:
+    module = importlib.import_module(f"vllm.model_executor.layers.{layers}")
+    [function] = tree(getattr(module, kind).process_weights_after_loading).body
+    [decision] = function.body
+    conditions = []
+    while decision is not None:
+        assert isinstance(decision, ast.If)
+        conditions.append(ast.unparse(decision.test))
+        [decision] = decision.orelse or [None]
+    assert {"current_platform.is_cpu()", "current_platform.is_xpu()"} >= set(conditions)
+
+
+def test_experts_name_their_backend_and_build_their_kernel_at_the_first_load() -> None:
+    method = importlib.import_module(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
+    ).UnquantizedFusedMoEMethod
+    oracle = importlib.import_module(
+        "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+    )
+    assert "unquantized_backend" in assigned_to_self(method.__init__)
+    names = {backend.name for backend in oracle.UnquantizedMoeBackend}
+    assert {"TRITON", "BATCHED_TRITON"} <= names
+    # Other backends' weights are converted here, often in the same shape.
+    convert = inspect.getsource(oracle.convert_to_unquantized_kernel_format)
+    assert "BATCHED_TRITON" not in convert
+    # The reason for a copy of the twin, whose method has no kernel yet.
+    setup = inspect.getsource(method._setup_kernel)
+    assert "self.moe_kernel is not None" in setup
+
+
+def test_attention_derives_nothing_from_weights_but_what_is_known() -> None:
+    attention = importlib.import_module("vllm.model_executor.layers.attention")
+    backend = importlib.import_module("vllm.v1.attention.backend")
+    hooks = {
+        getattr(attention, name).process_weights_after_loading.__module__
+        for name in attention.__all__
+        if hasattr(getattr(attention, name), "process_weights_after_loading")
+    }
+    prefix = "vllm.model_executor.layers.attention."
+    assert hooks == {
+        prefix + name for name in ("attention", "mla_attention", "mm_encoder_attention")
+    }
+    base = backend.AttentionImpl.process_weights_after_loading
+    assert base.__module__ == "vllm.v1.attention.backend"
+    assert [type(node) for node in tree(base).body[0].body] == [ast.Pass]
+    # MLA's two copies, and the other ways that are refused.
+    source = inspect.getsource(attention.MLAAttention.process_weights_after_loading)
+    for name in ("W_UV", "W_UK_T", "is_aiter_triton_fp8_bmm_enabled"):
+        assert name in source
+
+
+def test_a_meta_parameter_is_given_memory_in_its_class() -> None:
+    reload = importlib.import_module("vllm.model_executor.model_loader.reload.meta")
+    planned = torch.nn.Parameter(torch.empty(2, 3, device="meta"), requires_grad=False)
+    planned.output_dim = 0
+    with torch.device("cpu"):
+        made = reload.materialize_meta_tensor(planned)
+    assert (made.device.type, made.shape, made.output_dim) == ("cpu", (2, 3), 0)
+    assert isinstance(made, torch.nn.Parameter)
+    assert planned.is_meta
+
+
+def test_the_scales_of_a_kv_cache_are_gone_after_a_load() -> None:
+    module = importlib.import_module("vllm.model_executor.layers.quantization.kv_cache")
+    method = module.BaseKVCacheMethod
+    created = {
+        node.attr
+        for node in ast.walk(tree(method.create_weights))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    source = inspect.getsource(method.process_weights_after_loading)
+    assert created == {"q_scale", "k_scale", "v_scale", "prob_scale"}
+    assert all(f"del layer.{name}" in source for name in created)
