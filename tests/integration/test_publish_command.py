@@ -173,7 +173,7 @@ async def test_a_checkpoint_becomes_the_served_version(
     bench: Bench, checkpoint: Path, weights: dict[str, torch.Tensor]
 ) -> None:
     """The model's name is the coordinator's, the bytes are the files'; a second time
-    as JSON, with an in-flight policy; then an old number is refused at once."""
+    as JSON, with an in-flight policy; then used and old numbers are refused at once."""
     ended = await bench.publish(checkpoint, "--version", 3)
     assert (ended.code, ended.complaints) == (0, [])
     assert ended.out[0].startswith(f"{checkpoint}: 3 tensors, 0.0 MiB, publishing as ")
@@ -202,6 +202,10 @@ async def test_a_checkpoint_becomes_the_served_version(
     assert json.loads(end) == expected
     assert bench.worker.in_flight == ["continue", "recompute"]
     assert_live(bench.worker, weights)
+
+    ended = await bench.publish(checkpoint, "--version", 4)
+    assert ended.code == 1
+    assert "every worker serves a version 4 already" in ended.complaint
 
     ended = await bench.publish(checkpoint, "--version", 2)
     assert ended.code == 1

@@ -91,6 +91,7 @@ async def _publish(
     runtime = runtime_from_environment()
     namespace = publication.namespace
     fleet = await fetch_status(Caller(runtime), namespace)
+    _check_number(publication.version, fleet)
     model = _model(publication, fleet)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     async with EventSubscriber(topic) as events:
@@ -105,6 +106,16 @@ async def _publish(
             report.announced(model, shards, fleet)
             release = await _end(published, events, publication, report)
     return report.ended(model, release)
+
+
+def _check_number(version: int, fleet: FleetStatus) -> None:
+    """Refuse a number that would end as completed without a byte being read."""
+    serving = {member.status.version for member in fleet.members}
+    if serving == {version}:
+        raise RefitError(
+            f"every worker serves a version {version} already, and nothing would be "
+            "installed: give a higher --version"
+        )
 
 
 def _model(publication: Publication, fleet: FleetStatus) -> str:
