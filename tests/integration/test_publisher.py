@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from dynamo.runtime import DistributedRuntime
+from torch import nn
 
 from dynamo.refit.bus import EventSubscriber
-from dynamo.refit.errors import LeaseHeld
+from dynamo.refit.errors import LeaseHeld, ManifestInvalid, SourceLost
 from dynamo.refit.events import WeightVersionReady
+from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     AcquireLease,
@@ -28,7 +31,11 @@ from dynamo.refit.protocol import (
     Refused,
     ReleaseLease,
 )
-from dynamo.refit.publish.publisher import PublishedVersion, WeightPublisher
+from dynamo.refit.publish.publisher import (
+    PublishedVersion,
+    PublisherCounters,
+    WeightPublisher,
+)
 from dynamo.refit.rpc import Caller
 
 pytestmark = [
@@ -105,6 +112,68 @@ async def test_the_manifest_says_where_the_bytes_are(
     assert ctypes.string_at(address, 128) == weights["a"].numpy().tobytes()
     other = await ask(caller, GetManifest(manifest="of another life"))
     assert other.failure.kind == "SourceLost"
+
+
+async def test_what_is_announced_is_what_was_there(
+    publisher: WeightPublisher, caller: Caller, weights: dict[str, torch.Tensor]
+) -> None:
+    """The version's fingerprint is of the bytes at the time of publish()."""
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    async with EventSubscriber(topic) as events:
+        weights["a"].fill_(1.5)
+        weights["b"].copy_(torch.tensor([1.0, 2.0, 3.0]))
+        expected = [
+            Part(tensor, tuple((0, size) for size in tensor.shape), tensor.shape).fold()
+            for tensor in weights.values()
+        ]
+        published = publisher.publish(1)
+        weights["a"].zero_()
+        event = await anext(events)
+    reply = await ask(caller, GetFingerprints(announcement=published.announcement))
+    assert np.frombuffer(reply.payload, "<u8").tolist() == expected
+    assert event.weights == version_fingerprint(np.array(expected, np.uint64))
+
+
+async def test_a_warm_publication_builds_nothing(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    manifest = publisher.manifest
+    for version in range(6):
+        await until_ready(caller, publisher.publish(version))
+    assert publisher.manifest is manifest
+    assert publisher.counters == PublisherCounters(
+        registrations=1,
+        fingerprint_plans=2,
+        manifests_built=1,
+        manifests_sent=0,
+        published=6,
+    )
+
+
+async def test_tensors_that_have_moved_end_the_version(
+    caller: Caller, weights: dict[str, torch.Tensor]
+) -> None:
+    weights["a"] = nn.Parameter(weights["a"])
+    with WeightPublisher("tiny", weights, mode="in_place") as publisher:
+        weights["a"].data = torch.ones(8, 4)
+        with pytest.raises(ManifestInvalid, match="storage was replaced"):
+            publisher.publish(1)
+
+
+async def test_the_end_of_the_publisher_ends_its_handles(
+    caller: Caller, weights: dict[str, torch.Tensor]
+) -> None:
+    with WeightPublisher("tiny", weights) as publisher:
+        published = publisher.publish(1)
+        waiting = asyncio.create_task(published.released())
+        await asyncio.sleep(0)
+        waiting.cancel()
+    for _ in range(2):
+        with pytest.raises(SourceLost, match="closed before the release"):
+            await published.released()
+    with pytest.raises(SourceLost, match="publisher is closed"):
+        publisher.publish(2)
+    publisher.close()
 
 
 async def test_a_leased_slot_is_not_written_again(

@@ -124,6 +124,17 @@ class GroupUnnamed(RefitError):
     """Several trainer ranks need a name that tells their job from any other."""
 
 
+def error_from(failure: Failure) -> RefitError:
+    """The error that ``failure`` carried across a process boundary.
+
+    One of a kind that is not defined here becomes a plain RefitError.
+    """
+    kind = globals().get(failure.kind)
+    if not (isinstance(kind, type) and issubclass(kind, RefitError)):
+        return RefitError(str(failure), tensor=failure.tensor, rank=failure.rank)
+    return kind(failure.message, tensor=failure.tensor, rank=failure.rank)
+
+
 def failure_from(
     error: BaseException,
     *,

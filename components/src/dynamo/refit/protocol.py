@@ -282,6 +282,12 @@ class Done(Message, frozen=True, kw_only=True, tag=True):
 # names one life of a rank, ``announcement`` one publication.
 
 
+class FindGroup(Message, frozen=True, kw_only=True, tag=True):
+    """Is this rank 0 of the job ``group``? Done, or it is not."""
+
+    group: str
+
+
 class Join(Message, frozen=True, kw_only=True, tag=True):
     """Rank ``rank`` of ``world_size`` takes part in the job ``group``, with the blocks
     in ``part`` (msgpack of :class:`dynamo.refit.publish.merge.RankPart`). It replaces
@@ -374,7 +380,14 @@ class Leave(Message, frozen=True, kw_only=True, tag=True):
 
 
 GroupRequest = (
-    Join | AwaitGroup | TakeSlot | Written | WriteFailed | AwaitRelease | Leave
+    FindGroup
+    | Join
+    | AwaitGroup
+    | TakeSlot
+    | Written
+    | WriteFailed
+    | AwaitRelease
+    | Leave
 )
 GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
 

@@ -14,15 +14,15 @@ import time
 
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit import errors
-from dynamo.refit.errors import Failure, RefitError, SourceLost
+from dynamo.refit.errors import RefitError, SourceLost, error_from
 from dynamo.refit.protocol import (
     AwaitGroup,
     AwaitRelease,
+    Done,
+    FindGroup,
     GroupReply,
     GroupRequest,
     Join,
-    Joined,
     Leave,
     Refused,
 )
@@ -68,8 +68,9 @@ class Follower:
         while True:
             instances = await self._caller.instances(self._path)
             for instance in instances:
-                if await self._joined(instance, request):
+                if await self._leads(instance, request.group):
                     self._instance = instance
+                    await self.ask(request)
                     return
             if time.monotonic() > deadline:
                 raise SourceLost(
@@ -79,13 +80,14 @@ class Follower:
                 )
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _joined(self, instance: int, request: Join) -> bool:
-        """Whether ``instance`` is of this job; one that does not answer is not."""
+    async def _leads(self, instance: int, group: str) -> bool:
+        """Whether ``instance`` is of this job. One that does not answer, or does not
+        understand the question, is not."""
         try:
-            reply = await self._call(instance, request, CALL_SECONDS)
-        except PeerLost:
+            reply = await self._call(instance, FindGroup(group=group), CALL_SECONDS)
+        except RefitError:
             return False
-        return isinstance(reply, Joined)
+        return isinstance(reply, Done)
 
     async def ask(self, request: GroupRequest) -> GroupReply:
         """Rank 0's answer.
@@ -125,14 +127,3 @@ class Follower:
         if isinstance(reply, Refused):
             raise error_from(reply.failure)
         return reply
-
-
-def error_from(failure: Failure) -> RefitError:
-    """The error that ``failure`` carried across a process boundary.
-
-    One of a kind that this package does not have becomes a SourceLost.
-    """
-    kind = getattr(errors, failure.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, RefitError)):
-        return SourceLost(str(failure), tensor=failure.tensor, rank=failure.rank)
-    return kind(failure.message, tensor=failure.tensor, rank=failure.rank)

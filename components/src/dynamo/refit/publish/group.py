@@ -9,6 +9,7 @@ in any order that a network can make of them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +72,7 @@ class Group:
             life, slots=slots, in_place=in_place, ready_seconds=ready_seconds
         )
         self._members: dict[int, Member] = {}
+        self._names: dict[str, Member] = {}
         self._fault: RefitError | None = None
         self._warned: set[str] = set()
 
@@ -96,6 +98,7 @@ class Group:
                     raise
                 self._fault = error
         self._members = members
+        self._names = {m.name: m for m in members.values()}
         if known is not None:
             self.log.fail_all(f"trainer rank {rank} was restarted", now)
 
@@ -183,16 +186,21 @@ class Group:
             raise publication.verdict
         return publication.verdict
 
+    def state(self) -> Hashable:
+        """Differs whenever :meth:`missing` or :meth:`end_of` may answer otherwise."""
+        ended = tuple(p.number for p in self.log if p.ended)
+        return (self.merged is not None, self._fault is not None, ended)
+
     def expire(self, now: float) -> bool:
         """See :meth:`PublicationLog.expire`."""
         return self.log.expire(now, range(self.world_size))
 
     def leave(self, name: str, now: float) -> None:
         """A member's memory goes; what is out ends, and nothing can be leased."""
-        for member in self._members.values():
-            if member.name == name and not member.left:
-                member.left = True
-                self.log.fail_all(f"trainer rank {member.rank} was closed", now)
+        member = self._names.get(name)
+        if member is not None and not member.left:
+            member.left = True
+            self.log.fail_all(f"trainer rank {member.rank} was closed", now)
 
     def close(self, reason: str) -> None:
         """Rank 0 ends: everything that is out ends with ``reason``."""
@@ -244,10 +252,10 @@ class Group:
         if self._fault is not None:
             self._warned.add(name)
             raise self._fault
-        for member in self._members.values():
-            if member.name == name and not member.left:
-                return member
-        raise SourceLost(
-            "rank 0 does not know this rank: it was closed, or another process has "
-            "joined as the same rank"
-        )
+        member = self._names.get(name)
+        if member is None or member.left:
+            raise SourceLost(
+                "rank 0 does not know this rank: it was closed, or another process has "
+                "joined as the same rank"
+            )
+        return member

@@ -16,13 +16,14 @@ import msgspec
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
-from dynamo.refit.errors import SourceLost
+from dynamo.refit.errors import SourceLost, error_from
 from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
 from dynamo.refit.protocol import (
     AcquireLease,
     AwaitGroup,
     AwaitRelease,
     Done,
+    FindGroup,
     FingerprintsReply,
     GetFingerprints,
     GetManifest,
@@ -41,7 +42,6 @@ from dynamo.refit.protocol import (
     WriteFailed,
     Written,
 )
-from dynamo.refit.publish.follower import error_from
 from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.merge import Merged, RankPart
 from dynamo.refit.publish.publication import Publication
@@ -97,6 +97,7 @@ class Lead:
         topic = runtime.endpoint(f"{namespace}.refit.{WEIGHT_VERSIONS}")
         self._events = EventPublisher(topic, member)
         self._changed = asyncio.Event()
+        self._state = group.state()
         self._serving: asyncio.Task | None = None
         self._tasks: list[asyncio.Task] = []
         self._merged: Merged | None = None
@@ -172,9 +173,9 @@ class Lead:
         group, now = self.group, time.monotonic()
         reply: TrainerReply = Done()
         match request:
+            case FindGroup(group=name) | Join(group=name) if name != group.name:
+                return OtherGroup()
             case Join():
-                if request.group != group.name:
-                    return OtherGroup()
                 self._join(request, now)
                 reply = Joined(missing=group.missing(request.member))
             case AwaitGroup(member=member, seconds=seconds):
@@ -222,11 +223,18 @@ class Lead:
         return found
 
     def _notify(self) -> None:
-        """Something may have changed: announce what is ready, wake those who wait."""
+        """Announce what has become ready, and wake those who wait if they should look.
+
+        Every rank waits for the end of every version, and each of their requests comes
+        through here.
+        """
         for publication in self.group.log.to_announce():
             self._announce(publication)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        state = self.group.state()
+        if state != self._state:
+            self._state = state
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     async def _tick(self) -> None:
         while True:
