@@ -19,6 +19,7 @@ from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
 from dynamo.refit.publish import megatron
 from dynamo.refit.publish.megatron import bridge_shards, megatron_shards
 from dynamo.refit.publish.shard import LocalShard
+from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
 from tests.support.megatron import Parameter, Shape, megatron_rank, random_checkpoint
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -160,6 +161,33 @@ def test_all_ranks_together_hold_the_checkpoint(
     for parameter in kept[0]:
         parameter.local.fill_(0.5)
     assert all((shard.tensor == 0.5).all() for shard in ranks[0])
+
+
+@pytest.mark.parametrize("buffers_class", [InPlaceBuffers, SnapshotBuffers])
+def test_both_ways_to_hold_a_version_take_the_shards(buffers_class: type) -> None:
+    """At the published addresses lies what the shards say; in place, each parameter is
+    registered once, however many blocks it has."""
+    shape = Shape(8, 2, 4)
+    checkpoint = random_checkpoint(shape)
+    parameters = list(megatron_rank(checkpoint, shape, tp=4, rank=1))
+    shards = megatron_shards(
+        [spec_of(p, shape) for p in parameters], vocab_size=shape.vocab
+    )
+    buffers = buffers_class(shards)
+    buffers.write(0)
+    regions = buffers.regions[0]
+    in_place = buffers_class is InPlaceBuffers
+    assert len(regions) == (len(parameters) if in_place else 1)
+    blocks = {(shard.name, shard.box): shard.tensor for shard in shards}
+    read = 0
+    for entry in buffers.entries:
+        for shard in entry.shards:
+            address = regions[shard.region].address + shard.byte_offset
+            tensor = blocks[entry.name, shard.box].reshape(-1).view(torch.int16)
+            data = ctypes.string_at(address, 2 * tensor.numel())
+            assert data == tensor.numpy().tobytes()
+            read += 1
+    assert read == len(blocks)
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 4), (2, 2), (3, 1)])
