@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dynamo.refit.fingerprint import Part, fold_all
+from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import (
     ITEMSIZE,
     Manifest,
@@ -212,12 +212,12 @@ class Held:
 def fingerprints(checkpoint: Path) -> np.ndarray:
     """Of the whole tensors, in the order of :func:`shapes`."""
     tensors = load_file(checkpoint / "model.safetensors")
-    return fold_all(
+    return Batch(
         [
             Part(tensors[name], tuple((0, size) for size in shape), shape)
             for name, _, shape in shapes(checkpoint)
         ]
-    )
+    ).fold()
 
 
 def shapes(checkpoint: Path) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -14,7 +14,8 @@ a gather. Weights are odd: one flipped bit always changes the sum; anything else
 goes wrong by accident (swapped rows, a shifted slice, a missing or doubled shard)
 escapes with a probability of about 2^-40 or less. It is no defence against an attacker.
 
-Reads the bytes once: with Numba on a CPU, with torch (the reference) elsewhere.
+Reads the bytes once: with Numba on a CPU, with a Triton kernel on a GPU. Torch is the
+reference, and what is left where there is no Triton.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ import numpy as np
 import torch
 
 from dynamo.refit.manifest import Box
+
+try:
+    from dynamo.refit.fingerprint_cuda import CudaFold
+except ImportError:
+    # Triton comes with a CUDA build of torch; without it torch folds by itself.
+    CudaFold = None
 
 #: Bytes of a word: what one column weight is multiplied with.
 WORD = 4
@@ -47,7 +54,7 @@ class Part:
             what is there then.
         box: where they are in the full tensor.
         shape: of the full tensor.
-        copy_to: for :meth:`copy_and_fold`, a view of the same shape and dtype.
+        copy_to: for :meth:`copy_and_fold`, a view of the same shape; a copy converts.
     """
 
     def __init__(
@@ -60,62 +67,55 @@ class Part:
         size = view.element_size()
         # A scalar is a row of one.
         start, stop = box[-1] if box else (0, 1)
-        first, last = start * size // WORD, -(-stop * size // WORD)
+        self.words = start * size // WORD, -(-stop * size // WORD)
+        self.row_weights = _row_weights(tuple(box[:-1]), tuple(shape[:-1]))
         self._view = view if view.dim() else view.reshape(1)
         self._copy_to = copy_to
-        self._row_weights = _row_weights(tuple(box[:-1]), tuple(shape[:-1]))
-        self._column_weights = _column_weights(first, last)
         # Elements by which the first word begins before the box.
-        self._before = start - first * WORD // size if size < WORD else 0
-        columns = len(self._column_weights)
-        self._rows = _word_rows(self._view, columns)
-        self._target = None
-        if copy_to is not None and self._rows is not None:
-            self._target = _word_rows(
-                copy_to if copy_to.dim() else copy_to.reshape(1), columns
-            )
+        self._before = start - self.words[0] * WORD // size if size < WORD else 0
+        #: Where each row begins, if all of them lie there as whole words.
+        self.addresses = self._row_addresses(self._view)
+        self._rows = self._target = None
+        if self.addresses is not None and view.device.type == "cpu":
+            self._rows = self._word_rows(self._view)
+            if copy_to is not None and copy_to.dtype == view.dtype:
+                target = copy_to if copy_to.dim() else copy_to.reshape(1)
+                self._target = self._word_rows(target)
 
     @property
-    def nbytes(self) -> int:
-        return self._view.numel() * self._view.element_size()
+    def device(self) -> torch.device:
+        return self._view.device
+
+    @property
+    def column_weights(self) -> np.ndarray:
+        """Of this part's words, uint64."""
+        return _column_weights(*self.words)
 
     def fold(self) -> int:
         """The part, from 0 to 2^64 - 1; blocks until it is computed."""
         if self._view.device.type != "cpu":
-            return self._fold_by_torch()
-        rows = self._rows
-        if rows is None:
-            rows = _word_rows(self._padded(), len(self._column_weights))
-        low, high = _halves(self._column_weights)
-        return int(_fold_rows(*rows, self._row_weights, low, high))
+            return self.fold_by_torch()
+        rows = self._rows or self._word_rows(self._padded())
+        return int(_fold_rows(*rows, self.row_weights, *_halves(*self.words)))
 
     def copy_and_fold(self) -> int:
         """Copy the elements to ``copy_to``, and :meth:`fold` them in the same pass."""
-        if self._target is None:
-            self._copy_to.copy_(self._view.view(self._copy_to.shape))
+        if self._rows is None or self._target is None:
+            self.copy()
             return self.fold()
-        low, high = _halves(self._column_weights)
-        arguments = (*self._rows, *self._target, self._row_weights, low, high)
-        return int(_copy_and_fold_rows(*arguments))
+        arguments = (*self._rows, *self._target, self.row_weights)
+        return int(_copy_and_fold_rows(*arguments, *_halves(*self.words)))
 
-    def _padded(self) -> torch.Tensor:
-        """The rows in whole words, shape ``[rows, columns * WORD / itemsize]``."""
-        view = self._view
-        rows = view.reshape(-1, view.shape[-1])
-        width = len(self._column_weights) * WORD // view.element_size()
-        if width == view.shape[-1]:
-            # A copy, even of what is contiguous: it may begin within a word.
-            return rows.clone(memory_format=torch.contiguous_format)
-        padded = view.new_zeros((len(rows), width))
-        padded[:, self._before : self._before + view.shape[-1]] = rows
-        return padded
+    def copy(self) -> None:
+        """Copy the elements to ``copy_to``."""
+        self._copy_to.copy_(self._view.view(self._copy_to.shape))
 
-    def _fold_by_torch(self) -> int:
+    def fold_by_torch(self) -> int:
         """The definition, in torch; 64-bit products wrap as they should."""
         words = self._padded().view(torch.int32)
         device = words.device
-        columns = torch.from_numpy(self._column_weights.view(np.int64)).to(device)
-        rows = torch.from_numpy(self._row_weights.view(np.int64)).to(device)
+        columns = torch.from_numpy(self.column_weights.view(np.int64)).to(device)
+        rows = torch.from_numpy(self.row_weights.view(np.int64)).to(device)
         total = torch.zeros((), dtype=torch.int64, device=device)
         step = max(1, REFERENCE_CHUNK // len(columns))
         for chunk, weights in zip(words.split(step), rows.split(step), strict=True):
@@ -123,14 +123,72 @@ class Part:
             total += ((wide * columns).sum(dim=1) * weights).sum()
         return int(total.item()) % 2**64
 
+    def _row_addresses(self, view: torch.Tensor) -> np.ndarray | None:
+        size, columns = view.element_size(), self.words[1] - self.words[0]
+        if view.shape[-1] * size != columns * WORD or (
+            view.shape[-1] > 1 and view.stride(-1) != 1
+        ):
+            return None
+        addresses = np.zeros(1, dtype=np.int64)
+        for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
+            steps = np.arange(extent, dtype=np.int64) * stride
+            addresses = (addresses[:, None] + steps[None, :]).reshape(-1)
+        addresses = addresses * size + view.data_ptr()
+        return None if (addresses % WORD).any() else addresses
 
-def fold_all(parts: Sequence[Part], copy: Sequence[bool] | None = None) -> np.ndarray:
-    """Every part, as uint64; those with ``copy`` are copied on the way."""
-    values = [
-        part.copy_and_fold() if copy is not None and copy[number] else part.fold()
-        for number, part in enumerate(parts)
-    ]
-    return np.array(values, dtype=np.uint64)
+    def _word_rows(self, view: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+        """The storage of ``view`` as words, and each row's first one in it."""
+        addresses = self._row_addresses(view)
+        if addresses is None:
+            return None
+        flat = torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage()).numpy()
+        words = flat[: len(flat) // WORD * WORD].view(np.uint32)
+        rows = (addresses - view.untyped_storage().data_ptr()) // WORD
+        inside = rows.max() + self.words[1] - self.words[0] <= len(words)
+        return (words, rows) if inside and words.ctypes.data % WORD == 0 else None
+
+    def _padded(self) -> torch.Tensor:
+        """The rows in whole words, shape ``[rows, columns * WORD / itemsize]``."""
+        view = self._view
+        rows = view.reshape(-1, view.shape[-1])
+        width = (self.words[1] - self.words[0]) * WORD // view.element_size()
+        if width == view.shape[-1]:
+            # A copy, even of what is contiguous: it may begin within a word.
+            return rows.clone(memory_format=torch.contiguous_format)
+        padded = view.new_zeros((len(rows), width))
+        padded[:, self._before : self._before + view.shape[-1]] = rows
+        return padded
+
+
+class Batch:
+    """Parts that are folded together, on one device; what it needs is made once.
+
+    Args:
+        parts: their order is the results'.
+        copies: which of them are to be copied when a copy is asked for.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], copies: Sequence[bool] | None = None
+    ) -> None:
+        self._parts = parts
+        self._copies = copies or [False] * len(parts)
+        self._kernel = None
+        if parts and parts[0].device.type == "cuda" and CudaFold is not None:
+            self._kernel = CudaFold(parts)
+
+    def fold(self, *, copy: bool = False) -> np.ndarray:
+        """Every part, as uint64; ``copy``: the chosen ones are copied on the way."""
+        if self._kernel is None:
+            values = [
+                part.copy_and_fold() if copy and chosen else part.fold()
+                for part, chosen in zip(self._parts, self._copies, strict=True)
+            ]
+            return np.array(values, dtype=np.uint64)
+        for part, chosen in zip(self._parts, self._copies, strict=True):
+            if copy and chosen:
+                part.copy()
+        return self._kernel.fold()
 
 
 def add_up(parts: Sequence[int]) -> int:
@@ -169,31 +227,12 @@ def _weights(places: np.ndarray, seed: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
-def _halves(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=4096)
+def _halves(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """The column weights' low and high 32 bits."""
+    weights = _column_weights(first, last)
     low = (weights & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     return low, (weights >> np.uint64(32)).astype(np.uint32)
-
-
-def _word_rows(
-    view: torch.Tensor, columns: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The storage of ``view`` as words, and where in it each row of ``columns`` words
-    begins; ``None`` if some row does not lie there as whole words, or on a device."""
-    size = view.element_size()
-    if view.device.type != "cpu" or view.shape[-1] * size != columns * WORD:
-        return None
-    if view.shape[-1] > 1 and view.stride(-1) != 1:
-        return None
-    offsets = np.array([view.storage_offset()], dtype=np.int64)
-    for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
-        steps = np.arange(extent, dtype=np.int64) * stride
-        offsets = (offsets[:, None] + steps[None, :]).reshape(-1)
-    offsets *= size
-    flat = torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage()).numpy()
-    words = flat[: len(flat) // WORD * WORD].view(np.uint32)
-    if (offsets % WORD).any() or offsets.max() // WORD + columns > len(words):
-        return None
-    return words, offsets // WORD
 
 
 @numba.njit(nogil=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.errors import FingerprintMismatch, TransferFailed
-from dynamo.refit.fingerprint import Part, fold_all
+from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import boxes
@@ -170,38 +170,32 @@ class _WaveWork:
         scratch: torch.Tensor,
         shadow: Mapping[str, torch.Tensor],
     ) -> None:
-        self._parts = []
-        self._converts: list[tuple[int, torch.Tensor, torch.Tensor, Part]] = []
-        for number, piece in enumerate(wave.pieces):
+        parts, placed = [], []
+        for piece in wave.pieces:
             place = piece_view(piece, shadow[piece.parameter])
             if piece.scratch is None:
-                part = Part(place, piece.box, piece.shape)
-            elif piece.converts:
-                source = _scratch_view(piece, scratch)
-                part = Part(source, piece.box, piece.shape)
-                landed = Part(place, piece.box, piece.shape)
-                self._converts.append((number, place, source, landed))
+                parts.append(Part(place, piece.box, piece.shape))
             else:
                 source = _scratch_view(piece, scratch)
-                part = Part(source, piece.box, piece.shape, copy_to=place)
-            self._parts.append(part)
-        self._copies = [
-            piece.scratch is not None and not piece.converts for piece in wave.pieces
-        ]
+                parts.append(Part(source, piece.box, piece.shape, copy_to=place))
+            placed.append(place)
+        self._arrived = Batch(parts, [p.scratch is not None for p in wave.pieces])
+        self._converted = [n for n, piece in enumerate(wave.pieces) if piece.converts]
+        self._placed = Batch(
+            [
+                Part(placed[n], wave.pieces[n].box, wave.pieces[n].shape)
+                for n in self._converted
+            ]
+        )
         self.parts = self.landed = np.zeros(len(wave.pieces), dtype=np.uint64)
 
     @torch.inference_mode()
     def run(self, land: bool) -> None:
         """Fingerprint what has arrived; with ``land``, copy it from scratch on."""
-        self.parts = self.landed = fold_all(
-            self._parts, [land and copies for copies in self._copies]
-        )
-        if land and self._converts:
-            for _, place, source, _ in self._converts:
-                place.copy_(source)
+        self.parts = self.landed = self._arrived.fold(copy=land)
+        if land and self._converted:
             self.landed = self.parts.copy()
-            for number, _, _, landed in self._converts:
-                self.landed[number] = landed.fold()
+            self.landed[self._converted] = self._placed.fold()
 
 
 class LiveParts:
@@ -229,11 +223,12 @@ class LiveParts:
         left_out = set(range(len(pieces))).difference(self._chosen)
         #: Parameters that are not compared, or not as a whole.
         self.unchecked = len({pieces[number].parameter for number in left_out})
-        self._parts = []
+        parts = []
         for number in self._chosen:
             piece = pieces[number]
             view = piece_view(piece, live[piece.parameter])
-            self._parts.append(Part(view, piece.box, piece.shape))
+            parts.append(Part(view, piece.box, piece.shape))
+        self._parts = Batch(parts)
 
     def check(self, landed: np.ndarray, rank: int) -> None:
         """Compare with ``landed``, one part per piece.
@@ -241,7 +236,7 @@ class LiveParts:
         Raises:
             FingerprintMismatch: names the parameter.
         """
-        wrong = np.flatnonzero(fold_all(self._parts) != landed[self._chosen])
+        wrong = np.flatnonzero(self._parts.fold() != landed[self._chosen])
         if len(wrong):
             raise FingerprintMismatch(
                 f"{len(wrong)} blocks of the live weights are not what was staged: "
