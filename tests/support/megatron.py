@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How Megatron-Core lays a model out over ranks, written down a second time.
+"""How Megatron-Core lays a model out over ranks, written down a second time; and how
+a reader of a manifest puts published shards together.
 
 Megatron-Core is not installed here. This makes each rank's parameters from a
 Hugging Face state dict, as ``GPTModel`` holds them:
@@ -18,12 +19,30 @@ megatron/core/tensor_parallel/layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
+from dynamo.refit.publish.shard import LocalShard
+
 PADDING = -12345.0
+
+#: (heads, KV groups, head size, TP): groups per rank 4 to 1, one head for all, fewer
+#: groups than ranks, ranks that end in the middle of a head.
+ATTENTION = [
+    (8, 4, 4, 1),
+    (8, 4, 4, 2),
+    (6, 3, 4, 3),
+    (8, 4, 4, 4),
+    (4, 1, 4, 2),
+    (8, 2, 4, 4),
+    (6, 2, 6, 3),
+    (6, 1, 3, 3),
+]
 
 
 @dataclass(frozen=True)
@@ -185,3 +204,57 @@ def _interleave(
             for i in range(shape.head_dim):
                 rows.append(source[group * shape.head_dim + i])
     return torch.stack(rows)
+
+
+def read_back(ranks: Iterable[list[LocalShard]]) -> dict[str, torch.Tensor]:
+    """The tensors as a reader of a valid manifest gets them, from the addresses."""
+    by_name: dict[str, list[tuple[int, LocalShard]]] = {}
+    sources = []
+    for number, shards in enumerate(ranks):
+        # One region over everything, so that an offset is an address.
+        slots = ((Region(0, 2**62),),)
+        sources.append(
+            Source(
+                agent=f"{number}", metadata=b"", memory="DRAM", device=0, slots=slots
+            )
+        )
+        for shard in shards:
+            assert shard.tensor.is_contiguous()
+            by_name.setdefault(shard.name, []).append((number, shard))
+    tensors = tuple(entry_of(name, found) for name, found in by_name.items())
+    manifest = Manifest(model="m", tensors=tensors, sources=tuple(sources))
+    manifest.validate()
+    addresses = iter(manifest.shard_addresses(0))
+    whole = {}
+    for tensor in tensors:
+        bits = torch.zeros(tensor.shape, dtype=torch.int16)
+        for shard in tensor.shards:
+            data = ctypes.string_at(next(addresses), 2 * math.prod(shard.shape))
+            part = torch.frombuffer(bytearray(data), dtype=torch.int16)
+            place = tuple(slice(start, stop) for start, stop in shard.box)
+            bits[place] = part.view(shard.shape)
+        whole[tensor.name] = bits.view(torch.bfloat16)
+    return whole
+
+
+def entry_of(name: str, found: list[tuple[int, LocalShard]]) -> TensorEntry:
+    assert {shard.tensor.dtype for _, shard in found} == {torch.bfloat16}
+    (shape,) = {shard.shape for _, shard in found}
+    shards = tuple(
+        Shard(
+            source=number,
+            region=0,
+            byte_offset=shard.tensor.data_ptr(),
+            offset=shard.offset,
+            shape=tuple(shard.tensor.shape),
+        )
+        for number, shard in found
+    )
+    return TensorEntry(name=name, dtype="bfloat16", shape=shape, shards=shards)
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].shape == tensor.shape, name
+        assert torch.equal(got[name].view(torch.int16), tensor.view(torch.int16)), name

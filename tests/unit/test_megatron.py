@@ -6,36 +6,26 @@ address, are the checkpoint they were made from, bit for bit."""
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Iterable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from modelexpress_rl.train.engines.megatron.aliases import MegatronTensorSpec
 
 from dynamo.refit.errors import ManifestInvalid, UnsupportedConfiguration
-from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
 from dynamo.refit.publish import megatron
 from dynamo.refit.publish.megatron import bridge_shards, megatron_shards
-from dynamo.refit.publish.shard import LocalShard
 from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
-from tests.support.megatron import Parameter, Shape, megatron_rank, random_checkpoint
+from tests.support.megatron import (
+    ATTENTION,
+    Parameter,
+    Shape,
+    assert_same,
+    megatron_rank,
+    random_checkpoint,
+    read_back,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
-
-#: (heads, KV groups, head size, TP): groups per rank 4 to 1, one head for all, fewer
-#: groups than ranks, ranks that end in the middle of a head.
-ATTENTION = [
-    (8, 4, 4, 1),
-    (8, 4, 4, 2),
-    (6, 3, 4, 3),
-    (8, 4, 4, 4),
-    (4, 1, 4, 2),
-    (8, 2, 4, 4),
-    (6, 2, 6, 3),
-    (6, 1, 3, 3),
-]
 
 ROLES = {
     "qkv": "qkv_column",
@@ -86,60 +76,6 @@ def one_spec(**changes: object) -> MegatronTensorSpec:
         "local_shard_range": (0, 4),
     }
     return MegatronTensorSpec(**{**fields, **changes})
-
-
-def read_back(ranks: Iterable[list[LocalShard]]) -> dict[str, torch.Tensor]:
-    """The tensors as a reader of a valid manifest gets them, from the addresses."""
-    by_name: dict[str, list[tuple[int, LocalShard]]] = {}
-    sources = []
-    for number, shards in enumerate(ranks):
-        # One region over everything, so that an offset is an address.
-        slots = ((Region(0, 2**62),),)
-        sources.append(
-            Source(
-                agent=f"{number}", metadata=b"", memory="DRAM", device=0, slots=slots
-            )
-        )
-        for shard in shards:
-            assert shard.tensor.is_contiguous()
-            by_name.setdefault(shard.name, []).append((number, shard))
-    tensors = tuple(entry_of(name, found) for name, found in by_name.items())
-    manifest = Manifest(model="m", tensors=tensors, sources=tuple(sources))
-    manifest.validate()
-    addresses = iter(manifest.shard_addresses(0))
-    whole = {}
-    for tensor in tensors:
-        bits = torch.zeros(tensor.shape, dtype=torch.int16)
-        for shard in tensor.shards:
-            data = ctypes.string_at(next(addresses), 2 * math.prod(shard.shape))
-            part = torch.frombuffer(bytearray(data), dtype=torch.int16)
-            place = tuple(slice(start, stop) for start, stop in shard.box)
-            bits[place] = part.view(shard.shape)
-        whole[tensor.name] = bits.view(torch.bfloat16)
-    return whole
-
-
-def entry_of(name: str, found: list[tuple[int, LocalShard]]) -> TensorEntry:
-    assert {shard.tensor.dtype for _, shard in found} == {torch.bfloat16}
-    (shape,) = {shard.shape for _, shard in found}
-    shards = tuple(
-        Shard(
-            source=number,
-            region=0,
-            byte_offset=shard.tensor.data_ptr(),
-            offset=shard.offset,
-            shape=tuple(shard.tensor.shape),
-        )
-        for number, shard in found
-    )
-    return TensorEntry(name=name, dtype="bfloat16", shape=shape, shards=shards)
-
-
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].shape == tensor.shape, name
-        assert torch.equal(got[name].view(torch.int16), tensor.view(torch.int16)), name
 
 
 @pytest.mark.parametrize(("heads", "groups", "head_dim", "tp"), ATTENTION)
@@ -367,122 +303,9 @@ def test_without_modelexpress_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(megatron, "_missing", ImportError("no modelexpress_rl"))
-    for call in (lambda: megatron_shards([]), lambda: bridge_shards([], None, **TP1)):
+    for call in (
+        lambda: megatron_shards([]),
+        lambda: bridge_shards([], None, tensor_parallel_size=1, tensor_parallel_rank=0),
+    ):
         with pytest.raises(UnsupportedConfiguration, match="pip install 'modelexpress"):
             call()
-
-
-# --- Megatron-Bridge ----------------------------------------------------------
-# Stand-ins with the names, attributes and bases that its mappings have; ModelExpress
-# knows them by class name.
-
-TP1 = {"tensor_parallel_size": 1, "tensor_parallel_rank": 0}
-
-
-class MegatronParamMapping:
-    def __init__(self, hf_param: object, is_expert: bool = False) -> None:
-        self.hf_param = hf_param
-        self.is_expert = is_expert
-
-    def megatron_to_hf(self, weights: torch.Tensor, module: object) -> dict:
-        raise NotImplementedError("a stand-in")
-
-
-def bridge_mapping(name: str, *bases: type, **members: object) -> type:
-    """A mapping class of that name, with an export of its own."""
-    own = {"megatron_to_hf": lambda self, weights, module: {}}
-    return type(name, bases or (MegatronParamMapping,), {**own, **members})
-
-
-BRIDGE = {
-    "qkv": bridge_mapping("QKVMapping"),
-    "gated": bridge_mapping("GatedMLPMapping"),
-    "column": bridge_mapping("ColumnParallelMapping"),
-    "row": bridge_mapping("RowParallelMapping"),
-    "same": bridge_mapping("ReplicatedMapping"),
-}
-
-
-def task_of(parameter: Parameter) -> SimpleNamespace:
-    """A ``WeightConversionTask``."""
-    keys = {"qkv": ("q", "k", "v"), "gated": ("gate", "up")}.get(parameter.kind)
-    hf = dict(zip(keys, parameter.hf, strict=True)) if keys else parameter.hf[0]
-    mapping = BRIDGE[parameter.kind](hf, ".experts." in parameter.name)
-    return SimpleNamespace(
-        global_param_name=parameter.name,
-        mapping=mapping,
-        megatron_module=None,
-        param_weight=torch.nn.Parameter(parameter.local),
-    )
-
-
-def head_counts(shape: Shape) -> SimpleNamespace:
-    return SimpleNamespace(
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.groups,
-        kv_channels=shape.head_dim,
-    )
-
-
-@pytest.mark.parametrize(("heads", "groups", "head_dim", "tp"), ATTENTION)
-def test_conversion_tasks_of_megatron_bridge(
-    heads: int, groups: int, head_dim: int, tp: int
-) -> None:
-    shape = Shape(heads, groups, head_dim)
-    checkpoint = random_checkpoint(shape)
-    kept, ranks = [], []
-    for rank in range(tp):
-        parameters = list(megatron_rank(checkpoint, shape, tp=tp, rank=rank))
-        kept.append(parameters)
-        elsewhere = task_of(parameters[0])
-        elsewhere.param_weight = None
-        ranks.append(
-            bridge_shards(
-                [None, elsewhere, *(task_of(p) for p in parameters)],
-                head_counts(shape),
-                tensor_parallel_size=tp,
-                tensor_parallel_rank=rank,
-                expert_tensor_parallel_size=tp,
-                expert_tensor_parallel_rank=rank,
-                vocab_size=shape.vocab,
-            )
-        )
-    assert_same(read_back(ranks), checkpoint)
-    # A replicated parameter is published once.
-    norms = [s for shards in ranks for s in shards if s.name == "model.norm.weight"]
-    assert len(norms) == 1
-
-
-@pytest.mark.parametrize(
-    ("mapping", "says"),
-    [
-        (bridge_mapping("MambaInProjMapping"), "MambaInProjMapping computes"),
-        (bridge_mapping("Fused", BRIDGE["column"]), "mapping Fused computes"),
-        (
-            type("Stacked", (BRIDGE["gated"],), {"is_grouped_export": True}),
-            "mapping Stacked stacks experts",
-        ),
-        (
-            bridge_mapping("AutoMapping", permute_dims=(1, 0)),
-            "dimension permutation",
-        ),
-    ],
-)
-def test_mappings_that_do_more_than_split_are_refused(mapping: type, says: str) -> None:
-    shape = Shape(8, 4, 4)
-    (norm,) = (
-        p
-        for p in megatron_rank(random_checkpoint(shape), shape, tp=1, rank=0)
-        if p.name == "decoder.final_layernorm.weight"
-    )
-    good, bad = task_of(norm), task_of(norm)
-    bad.global_param_name = "decoder.odd.weight"
-    bad.mapping = mapping({"gate": "g", "up": "u"})
-    with pytest.raises(ManifestInvalid, match=says) as refused:
-        bridge_shards([good, bad], head_counts(shape), **TP1)
-    assert refused.value.tensor == "decoder.odd.weight"
-
-
-def test_a_rank_without_tensors_is_refused() -> None:
-    with pytest.raises(ManifestInvalid, match="no ModelExpress tensors"):
-        bridge_shards([], head_counts(Shape(8, 4, 4)), **TP1)
