@@ -43,7 +43,10 @@ from vllm.model_executor.layers import utils as gemm  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (  # noqa: E402
     CPUUnquantizedExperts,
 )
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.linear import (  # noqa: E402
+    ColumnParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.model_loader import get_model  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
@@ -53,7 +56,10 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 
 from dynamo.refit.errors import UnsupportedConfiguration  # noqa: E402
 from dynamo.refit.rank.capture import build_twin, describe_parameters  # noqa: E402
-from dynamo.refit.rank.cpu_layout import keep_plain_layout  # noqa: E402
+from dynamo.refit.rank.cpu_layout import (  # noqa: E402
+    LAYOUT_VARIABLE,
+    keep_plain_layout,
+)
 from dynamo.refit.rank.install import LiveParameters  # noqa: E402
 from dynamo.refit.rank.layerwise import LayerFailed, ProcessedLayers  # noqa: E402
 from dynamo.refit.rank.runtime_layout import MLA_DERIVED, find_layout  # noqa: E402
@@ -372,6 +378,46 @@ def test_experts_that_are_packed_in_the_same_shape_are_processed() -> None:
         assert name in case.live.processed
 
 
+class Convolution(nn.Module):
+    """As in linear attention: a linear layer that holds a convolution's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = ColumnParallelLinear(4, 64, bias=False, prefix="conv1d")
+        self.conv1d.weight.data = self.conv1d.weight.data.unsqueeze(1)
+
+
+def test_convolutions_are_packed_again(dense: Case, plain_layout: None) -> None:
+    """Whatever the layout of linear layers is."""
+
+    def build(device: str) -> Convolution:
+        with (
+            set_current_vllm_config(dense.config),
+            set_default_torch_dtype(torch.bfloat16),
+            torch.device(device),
+        ):
+            return Convolution()
+
+    def loaded(weight: torch.Tensor) -> Convolution:
+        model = build("cpu")
+        model.conv1d.weight.data.copy_(weight)
+        model.conv1d.quant_method.process_weights_after_loading(model.conv1d)
+        return model
+
+    first, second = torch.randn(2, 64, 1, 4).bfloat16()
+    model, twin, expected = loaded(first), build("meta"), loaded(second)
+    layout = ArenaLayout(describe_parameters(twin, model))
+    live = LiveParameters(model, layout, ProcessedLayers(model, twin, dense.config))
+    assert live.processed == {"conv1d.weight"}
+    addresses = _addresses(model)
+    live.copy_from([second])
+    assert _addresses(model) == addresses
+    assert torch.equal(model.conv1d.weight, expected.conv1d.weight)
+    kept = "_cpu_unpacked_conv_weight"
+    if hasattr(expected.conv1d, kept):
+        assert torch.equal(getattr(model.conv1d, kept), second.squeeze(1))
+
+
 def test_copies_that_mla_made_are_made_again_where_they_are() -> None:
     """Also where they are no views of ``kv_b_proj``, as after a conversion."""
     case = _case("mla")
@@ -401,6 +447,17 @@ def plain_layout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _as_it_is(holder: object, name: str) -> tuple[str, object]:
     return name, getattr(holder, name)
+
+
+def test_packing_stays_on_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(LAYOUT_VARIABLE, "packed")
+    keep_plain_layout()
+    assert not _case("qwen3").live.can_copy_out
+    monkeypatch.setenv(LAYOUT_VARIABLE, "tiled")
+    with pytest.raises(UnsupportedConfiguration, match="'tiled', and has to be plain"):
+        keep_plain_layout()
 
 
 def test_with_packing_off_everything_is_plain(plain_layout: None, case: Case) -> None:

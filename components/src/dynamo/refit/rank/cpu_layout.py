@@ -10,12 +10,13 @@ refitted keeps all of them plain: torch multiplies with the linear weights, and 
 are packed into temporary copies at each call, which gives the same bits and takes
 longer. On any other platform this does nothing.
 
-Convolutions (of linear-attention models) stay packed, in another shape: the rank
-refuses them by name when it is first asked to describe its parameters.
+Convolutions (of linear-attention models) stay packed, in another shape, and are packed
+again by every refit, see :mod:`layerwise`.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,13 +33,28 @@ from dynamo.refit.errors import UnsupportedConfiguration
 
 logger = init_logger("vllm.dynamo_refit")
 
+#: How a CPU engine holds its weights: ``plain`` (as loaded, the default) or ``packed``.
+LAYOUT_VARIABLE = "DYN_REFIT_CPU_LAYOUT"
+
 _dispatch_gemm = gemm.dispatch_cpu_unquantized_gemm
 _apply_experts = CPUUnquantizedExperts.apply
 
 
 def keep_plain_layout() -> None:
-    """Turn weight packing off in this process; call it before the model loads."""
-    if not current_platform.is_cpu():
+    """Turn weight packing off in this process; call it before the model loads.
+
+    With ``DYN_REFIT_CPU_LAYOUT=packed`` it stays on, and every refit packs again,
+    layer by layer, see :mod:`layerwise`.
+
+    Raises:
+        UnsupportedConfiguration: the variable is neither ``plain`` nor ``packed``.
+    """
+    layout = os.environ.get(LAYOUT_VARIABLE, "plain")
+    if layout not in ("plain", "packed"):
+        raise UnsupportedConfiguration(
+            f"{LAYOUT_VARIABLE} is {layout!r}, and has to be plain or packed"
+        )
+    if not current_platform.is_cpu() or layout == "packed":
         return
     gemm.dispatch_cpu_unquantized_gemm = dispatch_plain
     # The classes for AMX, NEON and VSX inherit both.

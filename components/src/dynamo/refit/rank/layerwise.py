@@ -107,6 +107,8 @@ class ProcessedLayers:
                 except Exception as error:
                     raise _failed(layer.name, error) from error
                 update.write()
+                # Its memory is the next layer's.
+                del update
 
     def refresh_attention(self) -> None:
         """Make MLA's copies of ``kv_b_proj`` again, once that is installed.
@@ -208,19 +210,16 @@ def _process(layer: ProcessedLayer, weights: Mapping[str, torch.Tensor]) -> _Upd
             parameter = materialize_meta_tensor(layer.twin._parameters[leaf])
         parameter.data.copy_(staged)
         scratch._parameters[leaf] = parameter
-    lent = _lend(layer.live, scratch)
+    filled = weights.keys() | _lend(layer.live, scratch)
     method = _copy_of_method(scratch)
-    before = _state(scratch) | _state(method)
+    before, before_method = dict(_attributes(scratch)), dict(_attributes(method))
     method.process_weights_after_loading(scratch)
 
+    # What was filled in is new to the live layer, also where it was left as it is.
+    before = {name: held for name, held in before.items() if name not in filled}
     update = _Update(layer.name, seen={id(scratch), id(method)})
-    update.compare(layer.live, scratch, {**before, **dict.fromkeys(lent, _MISSING)})
-    update.compare(quantization_method(layer.live), method, before)
-    for leaf in weights:
-        # Left as loaded: still new to the live layer.
-        if scratch._parameters.get(leaf) is not None:
-            live = layer.live._parameters.get(leaf)
-            update.pair(live, scratch._parameters[leaf], leaf)
+    update.compare(layer.live, scratch, before)
+    update.compare(quantization_method(layer.live), method, before_method)
     return update
 
 
@@ -272,11 +271,11 @@ def _copy_of_method(scratch: nn.Module) -> Any:
     return method
 
 
-def _lend(live: nn.Module, scratch: nn.Module) -> set[tuple[int, str]]:
+def _lend(live: nn.Module, scratch: nn.Module) -> set[str]:
     """Copies of the live layer's other tensors, where the twin has none with bytes.
 
-    A map of experts, for example, is computed when the model is built. Returns where
-    they are, since processing may have written into them.
+    A map of experts, for example, is computed when the model is built. Returns their
+    names, since processing may write into them.
     """
     lent = set()
     for planned, current in (
@@ -289,12 +288,8 @@ def _lend(live: nn.Module, scratch: nn.Module) -> set[tuple[int, str]]:
                 continue
             if isinstance(found, torch.Tensor) and tensor.shape == found.shape:
                 planned[name] = found.clone()
-                lent.add((id(scratch), name))
+                lent.add(name)
     return lent
-
-
-def _state(holder: Any) -> dict[tuple[int, str], Any]:
-    return {(id(holder), name): value for name, value in _attributes(holder)}
 
 
 def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -318,11 +313,11 @@ class _Update:
     functions: list[tuple[Any, str, Any]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
-    def compare(self, live: Any, new: Any, before: dict[tuple[int, str], Any]) -> None:
+    def compare(self, live: Any, new: Any, before: Mapping[str, Any]) -> None:
         """Take over each attribute of ``new`` that is not what it was ``before``."""
         held = dict(_attributes(live))
         for name, value in _attributes(new):
-            if value is before.get((id(new), name), _MISSING):
+            if value is before.get(name, _MISSING):
                 continue
             current = held.get(name, _MISSING)
             if isinstance(value, _FUNCTIONS):
