@@ -59,16 +59,6 @@ class Proof:
         held = np.zeros(len(self._tensor_of), dtype=np.uint64)
         for block_of, rank_parts in zip(self._block_of, parts, strict=True):
             held[block_of] = rank_parts
-        for rank, block_of in enumerate(self._block_of):
-            wrong = np.flatnonzero(held[block_of] != parts[rank])
-            if len(wrong):
-                tensor = self._tensor_of[block_of[wrong[0]]]
-                raise FingerprintMismatch(
-                    f"ranks hold different bytes of {len(wrong)} blocks that they both "
-                    "read: a source's replicas differ, or a transfer was corrupted",
-                    tensor=self._names[tensor],
-                    rank=rank,
-                )
         sums = np.zeros(len(self._names), dtype=np.uint64)
         np.add.at(sums, self._tensor_of, held)
         wrong = np.flatnonzero(sums != published)
@@ -81,6 +71,17 @@ class Proof:
                 tensor=self._names[wrong[0]],
                 rank=readers[0] if len(readers) == 1 else None,
             )
+        # What was held last of each block is right now: any other is not.
+        for rank, block_of in enumerate(self._block_of):
+            wrong = np.flatnonzero(held[block_of] != parts[rank])
+            if len(wrong):
+                tensor = self._tensor_of[block_of[wrong[0]]]
+                raise FingerprintMismatch(
+                    f"ranks hold different bytes of {len(wrong)} blocks that they both "
+                    "read: a source's replicas differ, or a transfer was corrupted",
+                    tensor=self._names[tensor],
+                    rank=rank,
+                )
 
     def _readers(self, tensor: int) -> list[int]:
         return [
