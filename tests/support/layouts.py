@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -87,13 +88,10 @@ class SourceMemory:
             shape=extent(box),
         )
 
-    def sources(
-        self, slots: int, address: Callable[[int], int] | None = None
-    ) -> tuple[Source, ...]:
-        """The sources; ``address`` says where so many bytes are (default: at an
-        address of their own that nobody may touch)."""
-        nowhere = itertools.count(0x7F00_0000_0000, 1 << 36)
-        address = address or (lambda _: next(nowhere))
+    def sources(self, slots: int) -> tuple[Source, ...]:
+        """The sources, with every region of every slot at an address of its own that
+        nobody may touch."""
+        addresses = itertools.count(0x7F00_0000_0000, 1 << 36)
         return tuple(
             Source(
                 agent=f"trainer-{number}",
@@ -101,7 +99,7 @@ class SourceMemory:
                 memory=self._memory[number % len(self._memory)],
                 device=0,
                 slots=tuple(
-                    tuple(Region(address(end), end) for end in ends)
+                    tuple(Region(next(addresses), end) for end in ends)
                     for _ in range(slots)
                 ),
             )
@@ -110,15 +108,26 @@ class SourceMemory:
 
 
 def make_manifest(
-    *tensors: TensorEntry,
-    memory: SourceMemory,
-    slots: int = 1,
-    address: Callable[[int], int] | None = None,
+    *tensors: TensorEntry, memory: SourceMemory, slots: int = 1
 ) -> Manifest:
-    sources = memory.sources(slots, address)
-    manifest = Manifest(model="tiny", tensors=tensors, sources=sources)
+    manifest = Manifest(model="tiny", tensors=tensors, sources=memory.sources(slots))
     manifest.validate()
     return manifest
+
+
+def housed(manifest: Manifest, address: Callable[[int], int]) -> Manifest:
+    """The same layout in real memory: ``address`` gives so many bytes of it."""
+    sources = tuple(
+        msgspec.structs.replace(
+            source,
+            slots=tuple(
+                tuple(Region(address(r.nbytes), r.nbytes) for r in regions)
+                for regions in source.slots
+            ),
+        )
+        for source in manifest.sources
+    )
+    return msgspec.structs.replace(manifest, sources=sources)
 
 
 def make_tensor(
@@ -195,6 +204,8 @@ class Layout:
                 data = raw(numbers.to(getattr(torch, tensor.dtype)))
             else:
                 data = generator.bytes(elements * size)
+                if tensor.dtype == "bool":
+                    data = bytes(byte & 1 for byte in data)
             flat = np.frombuffer(data, dtype=f"u{size}")
             tensors[tensor.name] = flat.reshape(tensor.shape)
         return tensors
@@ -269,13 +280,7 @@ _SHAPES = {
 }
 
 
-def decoder_layer(
-    rank: int,
-    *,
-    dtype: str = "bfloat16",
-    slots: int = 1,
-    address: Callable[[int], int] | None = None,
-) -> Layout:
+def decoder_layer(rank: int, *, dtype: str = "bfloat16", slots: int = 1) -> Layout:
     """Fused QKV and gate/up, row-parallel o_proj and down_proj, a padded embedding.
 
     Every tensor is cut by rows over two trainers. The rank holds all parameters in
@@ -309,7 +314,5 @@ def decoder_layer(
     slices.append(read(tensors["embed"], "embed", ((first, last), (0, HIDDEN))))
     padding = (PADDED // 2 - (last - first)) * HIDDEN
     parameters.append(Parameter("embed", (PADDED // 2, HIDDEN), "bfloat16", padding))
-    manifest = make_manifest(
-        *tensors.values(), memory=memory, slots=slots, address=address
-    )
+    manifest = make_manifest(*tensors.values(), memory=memory, slots=slots)
     return Layout(manifest, tuple(parameters), tuple(slices))

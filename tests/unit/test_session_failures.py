@@ -1,0 +1,182 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls that go wrong: how they end, what may still arrive, and what is given back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dynamo.refit.errors import StagingCancelled, TransferFailed
+from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.pipeline import Submit
+from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions
+from tests.support.fake_nixl import NEVER
+from tests.support.layouts import ROOMY
+from tests.support.rank import Rank, bytes_of, layer
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+
+@pytest.fixture(scope="module")
+def follower() -> Iterator[Submit]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit
+
+
+def test_a_refused_source_leaves_nothing_behind(follower: Submit) -> None:
+    rank = layer()
+    rank.agent.refused.add("trainer-1")
+    with pytest.raises(TransferFailed, match="trainer-1"):
+        rank.address()
+
+    assert rank.agent.held == []
+    assert not rank.agent.connected
+    assert rank.session.addressed_to is None
+    with pytest.raises(TransferFailed, match="no prepared requests"):
+        rank.pull(0, follower)
+
+    rank.agent.refused.clear()
+    full = rank.layout.random_tensors(seed=9)
+    rank.trainers.write(0, full)
+    rank.address()
+    rank.pull(0, follower)
+    assert bytes_of(rank.staged) == rank.loaded(full)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_read_that_breaks_off_ends_the_pull_and_the_next_one_is_whole(
+    late: int, direct: bool, follower: Submit
+) -> None:
+    rank = layer(direct=direct)
+    full = rank.layout.random_tensors(seed=10)
+    rank.trainers.write(0, full)
+    rank.agent.late = late
+    rank.agent.broken.add("trainer-1")
+    with pytest.raises(TransferFailed, match="the read from 'trainer-1' broke off"):
+        rank.pull(0, follower, land=not direct)
+
+    # Those of the other source may be under way still, and end with the polls.
+    deadline = time.monotonic() + 10
+    while rank.session.poll_active():
+        assert time.monotonic() < deadline
+    assert rank.agent.active == 0
+    rank.agent.broken.clear()
+    rank.pull(0, follower)
+    assert bytes_of(rank.staged) == rank.loaded(full)
+
+
+def test_a_pull_that_is_given_up_is_active_until_its_bytes_have_landed(
+    follower: Submit,
+) -> None:
+    rank = layer()
+    rank.agent.late = NEVER
+    stop = [False]
+
+    def cancelled() -> bool:
+        was, stop[0] = stop[0], rank.agent.active > 0
+        return was
+
+    with pytest.raises(StagingCancelled, match="cancelled while pulling"):
+        rank.pull(0, follower, limit=Limit(time.monotonic() + 60, cancelled))
+    assert rank.session.poll_active()
+    with pytest.raises(TransferFailed, match="is still active"):
+        rank.session.close()
+
+    rank.agent.late = 0
+    assert not rank.session.poll_active()
+    rank.session.close()
+    assert rank.agent.held == []
+
+
+def test_a_source_that_does_not_answer_is_given_up_at_the_deadline(
+    follower: Submit,
+) -> None:
+    rank = layer(limits=ROOMY)
+    rank.agent.late = NEVER
+    with pytest.raises(StagingCancelled) as caught:
+        rank.pull(0, follower, limit=Limit(time.monotonic() + 0.02, lambda: False))
+
+    assert str(caught.value).startswith(
+        "out of time while pulling from trainer-0, trainer-1: the source does not"
+    )
+    assert rank.session.poll_active()
+
+
+def test_local_work_that_fails_ends_the_pull_with_its_cause() -> None:
+    rank = layer("float32")
+    done = []
+
+    def fail(work, number: int) -> None:
+        if number == 3:
+            raise RuntimeError("no memory for wave 3")
+        work(number)
+        done.append(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError, match="no memory for wave 3"):
+            rank.pull(0, lambda work, number: pool.submit(fail, work, number))
+        # Nobody works on the buffers any more.
+        assert pool.submit(list, done).result() == done
+    assert not rank.session.poll_active()
+    assert done[:3] == [0, 1, 2]
+    assert len(done) < len(rank.session.plan.waves)
+
+
+def _give_up(rank: Rank, submit: Submit) -> None:
+    rank.agent.late = NEVER
+    with pytest.raises(StagingCancelled):
+        rank.pull(0, submit, limit=Limit(time.monotonic() + 0.01, lambda: False))
+
+
+def test_an_abandoned_session_is_kept_until_its_reads_have_ended(
+    follower: Submit,
+) -> None:
+    rank, abandoned = layer(), AbandonedSessions()
+    _give_up(rank, follower)
+    abandoned.add(rank.session)
+    for _ in range(3):
+        abandoned.sweep()
+        assert len(abandoned) == 1
+    assert len(rank.agent.registered) == 3
+
+    rank.agent.late = 0
+    abandoned.sweep()
+    assert len(abandoned) == 0
+    assert rank.agent.held == []
+    assert rank.agent.registered == {}
+    assert not rank.agent.connected
+
+
+def test_an_abandoned_session_without_an_arena_is_freed_too(follower: Submit) -> None:
+    rank, abandoned = layer(direct=True), AbandonedSessions()
+    _give_up(rank, follower)
+    abandoned.add(rank.session)
+    rank.agent.late = 0
+    abandoned.sweep()
+
+    assert len(abandoned) == 0
+    assert rank.agent.registered == {}
+
+
+def test_too_many_abandoned_sessions_are_an_error_until_one_ends(
+    follower: Submit,
+) -> None:
+    abandoned = AbandonedSessions()
+    ranks = [layer() for _ in range(MAX_ABANDONED + 1)]
+    for rank in ranks:
+        _give_up(rank, follower)
+        abandoned.add(rank.session)
+    with pytest.raises(TransferFailed, match="stop the stuck trainer"):
+        abandoned.sweep()
+    assert len(abandoned) == MAX_ABANDONED + 1
+
+    ranks[1].agent.late = 0
+    abandoned.sweep()
+    assert len(abandoned) == MAX_ABANDONED
+    assert ranks[1].agent.registered == {}
+    assert len(ranks[0].agent.registered) == len(ranks[2].agent.registered) == 3
