@@ -61,6 +61,7 @@ class FakeWorker:
     def __init__(self, runtime: DistributedRuntime, namespace: str, model: str) -> None:
         self.model = model
         self.version: int | None = None
+        self.weights = ""
         self.live: Bytes = {}
         self.in_flight: list[InFlightPolicy] = []
         self.prepares = 0
@@ -100,6 +101,7 @@ class FakeWorker:
             model=self.model,
             phase="serving",
             version=self.version,
+            weights=self.weights,
             pending=None,
             epoch=self._epoch,
             kv_epoch="",
@@ -138,7 +140,7 @@ class FakeWorker:
 
     def _commit(self, request: Commit) -> Message:
         weights, self.live = self._staged.pop(request.version)
-        self.version = request.version
+        self.version, self.weights = request.version, weights
         self.in_flight.append(request.in_flight)
         timings = CommitTimings(
             pause_ms=0.0,

@@ -573,6 +573,7 @@ async def test_before_the_first_refit(bench: Bench) -> None:
         model="tiny",
         phase="serving",
         version=None,
+        weights="",
         pending=None,
         epoch=0,
         kv_epoch="",

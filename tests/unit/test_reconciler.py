@@ -91,11 +91,15 @@ def member(
     phase: WorkerPhase = "serving",
     pending: int | None = None,
     model: str = "tiny",
+    weights: str | None = None,
 ) -> FleetMember:
+    if weights is None:
+        weights = "" if version is None else f"weights-{version}"
     status = WorkerStatus(
         model=model,
         phase=phase,
         version=version,
+        weights=weights,
         pending=pending,
         epoch=1,
         kv_epoch="",
@@ -318,6 +322,17 @@ def test_the_time_that_is_told_begins_with_the_announcement() -> None:
 
 
 # --- weights and leases -------------------------------------------------------
+
+
+def test_a_number_that_is_served_with_other_weights_is_refused() -> None:
+    reconciler = Reconciler("tiny", POLICY)
+    reconciler.handle(fleet(member(1, version=5), member(2)), 0.0)
+    other = ready(5, announcement="again", weights="others")
+    refused, release = reconciler.handle(other, 1.0)
+    assert isinstance(refused, Publish) and isinstance(refused.event, RefitRefused)
+    assert refused.event.reason == "stale"
+    assert "worker 1" in refused.event.detail
+    assert isinstance(release, GiveBackLease) and release.outcome == "refused"
 
 
 def test_a_vote_for_other_weights_fails_the_version_and_aborts_all() -> None:

@@ -210,13 +210,14 @@ WorkerPhase = Literal["serving", "staging", "staged", "committing", "fenced"]
 class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     """A worker's own view.
 
-    ``version`` is what it serves (``None``: the weights it started with),
-    ``pending`` what it stages, holds or commits, ``epoch`` the highest seen.
+    ``version`` is what it serves (``None``: the weights it started with) and
+    ``weights`` its fingerprint, ``pending`` what it stages, holds or commits, ``epoch`` the highest seen.
     """
 
     model: str
     phase: WorkerPhase
     version: int | None
+    weights: str
     pending: int | None
     epoch: int
     kv_epoch: str

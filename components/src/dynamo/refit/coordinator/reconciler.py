@@ -267,6 +267,15 @@ class Reconciler:
                 f"version {ready.version} is older than {newest}: versions must grow; "
                 "publish old weights under a new number to go back",
             )
+        for member in self.fleet.values():
+            status = member.status
+            if status.version == ready.version and status.weights != ready.weights:
+                return self._refuse(
+                    ready,
+                    "stale",
+                    f"worker {member.worker} serves other weights as version "
+                    f"{ready.version}: publish these under a new number",
+                )
         return []
 
     def _newest_known(self, model: str) -> Iterable[int]:
@@ -390,6 +399,7 @@ class Reconciler:
             member.status,
             phase="serving",
             version=committed.version,
+            weights=committed.weights,
             pending=None,
             kv_epoch=committed.kv_epoch,
         )

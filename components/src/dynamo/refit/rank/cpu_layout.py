@@ -24,12 +24,21 @@ from torch import nn
 from torch.nn import functional
 from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.logger import init_logger
-from vllm.model_executor.kernels.linear.zentorch_utils import is_zentorch_moe_supported
 from vllm.model_executor.layers import utils as gemm
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.platforms import current_platform
 
 from dynamo.refit.errors import UnsupportedConfiguration
+
+try:
+    from vllm.model_executor.kernels.linear.zentorch_utils import (
+        is_zentorch_moe_supported,
+    )
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+        CPUUnquantizedExperts,
+    )
+except ImportError:
+    # vLLM 0.24 has neither; it is supported on GPUs only.
+    CPUUnquantizedExperts = None
 
 logger = init_logger("vllm.dynamo_refit")
 
@@ -37,7 +46,7 @@ logger = init_logger("vllm.dynamo_refit")
 LAYOUT_VARIABLE = "DYN_REFIT_CPU_LAYOUT"
 
 _dispatch_gemm = gemm.dispatch_cpu_unquantized_gemm
-_apply_experts = CPUUnquantizedExperts.apply
+_apply_experts = getattr(CPUUnquantizedExperts, "apply", None)
 
 
 def keep_plain_layout() -> None:
@@ -47,7 +56,8 @@ def keep_plain_layout() -> None:
     layer by layer, see :mod:`layerwise`.
 
     Raises:
-        UnsupportedConfiguration: the variable is neither ``plain`` nor ``packed``.
+        UnsupportedConfiguration: the variable is neither ``plain`` nor ``packed``, or
+            this vLLM is older than 0.31 and runs on a CPU.
     """
     layout = os.environ.get(LAYOUT_VARIABLE, "plain")
     if layout not in ("plain", "packed"):
@@ -56,6 +66,8 @@ def keep_plain_layout() -> None:
         )
     if not current_platform.is_cpu() or layout == "packed":
         return
+    if CPUUnquantizedExperts is None:
+        raise UnsupportedConfiguration("refits on a CPU need vLLM 0.31 or later")
     gemm.dispatch_cpu_unquantized_gemm = dispatch_plain
     # The classes for AMX, NEON and VSX inherit both.
     CPUUnquantizedExperts.process_weights_after_loading = keep_experts

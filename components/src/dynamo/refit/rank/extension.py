@@ -23,6 +23,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from dynamo.refit.errors import (
     Failure,
@@ -77,6 +78,9 @@ def check_supported(config: VllmConfig) -> None:
         "enable_eplb": parallel.enable_eplb,
         # Adapters wrap the layers, and are computed against the base weights.
         "enable_lora": config.lora_config is not None,
+        # vLLM's CPU runner then lets inductor freeze weights into compiled code.
+        "max_autotune on a CPU": current_platform.is_cpu()
+        and config.compilation_config.inductor_compile_config.get("max_autotune"),
     }
     for setting, used in refused.items():
         if used:

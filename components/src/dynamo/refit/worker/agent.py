@@ -185,6 +185,7 @@ class RefitAgent:
             model=self._model,
             phase="fenced" if self._fenced else phase,
             version=self._version,
+            weights=self._weights,
             pending=transaction.request.version if transaction else None,
             epoch=self._epoch,
             kv_epoch=self._engine.kv_epoch,
