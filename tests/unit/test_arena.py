@@ -1,0 +1,179 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The arena from version to version: which shadow is live, which one the next version
+comes into, and whether there is a way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamo.refit.protocol import CacheCounters, MemoryUse
+from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank.cycle import Cycle
+from dynamo.refit.rank.slices import ArenaLayout, Parameter
+from tests.support.fake_nixl import FakeNixlAgent
+from tests.support.layouts import one_slice, whole
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+LAYOUT = ArenaLayout(
+    [Parameter("plain", (3,), "float32"), Parameter("packed", (2, 2), "bfloat16")]
+)
+
+
+class FakeLive:
+    """A test fake of :class:`dynamo.refit.rank.install.LiveParameters`, all of a
+    version being one number. The engine cannot give ``processed`` ones back."""
+
+    def __init__(self, processed: frozenset[str] = frozenset()) -> None:
+        self.processed = processed
+        self.can_copy_out = not processed
+        self.version = 0
+
+    def copy_to(self, backup: list[torch.Tensor]) -> None:
+        for parameter, tensor in zip(LAYOUT.parameters, backup, strict=True):
+            if parameter.name not in self.processed:
+                tensor.fill_(self.version)
+
+    def copy_from(self, staged: list[torch.Tensor]) -> None:
+        self.version = _version(staged)
+
+
+def _version(staged: list[torch.Tensor]) -> int:
+    """The one that all elements of all parameters are of."""
+    (version,) = {value for tensor in staged for value in tensor.flatten().tolist()}
+    return int(version)
+
+
+class Engine:
+    """What a rank's stager does with an arena, on the host, without a transfer."""
+
+    def __init__(self, *processed: str) -> None:
+        manifest = one_slice((4,), whole((4,))).manifest
+        self.agent = FakeNixlAgent(manifest)
+        self.live = FakeLive(frozenset(processed))
+        self.cycle = Cycle()
+        memory = MemoryUse(mode="host", device_nbytes=0, host_nbytes=0)
+        device = torch.device("cpu")
+        self.arena = Arena(self.agent, LAYOUT, memory, device, self.cycle)
+
+    def stage(self, version: int) -> None:
+        self.arena.begin(self.live.processed)
+        self.arena.preserve(self.live)
+        for tensor in self.arena.staged:
+            tensor.fill_(version)
+
+    def install(self) -> None:
+        self.live.copy_from(self.arena.staged)
+        self.arena.installed()
+
+    def restore(self) -> None:
+        self.live.copy_from(self.arena.old)
+        self.arena.restored()
+
+
+def test_two_shadows_are_all_that_is_allocated_and_both_are_registered() -> None:
+    engine = Engine()
+
+    assert engine.cycle.counters() == CacheCounters(allocations=2, registrations=2)
+    registered = [region for (region,) in engine.agent.registered.values()]
+    assert registered == [
+        (shadow.buffer.bytes.data_ptr(), LAYOUT.nbytes)
+        for shadow in engine.arena.shadows
+    ]
+    engine.arena.close()
+    assert engine.agent.registered == {}
+
+
+def test_a_shadow_has_its_parameters_in_order_and_begins_with_zeros() -> None:
+    (shadow, _) = Engine().arena.shadows
+
+    assert [tuple(t.shape) for t in shadow.staged] == [(3,), (2, 2)]
+    assert list(shadow.by_name) == ["plain", "packed"]
+    assert shadow.by_name["packed"] is shadow.staged[1]
+    assert shadow.by_name["packed"].dtype == torch.bfloat16
+    assert not shadow.buffer.bytes.any()
+    shadow.by_name["packed"].view(torch.uint8).fill_(1)
+    assert shadow.buffer.bytes.nonzero().flatten().tolist() == list(range(256, 264))
+
+
+def test_versions_take_turns_and_the_one_before_is_the_way_back() -> None:
+    engine = Engine()
+    for version in range(1, 5):
+        engine.stage(version)
+        assert _version(engine.arena.staged) == version
+        assert _version(engine.arena.old) == version - 1
+        engine.install()
+        assert engine.live.version == version
+        assert _version(engine.arena.old) == version - 1
+
+
+def test_a_version_that_is_not_installed_does_not_touch_the_live_one() -> None:
+    engine = Engine()
+    engine.stage(1)
+    engine.install()
+    for version in (2, 3, 4):
+        engine.stage(version)
+        assert _version(engine.arena.old) == 1
+    engine.install()
+    engine.restore()
+
+    assert engine.live.version == 1
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_restored_version_is_the_way_back_again(first: int) -> None:
+    """Also right after the start, where it is no version of a trainer."""
+    engine = Engine()
+    for version in range(1, first):
+        engine.stage(version)
+        engine.install()
+    for version in (7, 8):
+        engine.stage(version)
+        engine.install()
+        engine.restore()
+        assert engine.live.version == first - 1
+    engine.stage(9)
+    engine.install()
+
+    assert engine.live.version == 9
+    assert _version(engine.arena.old) == first - 1
+
+
+def test_an_install_is_repeated_after_a_restore() -> None:
+    engine = Engine()
+    engine.stage(1)
+    engine.install()
+    engine.restore()
+    engine.install()
+
+    assert engine.live.version == 1
+    engine.stage(2)
+    assert _version(engine.arena.old) == 1
+
+
+def test_what_the_engine_cannot_give_back_has_a_way_back_from_the_second_version() -> (
+    None
+):
+    engine = Engine("packed")
+    engine.stage(1)
+    assert engine.arena.old is None
+    engine.install()
+    assert engine.arena.old is None
+    engine.stage(2)
+    assert _version(engine.arena.old) == 1
+    engine.install()
+    engine.restore()
+
+    assert engine.live.version == 1
+
+
+def test_a_first_version_that_is_given_up_leaves_no_way_back_for_the_next() -> None:
+    """Nor does its shadow pass for the live one."""
+    engine = Engine("packed")
+    engine.stage(1)
+    engine.stage(2)
+
+    assert engine.arena.old is None
+    assert _version(engine.arena.staged) == 2
