@@ -143,7 +143,7 @@ async def test_a_warm_publication_builds_nothing(
     assert publisher.manifest is manifest
     assert publisher.counters == PublisherCounters(
         registrations=1,
-        fingerprint_plans=2,
+        fingerprint_batches=2,
         manifests_built=1,
         manifests_sent=0,
         published=6,

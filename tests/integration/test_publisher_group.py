@@ -219,7 +219,7 @@ async def test_fsdp_ranks_publish_what_each_of_them_has(
         rank.order("counters")
         assert await hear(rank, "counters") == {
             "registrations": 1,
-            "fingerprint_plans": 2,
+            "fingerprint_batches": 2,
             "manifests_built": built,
             "manifests_sent": built,
             "published": 3,

@@ -42,13 +42,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import torch
 import uvloop
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
-from dynamo.refit.fingerprint import Part
+from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import (
     AwaitGroup,
@@ -112,7 +111,7 @@ class PublisherCounters:
     """
 
     registrations: int
-    fingerprint_plans: int
+    fingerprint_batches: int
     manifests_built: int
     manifests_sent: int
     published: int
@@ -215,7 +214,7 @@ class WeightPublisher:
         self._agent: NixlAgent | None = None
         self._registration: Registration | None = None
         self._registrations = 0
-        self._plans: dict[int, list[Part]] = {}
+        self._batches: dict[int, Batch] = {}
         self._turn = 0
         self._in_slot: dict[int, PublishedVersion] = {}
         self._open: set[PublishedVersion] = set()
@@ -244,7 +243,7 @@ class WeightPublisher:
         lead = self._seat if isinstance(self._seat, Lead) else None
         return PublisherCounters(
             registrations=self._registrations,
-            fingerprint_plans=len(self._plans),
+            fingerprint_batches=len(self._batches),
             manifests_built=lead.manifests_built if lead else 0,
             manifests_sent=lead.manifests_sent if lead else 0,
             published=self._turn,
@@ -363,13 +362,14 @@ class WeightPublisher:
 
     def _fingerprint(self) -> None:
         """Report each version that was written, in turn, with its fingerprints."""
+        if self._buffers.device.type == "cuda":
+            torch.cuda.set_device(self._buffers.device)
         while (published := self._due.get()) is not None:
             # Its bytes are another version's by now, and rank 0 knows it.
             if self._closing or self._in_slot[published.slot] is not published:
                 continue
             try:
-                plan = self._plan(published.slot)
-                folded = np.array([part.fold() for part in plan], dtype="<u8")
+                folded = self._batch(published.slot).fold()
             # A thread's outermost line: the cause goes to every rank's handle.
             except Exception as error:
                 logger.exception("version %d: no fingerprints", published.version)
@@ -378,20 +378,21 @@ class WeightPublisher:
             written = Written(
                 member=self._name,
                 announcement=published.announcement,
-                fingerprints=folded.tobytes(),
+                fingerprints=folded.astype("<u8").tobytes(),
             )
             self._report(published, written)
 
-    def _plan(self, slot: int) -> list[Part]:
-        """The parts of each of this rank's blocks in ``slot``, built once."""
-        if slot not in self._plans:
+    def _batch(self, slot: int) -> Batch:
+        """The fingerprints of this rank's blocks in ``slot``; built once."""
+        if slot not in self._batches:
             views = iter(self._buffers.views(slot))
-            self._plans[slot] = [
+            parts = [
                 Part(next(views), shard.box, entry.shape)
                 for entry in self._buffers.entries
                 for shard in entry.shards
             ]
-        return self._plans[slot]
+            self._batches[slot] = Batch(parts)
+        return self._batches[slot]
 
     def _give_up(self, published: PublishedVersion, error: Exception) -> None:
         failure = failure_from(
