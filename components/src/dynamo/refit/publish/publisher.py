@@ -38,8 +38,8 @@ import queue
 import threading
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -47,8 +47,7 @@ import uvloop
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
-from dynamo.refit.fingerprint import Batch, Part
-from dynamo.refit.manifest import Manifest, Source
+from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     AwaitGroup,
     AwaitRelease,
@@ -56,7 +55,6 @@ from dynamo.refit.protocol import (
     GroupRequest,
     InFlightPolicy,
     Join,
-    ReleaseOutcome,
     TakeSlot,
     Waiting,
     WriteFailed,
@@ -64,17 +62,11 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.publish.follower import Follower
 from dynamo.refit.publish.group import Group
+from dynamo.refit.publish.handle import PublishedVersion, Release
 from dynamo.refit.publish.lead import Lead
-from dynamo.refit.publish.merge import RankPart
+from dynamo.refit.publish.memory import Mode, RankMemory
 from dynamo.refit.publish.shard import LocalShard
-from dynamo.refit.publish.torch_state import (
-    InPlaceBuffers,
-    NoBuffers,
-    SnapshotBuffers,
-    local_shards,
-)
 from dynamo.refit.rpc import runtime_from_environment
-from dynamo.refit.transport.nixl import NixlAgent, Registration, memory_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +78,6 @@ START_SECONDS = 60.0
 
 #: How long rank 0 is asked to wait before it says that nothing has changed.
 WAIT_SECONDS = 5.0
-
-SNAPSHOT_SLOTS = 2
-
-
-@dataclass(frozen=True)
-class Release:
-    """How a version's publication ended, as the coordinator says it.
-
-    Without the coordinator: ``superseded`` by a later version in its buffer, or
-    ``failed`` since a rank's memory is gone.
-    """
-
-    outcome: ReleaseOutcome
-    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,43 +93,6 @@ class PublisherCounters:
     manifests_built: int
     manifests_sent: int
     published: int
-
-
-@dataclass(eq=False)
-class PublishedVersion:
-    """One call of :meth:`WeightPublisher.publish`."""
-
-    version: int
-    announcement: str
-    slot: int
-    _released: concurrent.futures.Future = field(
-        default_factory=concurrent.futures.Future
-    )
-
-    async def released(self) -> Release:
-        """Wait until nobody reads this version's bytes any more.
-
-        Ends alike on all ranks. With ``in_place`` the tensors may be written again
-        after this, whether it returns or raises.
-
-        Raises:
-            SourceLost: a rank has not written it in time, or rank 0 is gone, or this
-                publisher was closed.
-            FingerprintMismatch: two ranks hold different bytes of the same block.
-        """
-        return await asyncio.shield(asyncio.wrap_future(self._released))
-
-    def wait(self, timeout: float | None = None) -> Release:
-        """As :meth:`released`, blocking; raises TimeoutError after ``timeout`` s."""
-        return self._released.result(timeout)
-
-    def _end(self, end: Release | BaseException) -> None:
-        if self._released.done():
-            return
-        if isinstance(end, BaseException):
-            self._released.set_exception(end)
-        else:
-            self._released.set_result(end)
 
 
 class WeightPublisher:
@@ -193,7 +134,7 @@ class WeightPublisher:
         model: str,
         tensors: Mapping[str, torch.Tensor] | Sequence[LocalShard],
         *,
-        mode: Literal["snapshot", "in_place"] = "snapshot",
+        mode: Mode = "snapshot",
         namespace: str | None = None,
         component: str = "trainer",
         rank: int = 0,
@@ -210,11 +151,9 @@ class WeightPublisher:
         self._ready_seconds = ready_seconds
         self._name = f"{component}-{rank}-{uuid.uuid4().hex[:12]}"
         self._group = group or _group_of_environment(world_size, self._name)
-        self._buffers = _buffers(tensors, mode, world_size)
-        self._agent: NixlAgent | None = None
-        self._registration: Registration | None = None
-        self._registrations = 0
-        self._batches: dict[int, Batch] = {}
+        self._memory = RankMemory(
+            self._name, tensors, mode, may_be_empty=world_size > 1
+        )
         self._turn = 0
         self._in_slot: dict[int, PublishedVersion] = {}
         self._open: set[PublishedVersion] = set()
@@ -222,13 +161,6 @@ class WeightPublisher:
         self._closing = False
         self._stopped = threading.Event()
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._part = RankPart(
-            model=model,
-            mode=mode,
-            slots=self._buffers.slots,
-            tensors=tuple(self._buffers.entries),
-            source=self._register(),
-        )
         self._start()
 
     @property
@@ -242,8 +174,8 @@ class WeightPublisher:
         """What was built and sent since this publisher was made."""
         lead = self._seat if isinstance(self._seat, Lead) else None
         return PublisherCounters(
-            registrations=self._registrations,
-            fingerprint_batches=len(self._batches),
+            registrations=self._memory.registrations,
+            fingerprint_batches=self._memory.batches,
             manifests_built=lead.manifests_built if lead else 0,
             manifests_sent=lead.manifests_sent if lead else 0,
             published=self._turn,
@@ -281,7 +213,7 @@ class WeightPublisher:
         self._open.add(published)
         self._on_loop(self._follow(published))
         try:
-            self._buffers.write(taken.slot)
+            self._memory.write(taken.slot)
         except Exception as error:
             self._give_up(published, error)
             raise
@@ -302,9 +234,7 @@ class WeightPublisher:
         self._stopped.set()
         for thread in self._threads[1:]:
             thread.join(START_SECONDS)
-        if self._registration is not None:
-            self._agent.deregister(self._registration)
-            self._registration = None
+        self._memory.close()
 
     def __enter__(self) -> WeightPublisher:
         return self
@@ -313,24 +243,6 @@ class WeightPublisher:
         self.close()
 
     # --- set-up ---------------------------------------------------------------
-
-    def _register(self) -> Source | None:
-        regions = [
-            (r.address, r.nbytes) for slot in self._buffers.regions for r in slot
-        ]
-        if not regions:
-            return None
-        memory, number = memory_of(self._buffers.device)
-        self._agent = NixlAgent(self._name)
-        self._registration = self._agent.register(regions, memory, number)
-        self._registrations += 1
-        return Source(
-            agent=self._name,
-            metadata=self._agent.metadata(),
-            memory=memory,
-            device=number,
-            slots=self._buffers.regions,
-        )
 
     def _start(self) -> None:
         """Start the threads; returns when all ranks have joined."""
@@ -355,21 +267,18 @@ class WeightPublisher:
 
     def _progress(self) -> None:
         while not self._stopped.wait(PROGRESS_SECONDS):
-            if self._agent is not None:
-                self._agent.progress()
+            self._memory.progress()
 
     # --- the fingerprints' thread ---------------------------------------------
 
     def _fingerprint(self) -> None:
         """Report each version that was written, in turn, with its fingerprints."""
-        if self._buffers.device.type == "cuda":
-            torch.cuda.set_device(self._buffers.device)
         while (published := self._due.get()) is not None:
             # Its bytes are another version's by now, and rank 0 knows it.
             if self._closing or self._in_slot[published.slot] is not published:
                 continue
             try:
-                folded = self._batch(published.slot).fold()
+                folded = self._memory.fold(published.slot)
             # A thread's outermost line: the cause goes to every rank's handle.
             except Exception as error:
                 logger.exception("version %d: no fingerprints", published.version)
@@ -381,18 +290,6 @@ class WeightPublisher:
                 fingerprints=folded.astype("<u8").tobytes(),
             )
             self._report(published, written)
-
-    def _batch(self, slot: int) -> Batch:
-        """The fingerprints of this rank's blocks in ``slot``; built once."""
-        if slot not in self._batches:
-            views = iter(self._buffers.views(slot))
-            parts = [
-                Part(next(views), shard.box, entry.shape)
-                for entry in self._buffers.entries
-                for shard in entry.shards
-            ]
-            self._batches[slot] = Batch(parts)
-        return self._batches[slot]
 
     def _give_up(self, published: PublishedVersion, error: Exception) -> None:
         failure = failure_from(
@@ -410,7 +307,7 @@ class WeightPublisher:
         try:
             self._on_loop(self._tell(published, report))
         except SourceLost as error:
-            published._end(error)
+            published.end(error)
 
     # --- the event loop's side ------------------------------------------------
 
@@ -442,7 +339,7 @@ class WeightPublisher:
             logger.error("the publisher's event loop ended", exc_info=cause)
         closed = SourceLost("the publisher was closed before the release")
         for published in list(self._open):
-            published._end(closed)
+            published.end(closed)
 
     async def _main(self) -> None:
         self._main_task = asyncio.current_task()
@@ -465,7 +362,7 @@ class WeightPublisher:
             self._group,
             self._name,
             world_size=self.world_size,
-            slots=self._buffers.slots,
+            slots=self._memory.slots,
             in_place=self._mode == "in_place",
             ready_seconds=self._ready_seconds,
         )
@@ -478,7 +375,7 @@ class WeightPublisher:
             member=self._name,
             rank=self.rank,
             world_size=self.world_size,
-            part=msgspec.msgpack.encode(self._part),
+            part=msgspec.msgpack.encode(self._memory.part(self.model)),
         )
         await self._seat.join(request, START_SECONDS)
         deadline = self._loop.time() + START_SECONDS
@@ -497,7 +394,7 @@ class WeightPublisher:
             await self._seat.ask(report)
         # A task's outermost line: the handle must not wait for what is lost.
         except Exception as error:
-            published._end(error)
+            published.end(error)
 
     async def _follow(self, published: PublishedVersion) -> None:
         """End the handle when rank 0 says so, or is gone."""
@@ -509,23 +406,11 @@ class WeightPublisher:
         try:
             while isinstance(reply := await self._seat.ask(waiting), Waiting):
                 pass
-            published._end(Release(reply.outcome, reply.detail))
+            published.end(Release(reply.outcome, reply.detail))
         # A task's outermost line: a handle never hangs.
         except Exception as error:
-            published._end(error)
+            published.end(error)
         self._open.discard(published)
-
-
-def _buffers(
-    tensors: Mapping[str, torch.Tensor] | Sequence[LocalShard],
-    mode: str,
-    world_size: int,
-) -> InPlaceBuffers | SnapshotBuffers | NoBuffers:
-    shards = local_shards(tensors) if isinstance(tensors, Mapping) else tensors
-    in_place = mode == "in_place"
-    if not shards and world_size > 1:
-        return NoBuffers(InPlaceBuffers.slots if in_place else SNAPSHOT_SLOTS)
-    return InPlaceBuffers(shards) if in_place else SnapshotBuffers(shards)
 
 
 def _group_of_environment(world_size: int, name: str) -> str:
