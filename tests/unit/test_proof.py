@@ -286,6 +286,19 @@ def test_a_replica_counts_once_however_many_ranks_read_it() -> None:
     held_by([(8,)], reads).check()
 
 
+@pytest.mark.parametrize("wrong", [(), (0,), (1,), (0, 1)])
+def test_a_rank_may_read_a_block_twice(wrong: tuple[int, ...]) -> None:
+    """Tied weights: one tensor goes into two parameters."""
+    held = held_by([(8,)], [[(0, WHOLE), (0, WHOLE)]])
+    for number in wrong:
+        held.parts[0][number] ^= np.uint64(1)
+    if wrong:
+        caught = mismatch(held)
+        assert (caught.tensor, caught.rank) == ("t0", 0)
+    else:
+        held.check()
+
+
 def test_a_tensor_that_nobody_reads_is_named() -> None:
     held = held_by([(4, 4), (8,)], [[(0, ROWS[0])], [(0, ROWS[1])]])
     assert layout_refused(held) == (

@@ -1,0 +1,300 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Which staging mode fits into which memory, with the numbers of the refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo.refit.errors import MemoryShort
+from dynamo.refit.protocol import MemoryUse, StagingMode
+from dynamo.refit.rank import memory
+from dynamo.refit.rank.memory import HEADROOM, FreeMemory, choose, free_memory
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+GIB = 1 << 30
+
+#: A rank's parameters and its scratch, in bytes.
+ARENA = 8 * GIB
+SCRATCH = GIB // 4
+
+#: What each mode takes, ``(device, host)``, of a GPU's rank and of a CPU's.
+ON_GPU = {
+    "device": (ARENA + SCRATCH, ARENA),
+    "host": (0, 2 * ARENA + SCRATCH),
+    "direct": (SCRATCH, 0),
+}
+ON_CPU = {
+    "device": (0, 2 * ARENA + SCRATCH),
+    "host": (0, 2 * ARENA + SCRATCH),
+    "direct": (0, SCRATCH),
+}
+MODES = list(ON_GPU)
+
+
+def chosen(
+    wanted: str, device: int | None, host: int, held: MemoryUse | None = None
+) -> MemoryUse:
+    free = FreeMemory(device, host)
+    return choose(wanted, arena=ARENA, scratch=SCRATCH, free=free, held=held)
+
+
+def use(mode: StagingMode, sizes: dict[str, tuple[int, int]] = ON_GPU) -> MemoryUse:
+    device, host = sizes[mode]
+    return MemoryUse(mode=mode, device_nbytes=device, host_nbytes=host)
+
+
+# --- a mode that is asked for -------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_fits_to_the_byte_on_a_gpu(mode: StagingMode) -> None:
+    device, host = ON_GPU[mode]
+    assert chosen(mode, device, host) == use(mode)
+    for less in [(device - 1, host), (device, host - 1)]:
+        if min(less) >= 0:
+            with pytest.raises(MemoryShort):
+                chosen(mode, *less)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_fits_to_the_byte_on_a_cpu(mode: StagingMode) -> None:
+    """Shadow, copy and scratch are all host memory there."""
+    _, host = ON_CPU[mode]
+    assert chosen(mode, None, host) == use(mode, ON_CPU)
+    with pytest.raises(MemoryShort):
+        chosen(mode, None, host - 1)
+
+
+def test_a_mode_that_is_asked_for_is_not_replaced() -> None:
+    with pytest.raises(MemoryShort) as caught:
+        chosen("device", 0, 1000 * GIB)
+    assert str(caught.value) == (
+        "device takes 8.25 GiB of device and 8.00 GiB of host memory; 0.00 GiB of "
+        "device and 1000.00 GiB of host memory are free: give vLLM less KV cache or "
+        "the host more memory"
+    )
+
+
+# --- auto ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "mode"),
+    [
+        (ARENA + SCRATCH, ARENA, "device"),
+        (1000 * GIB, 1000 * GIB, "device"),
+        # No room for the shadow on the device, or for the copy beside it.
+        (ARENA + SCRATCH - 1, 2 * ARENA + SCRATCH, "host"),
+        (0, 2 * ARENA + SCRATCH, "host"),
+        (1000 * GIB, ARENA - 1, "direct"),
+        (ARENA, 2 * ARENA + SCRATCH - 1, "direct"),
+        (SCRATCH, 0, "direct"),
+    ],
+)
+def test_auto_takes_the_first_that_fits_on_a_gpu(
+    device: int, host: int, mode: StagingMode
+) -> None:
+    assert chosen("auto", device, host) == use(mode)
+
+
+@pytest.mark.parametrize(
+    ("host", "mode"),
+    [
+        (2 * ARENA + SCRATCH, "device"),
+        (2 * ARENA + SCRATCH - 1, "direct"),
+        (SCRATCH, "direct"),
+    ],
+)
+def test_auto_takes_the_first_that_fits_on_a_cpu(host: int, mode: StagingMode) -> None:
+    assert chosen("auto", None, host) == use(mode, ON_CPU)
+
+
+def test_where_nothing_fits_every_mode_is_told_with_its_numbers() -> None:
+    with pytest.raises(MemoryShort) as caught:
+        chosen("auto", SCRATCH - 1, 2 * GIB)
+    assert str(caught.value) == (
+        "device takes 8.25 GiB of device and 8.00 GiB of host memory; "
+        "host takes 0.00 GiB of device and 16.25 GiB of host memory; "
+        "direct takes 0.25 GiB of device and 0.00 GiB of host memory; "
+        "0.25 GiB of device and 2.00 GiB of host memory are free: give vLLM less KV "
+        "cache or the host more memory"
+    )
+
+
+def test_on_a_cpu_nothing_is_said_of_a_device_s_free_memory() -> None:
+    with pytest.raises(MemoryShort) as caught:
+        chosen("auto", None, 0)
+    assert str(caught.value) == (
+        "device takes 0.00 GiB of device and 16.25 GiB of host memory; "
+        "host takes 0.00 GiB of device and 16.25 GiB of host memory; "
+        "direct takes 0.00 GiB of device and 0.25 GiB of host memory; "
+        "0.00 GiB of host memory are free: give vLLM less KV cache or the host more "
+        "memory"
+    )
+
+
+# --- what is held already -----------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_held_needs_no_room_again(mode: StagingMode) -> None:
+    """A rank that stages already plans anew: nothing more is taken."""
+    assert chosen(mode, 0, 0, held=use(mode)) == use(mode)
+    assert chosen(mode, None, 0, held=use(mode, ON_CPU)) == use(mode, ON_CPU)
+
+
+@pytest.mark.parametrize("missing", [1, SCRATCH, ARENA])
+def test_what_is_held_counts_as_far_as_it_goes(missing: int) -> None:
+    """The use is the whole of it; only the rest must be free."""
+    held = MemoryUse(
+        mode="device",
+        device_nbytes=ARENA + SCRATCH - missing,
+        host_nbytes=ARENA - missing,
+    )
+    assert chosen("device", missing, missing, held) == use("device")
+    for device, host in [(missing - 1, missing), (missing, missing - 1)]:
+        with pytest.raises(MemoryShort, match=r"device takes 8\.25 GiB"):
+            chosen("device", device, host, held)
+
+
+def test_memory_of_one_side_does_not_make_up_for_the_other() -> None:
+    held = use("device")
+    with pytest.raises(MemoryShort):
+        chosen("host", 1000 * GIB, ARENA + SCRATCH - 1, held)
+    assert chosen("host", 0, ARENA + SCRATCH, held) == use("host")
+
+
+SIZES = st.integers(0, 64 * GIB)
+
+
+@given(
+    arena=SIZES, scratch=SIZES, device=st.none() | SIZES, host=SIZES, wanted=st.data()
+)
+def test_what_is_chosen_fits_and_is_the_first_that_does(
+    arena: int, scratch: int, device: int | None, host: int, wanted: st.DataObject
+) -> None:
+    mode = wanted.draw(st.sampled_from(["auto", *MODES]))
+    candidates = MODES if mode == "auto" else [mode]
+    free = FreeMemory(device, host)
+
+    def fits(candidate: str) -> bool:
+        try:
+            choose(candidate, arena=arena, scratch=scratch, free=free)
+        except MemoryShort:
+            return False
+        return True
+
+    able = [candidate for candidate in candidates if fits(candidate)]
+    if not able:
+        with pytest.raises(MemoryShort):
+            choose(mode, arena=arena, scratch=scratch, free=free)
+        return
+    taken = choose(mode, arena=arena, scratch=scratch, free=free)
+    assert taken.mode == able[0]
+    assert taken.host_nbytes <= host
+    assert taken.device_nbytes <= (device or 0)
+    total = taken.device_nbytes + taken.host_nbytes
+    assert total == scratch + (0 if taken.mode == "direct" else 2 * arena)
+
+
+# --- what is free -------------------------------------------------------------
+
+
+def cgroup(
+    root: Path, limit: str, current: int, stat: str = "anon 5\ninactive_file 0\n"
+) -> Path:
+    (root / "memory.max").write_text(f"{limit}\n")
+    (root / "memory.current").write_text(f"{current}\n")
+    (root / "memory.stat").write_text(stat)
+    return root
+
+
+def test_room_in_a_container_is_its_limit_less_its_use(tmp_path: Path) -> None:
+    assert memory._cgroup_room(cgroup(tmp_path, str(4 * GIB), GIB)) == 3 * GIB
+
+
+def test_a_container_s_cached_files_are_room(tmp_path: Path) -> None:
+    stat = f"anon 7\nfile 9\ninactive_anon 3\ninactive_file {GIB}\nactive_file 4\n"
+    root = cgroup(tmp_path, str(4 * GIB), 3 * GIB, stat)
+    assert memory._cgroup_room(root) == 2 * GIB
+
+
+def test_a_container_without_a_limit_has_no_room_of_its_own(tmp_path: Path) -> None:
+    assert memory._cgroup_room(cgroup(tmp_path, "max", GIB)) is None
+
+
+def test_a_stat_without_cached_files_is_read(tmp_path: Path) -> None:
+    assert memory._cgroup_room(cgroup(tmp_path, "100", 40, "anon 5\n")) == 60
+    assert memory._cgroup_room(cgroup(tmp_path, "100", 40, "")) == 60
+
+
+def test_a_container_above_its_limit_has_less_than_nothing(tmp_path: Path) -> None:
+    assert memory._cgroup_room(cgroup(tmp_path, "100", 140)) == -40
+
+
+@pytest.mark.parametrize("gone", ["memory.max", "memory.current", "memory.stat"])
+def test_without_its_files_there_is_no_limit(tmp_path: Path, gone: str) -> None:
+    """At the root of the hierarchy, or with version 1."""
+    (cgroup(tmp_path, "100", 40) / gone).unlink()
+    assert memory._cgroup_room(tmp_path) is None
+    assert memory._cgroup_room(tmp_path / "not there") is None
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with 10 GiB available; its container's files go into the result."""
+    available = SimpleNamespace(available=10 * GIB)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    return tmp_path
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_the_host_s_memory_but_for_some_headroom(
+    host: Path, ranks: int
+) -> None:
+    room = (10 * GIB - HEADROOM) // ranks
+    assert free_memory(CPU, ranks) == FreeMemory(None, room)
+
+
+def test_the_smaller_of_machine_and_container_counts(host: Path) -> None:
+    cgroup(host, str(4 * GIB), GIB)
+    assert free_memory(CPU, 1) == FreeMemory(None, 3 * GIB - HEADROOM)
+    cgroup(host, str(40 * GIB), GIB)
+    assert free_memory(CPU, 1) == FreeMemory(None, 10 * GIB - HEADROOM)
+
+
+def test_less_than_the_headroom_is_nothing(host: Path) -> None:
+    cgroup(host, str(GIB), GIB - HEADROOM + 1)
+    assert free_memory(CPU, 2) == FreeMemory(None, 0)
+    cgroup(host, "100", 140)
+    assert free_memory(CPU, 2) == FreeMemory(None, 0)
+
+
+def test_a_gpu_s_free_memory_is_not_shared(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 1)
+    asked = []
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return 6 * GIB, 80 * GIB
+
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", mem_get_info)
+    room = (10 * GIB - HEADROOM) // 4
+    assert free_memory(gpu, 4) == FreeMemory(6 * GIB - HEADROOM, room)
+    assert asked == [gpu]
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda _: (1, 80 * GIB))
+    assert free_memory(gpu, 4) == FreeMemory(0, room)
