@@ -72,7 +72,7 @@ class Session:
         ]
         #: The local work of the shadow that was pulled into last.
         self._current = self._works[0]
-        self.live_parts = LiveParts(plan.pieces, live, converted=arena is not None)
+        self.live_parts = LiveParts(plan.pieces, live)
 
     @property
     def addressed_to(self) -> str | None:
@@ -204,25 +204,17 @@ class LiveParts:
     Args:
         pieces: the boxes that make the parameters up.
         live: the parameters whose layout can be compared, by name.
-        converted: compare pieces of another dtype, too.
     """
 
     def __init__(
-        self,
-        pieces: Sequence[Piece],
-        live: Mapping[str, torch.Tensor],
-        *,
-        converted: bool,
+        self, pieces: Sequence[Piece], live: Mapping[str, torch.Tensor]
     ) -> None:
         self._chosen = [
-            number
-            for number, piece in enumerate(pieces)
-            if piece.parameter in live and (converted or not piece.converts)
+            number for number, piece in enumerate(pieces) if piece.parameter in live
         ]
         self._names = [pieces[number].parameter for number in self._chosen]
-        left_out = set(range(len(pieces))).difference(self._chosen)
-        #: Parameters that are not compared, or not as a whole.
-        self.unchecked = len({pieces[number].parameter for number in left_out})
+        #: Parameters that are not compared.
+        self.unchecked = len({piece.parameter for piece in pieces}.difference(live))
         parts = []
         for number in self._chosen:
             piece = pieces[number]
