@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import Stage, Staged
+from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.extension import RefitRank, RefitWorkerExtension
-from dynamo.refit.rank.session import Limit
 from dynamo.refit.rank.stager import RankStager
 
 
@@ -33,9 +33,9 @@ class FaultyStager(RankStager):
         self._obey("stage")
         return super().stage(request, manifest, limit)
 
-    def install(self, version: int) -> float:
+    def install(self, version: int, limit: Limit) -> float:
         self._obey("install")
-        ms = super().install(version)
+        ms = super().install(version, limit)
         self._obey("after_install")
         return ms
 

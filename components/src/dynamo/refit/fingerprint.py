@@ -235,7 +235,7 @@ def _halves(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     return low, (weights >> np.uint64(32)).astype(np.uint32)
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _fold_rows(words, offsets, row_weights, low, high):
     """Sum of ``row_weights[i] * (low + 2^32 high) . words[offsets[i]:]``.
 
@@ -266,7 +266,7 @@ def _fold_rows(words, offsets, row_weights, low, high):
     return total
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _copy_and_fold_rows(words, offsets, target, target_offsets, row_weights, low, high):
     """As :func:`_fold_rows`, with every row copied to ``target`` on the way."""
     columns = len(low)

@@ -376,4 +376,7 @@ class RankStager:
 
 def _warm_up_fingerprints() -> None:
     """Have the fingerprint compiled before the first version comes."""
-    Part(torch.zeros(2, 2), ((0, 2), (0, 2)), (2, 2)).fold()
+    words, box = torch.zeros(2, 2), ((0, 2), (0, 2))
+    part = Part(words, box, (2, 2), copy_to=torch.zeros(2, 2))
+    part.fold()
+    part.copy_and_fold()
