@@ -238,7 +238,7 @@ def _fingerprint(manifest: Manifest, held: Bytes) -> str:
 
 
 def _vote(nbytes: int, began: float) -> RankVote:
-    steps = "lead plan allocate register prepare pull fingerprint backup".split()
+    steps = "lead plan allocate register prepare pull wire fingerprint backup".split()
     timings = StageTimings(
         started_at=began,
         finished_at=time.time(),

@@ -69,6 +69,7 @@ VOTE = RankVote(
         register_ms=2.0,
         prepare_ms=3.0,
         pull_ms=4.0,
+        wire_ms=3.5,
         fingerprint_ms=4.5,
         backup_ms=5.0,
     ),

@@ -243,6 +243,28 @@ def test_a_pull_of_nothing_ends_at_once() -> None:
     pipeline.join()
 
 
+def test_the_wire_is_timed_from_the_first_post_to_the_last_arrival(
+    thread: ThreadPoolExecutor,
+) -> None:
+    """What follows the arrivals is not part of it."""
+    follower = FakeFollower()
+    pipeline = new(follower)
+    assert pipeline.wire_seconds == 0.0
+    read = FakeRead()
+    pipeline.post(0, None, [read])
+    assert pipeline.wire_seconds == 0.0
+    drained = thread.submit(pipeline.drain)
+    assert still_blocked(drained)
+    read.arrive()
+    until(lambda: follower.given == [0])
+    taken = pipeline.wire_seconds
+    assert MOMENT <= taken < PATIENCE
+    assert still_blocked(drained)
+    follower.work()
+    drained.result(PATIENCE)
+    assert pipeline.wire_seconds == taken
+
+
 # --- through scratch ----------------------------------------------------------
 
 

@@ -313,6 +313,7 @@ def test_a_warm_pull_builds_nothing(follower: Submit) -> None:
         rank.pull(slot, follower, cycle=warm)
         assert warm.counters() == CacheCounters()
         assert warm.timings().lead_ms > 0
+        assert warm.timings().wire_ms > 0
         assert warm.timings().fingerprint_ms > 0
         rank.install()
     assert len(rank.agent.prepared) == 4 * segments

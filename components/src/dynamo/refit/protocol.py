@@ -69,7 +69,8 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
 class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one rank's stage, and when it ran (Unix seconds).
 
-    ``lead_ms`` is from the request's arrival in the rank to its first posted read.
+    ``lead_ms`` is from the request's arrival in the rank to its first posted read, and
+    ``wire_ms``, a part of ``pull_ms``, from there until all bytes are there.
     ``fingerprint_ms`` and ``backup_ms`` are work beside the pull, not after it.
     """
 
@@ -81,6 +82,7 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
     register_ms: float
     prepare_ms: float
     pull_ms: float
+    wire_ms: float
     fingerprint_ms: float
     backup_ms: float
 

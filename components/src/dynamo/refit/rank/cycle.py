@@ -21,6 +21,7 @@ STEPS = (
     "register",
     "prepare",
     "pull",
+    "wire",
     "fingerprint",
     "backup",
 )
@@ -62,9 +63,11 @@ class Cycle:
         try:
             yield
         finally:
-            elapsed = (time.perf_counter() - began) * 1e3
-            with self._lock:
-                self.ms[step] += elapsed
+            self.add(step, time.perf_counter() - began)
+
+    def add(self, step: str, seconds: float) -> None:
+        with self._lock:
+            self.ms[step] += seconds * 1e3
 
     def first_read(self) -> None:
         """To be called before each post; the first one ends the lead."""

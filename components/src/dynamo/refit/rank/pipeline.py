@@ -54,6 +54,15 @@ class Pipeline:
         self._flights: deque[_Flight] = deque()
         self._settled: list[Future] = []
         self._halves: dict[int, Future] = {}
+        self._first_post: float | None = None
+        self._last_arrival = 0.0
+
+    @property
+    def wire_seconds(self) -> float:
+        """From the first post until the last wave that has arrived was seen there."""
+        if self._first_post is None:
+            return 0.0
+        return max(0.0, self._last_arrival - self._first_post)
 
     def post(self, number: int, half: int | None, reads: list[Read]) -> None:
         """Start the reads of wave ``number``, which lands in ``half`` of scratch.
@@ -63,6 +72,8 @@ class Pipeline:
         self._limit.check("pulling")
         if half is not None:
             self._free(half)
+        if self._first_post is None:
+            self._first_post = time.perf_counter()
         for read in reads:
             read.post()
         self._flights.append(_Flight(number, half, reads))
@@ -96,6 +107,7 @@ class Pipeline:
 
     def _hand_on(self) -> None:
         flight = self._flights.popleft()
+        self._last_arrival = time.perf_counter()
         future = self._submit(self._settle, flight.number)
         self._settled.append(future)
         if flight.half is not None:

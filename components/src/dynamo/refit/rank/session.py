@@ -126,6 +126,7 @@ class Session:
         finally:
             # Whatever happened, nobody works on these buffers after this.
             pipeline.join()
+            cycle.add("wire", pipeline.wire_seconds)
         return np.concatenate([work.parts for work in self._current])
 
     def _settle(self, land: bool, cycle: Cycle, number: int) -> None:
