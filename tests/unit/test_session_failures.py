@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +15,7 @@ from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions
 from tests.support.fake_nixl import NEVER
-from tests.support.layouts import ROOMY
+from tests.support.layouts import ALWAYS_EXACT, ROOMY
 from tests.support.rank import Rank, bytes_of, layer
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -107,24 +107,51 @@ def test_a_source_that_does_not_answer_is_given_up_at_the_deadline(
     assert rank.session.poll_active()
 
 
-def test_local_work_that_fails_ends_the_pull_with_its_cause() -> None:
-    rank = layer("float32")
-    done = []
+@pytest.mark.parametrize("last", [False, True], ids=["midway", "last"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_local_work_that_fails_ends_the_pull_with_its_cause(
+    last: bool, dtype: str
+) -> None:
+    rank = layer(dtype)
+    waves = len(rank.session.plan.waves)
+    bad = waves - 1 if last else 3
+    futures: list[Future] = []
 
-    def fail(work, number: int) -> None:
-        if number == 3:
-            raise RuntimeError("no memory for wave 3")
+    def work_or_fail(work: Callable[[int], None], number: int) -> None:
+        if number == bad:
+            raise RuntimeError(f"no memory for wave {bad}")
         work(number)
-        done.append(number)
 
     with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(RuntimeError, match="no memory for wave 3"):
-            rank.pull(0, lambda work, number: pool.submit(fail, work, number))
-        # Nobody works on the buffers any more.
-        assert pool.submit(list, done).result() == done
+
+        def submit(*work) -> Future:
+            futures.append(pool.submit(work_or_fail, *work))
+            return futures[-1]
+
+        with pytest.raises(RuntimeError, match=f"no memory for wave {bad}"):
+            rank.pull(0, submit)
+        assert all(future.done() for future in futures)
     assert not rank.session.poll_active()
-    assert done[:3] == [0, 1, 2]
-    assert len(done) < len(rank.session.plan.waves)
+    assert bad < len(futures) <= waves
+
+
+def test_nobody_works_on_the_buffers_after_a_pull_has_failed() -> None:
+    """The local work is still at the first wave when a later read breaks off."""
+    rank = layer(costs=ALWAYS_EXACT)
+    rank.agent.broken.add("trainer-1")
+    futures: list[Future] = []
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def slowly(*work) -> Future:
+            pool.submit(time.sleep, 0.05)
+            futures.append(pool.submit(*work))
+            return futures[-1]
+
+        with pytest.raises(TransferFailed):
+            rank.pull(0, slowly)
+        assert futures
+        assert all(future.done() for future in futures)
 
 
 def _give_up(rank: Rank, submit: Submit) -> None:
