@@ -5,21 +5,29 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import math
 from types import SimpleNamespace
 
 import msgspec
+import numpy as np
+import torch
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from dynamo.refit.events import Event
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.fingerprint import Part, add_up, version_fingerprint
+from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
 from dynamo.refit.protocol import (
     Commit,
     Committed,
+    FingerprintsReply,
+    GetFingerprints,
     InFlightPolicy,
     ManifestReply,
     Message,
     Prepare,
     RankVote,
+    StagingChoice,
     Vote,
 )
 from dynamo.refit.worker.agent import RefitAgent
@@ -41,14 +49,52 @@ class FakeHandler:
         return {"status": "ok"}
 
 
+class SlotInMemory:
+    """The fingerprints of what lies in a slot of a manifest's sources, which are all
+    of this process and in its host memory."""
+
+    def __init__(self, manifest: Manifest, slot: int) -> None:
+        addresses = iter(manifest.shard_addresses(slot))
+        self._tensors = [
+            # Replicas of a block count once.
+            {
+                shard.box: _part_at(next(addresses), tensor, shard.box)
+                for shard in tensor.shards
+            }
+            for tensor in manifest.tensors
+        ]
+
+    def fold(self) -> np.ndarray:
+        """One uint64 per tensor; reads what is there now."""
+        sums = [
+            add_up([part.fold() for part in parts.values()]) for parts in self._tensors
+        ]
+        return np.array(sums, dtype="<u8")
+
+
+def _part_at(address: int, tensor: TensorEntry, box: tuple) -> Part:
+    shape = [stop - start for start, stop in box]
+    nbytes = math.prod(shape) * ITEMSIZE[tensor.dtype]
+    data = (ctypes.c_ubyte * nbytes).from_address(address)
+    flat = torch.frombuffer(data, dtype=getattr(torch, tensor.dtype))
+    return Part(flat.view(shape), box, tensor.shape)
+
+
 class FakeTrainers:
-    """Hands out a manifest without a trip over Dynamo, and counts."""
+    """Hands out a manifest without a trip over Dynamo, and counts how often; and the
+    fingerprints of one announcement."""
 
     def __init__(self) -> None:
         self.manifest: Manifest | None = None
         self.asked = 0
+        self.fingerprints: dict[str, np.ndarray] = {}
 
-    async def call(self, *_: object) -> Message:
+    async def call(
+        self, path: str, instance: int, request: Message, *_: object
+    ) -> Message:
+        if isinstance(request, GetFingerprints):
+            published = self.fingerprints[request.announcement]
+            return FingerprintsReply(payload=published.astype("<u8").tobytes())
         self.asked += 1
         return ManifestReply(payload=msgspec.msgpack.encode(self.manifest))
 
@@ -56,7 +102,7 @@ class FakeTrainers:
 class Replica:
     """An agent over a real engine, and the events it publishes."""
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, staging: StagingChoice = "auto") -> None:
         self.llm = llm
         self.events: list[Event] = []
         self.fenced = False
@@ -70,26 +116,50 @@ class Replica:
             self._fence,
             model="model",
             worker=1,
+            staging=staging,
         )
         self.version = 0
+        self._slots: dict[tuple[str, int], SlotInMemory] = {}
 
-    async def stage(self, manifest: Manifest, slot: int) -> tuple[RankVote, ...]:
-        """Prepare the next version from ``slot``; each rank's vote."""
+    async def stage(
+        self, manifest: Manifest, slot: int, fingerprints: np.ndarray | None = None
+    ) -> tuple[RankVote, ...]:
+        """Prepare the next version from ``slot``; each rank's vote.
+
+        ``fingerprints`` are those of the tensors that are published there; without
+        them they are taken from the slot, which must be in this process's memory.
+        """
         self.version += 1
+        announcement = f"a{self.version}"
+        published = fingerprints
+        if published is None:
+            published = await asyncio.to_thread(self._slot(manifest, slot).fold)
         self.trainers.manifest = manifest
+        self.trainers.fingerprints = {announcement: published}
         prepare = Prepare(
             version=self.version,
             epoch=1,
+            announcement=announcement,
             endpoint="-",
             instance=0,
             manifest=manifest.fingerprint(),
             slot=slot,
+            weights=version_fingerprint(published),
             stage_seconds=60,
             commit_seconds=60,
         )
         vote = await self.agent.answer(prepare)
         assert isinstance(vote, Vote), vote
+        assert vote.weights == prepare.weights
         return vote.ranks
+
+    def _slot(self, manifest: Manifest, slot: int) -> SlotInMemory:
+        """Its views are made once per manifest."""
+        key = manifest.fingerprint(), slot
+        if key not in self._slots:
+            self._slots = {k: v for k, v in self._slots.items() if k[0] == key[0]}
+            self._slots[key] = SlotInMemory(manifest, slot)
+        return self._slots[key]
 
     async def commit(self, in_flight: InFlightPolicy = "continue") -> Committed:
         commit = Commit(version=self.version, epoch=1, in_flight=in_flight)
@@ -97,8 +167,10 @@ class Replica:
         assert isinstance(committed, Committed), committed
         return committed
 
-    async def refit(self, manifest: Manifest, slot: int) -> tuple[RankVote, ...]:
-        votes = await self.stage(manifest, slot)
+    async def refit(
+        self, manifest: Manifest, slot: int, fingerprints: np.ndarray | None = None
+    ) -> tuple[RankVote, ...]:
+        votes = await self.stage(manifest, slot, fingerprints)
         await self.commit()
         return votes
 
