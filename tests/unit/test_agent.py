@@ -176,6 +176,8 @@ class FakeRank:
         self.wrong: dict[int, int] = {}
         self.direct = False
         self.unchecked = 0
+        #: It has planned anew, and reads in another order; it says so unasked.
+        self.reordered = False
 
     @property
     def job(self) -> int | None:
@@ -270,6 +272,8 @@ class FakeRank:
         for number, error in self.wrong.items():
             parts[number] = (int(parts[number]) + error) % 2**64
         reads = reads_of(self.rank) if request.want_reads else ()
+        if self.reordered:
+            parts, reads = parts[::-1], reads_of(self.rank)[::-1]
         return Staged(vote=vote_of(self.rank), parts=parts.tobytes(), reads=reads)
 
     def _install(self, request: Install) -> RankReply:
@@ -1139,6 +1143,21 @@ async def test_what_ranks_read_is_asked_again_after_a_refused_layout(
     bench.engine.ranks[1].rank = 1
     await bench.committed(6)
     assert [stage.want_reads for stage in bench.engine.asked(Stage)] == [True, True]
+    bench.assert_serving(6)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="BUG: Ranks.stage keeps a layout's Proof when a rank has built a cold "
+    "session of that layout, whose pieces may come in another order (a pull that was "
+    "given up with reads active, then auto staging in another mode)",
+)
+async def test_a_rank_that_plans_the_same_layout_anew_may_read_in_another_order(
+    bench: Bench,
+) -> None:
+    await bench.committed(5)
+    bench.engine.ranks[1].reordered = True
+    await bench.committed(6)
     bench.assert_serving(6)
 
 
