@@ -138,7 +138,7 @@ class FakeRead:
     ) -> None:
         self._agent = agent
         self._copies = copies
-        self._polls = 0
+        self.polls = 0
         self.peer = peer
         self.active = False
         self.released = False
@@ -146,14 +146,14 @@ class FakeRead:
     def post(self) -> bool:
         assert not self.released
         assert not self.active
-        self._polls, self.active = 0, True
+        self.polls, self.active = 0, True
         self._agent.peak = max(self._agent.peak, self._agent.active)
         return self._advance()
 
     def done(self) -> bool:
         if not self.active:
             return True
-        self._polls += 1
+        self.polls += 1
         return self._advance()
 
     def release(self) -> None:
@@ -163,7 +163,7 @@ class FakeRead:
         self.released = True
 
     def _advance(self) -> bool:
-        if self._polls < self._agent.late:
+        if self.polls < self._agent.late:
             return False
         self.active = False
         if self.peer in self._agent.broken:

@@ -160,6 +160,17 @@ def _give_up(rank: Rank, submit: Submit) -> None:
         rank.pull(0, submit, limit=Limit(time.monotonic() + 0.01, lambda: False))
 
 
+def test_asking_whether_reads_are_active_drives_all_of_them(follower: Submit) -> None:
+    rank = layer()
+    _give_up(rank, follower)
+    active = [read for read in rank.agent.prepared if read.active]
+    before = [read.polls for read in active]
+
+    assert rank.session.poll_active()
+    assert len(active) > 1
+    assert [read.polls for read in active] == [polls + 1 for polls in before]
+
+
 def test_an_abandoned_session_is_kept_until_its_reads_have_ended(
     follower: Submit,
 ) -> None:
