@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from dynamo.refit.errors import MemoryShort
 from dynamo.refit.protocol import MemoryUse, StagingMode
 from dynamo.refit.rank import memory
+from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.memory import HEADROOM, FreeMemory, choose, free_memory
+from dynamo.refit.rank.slices import ArenaLayout, Parameter
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -298,3 +301,44 @@ def test_a_gpu_s_free_memory_is_not_shared(
     assert asked == [gpu]
     monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda _: (1, 80 * GIB))
     assert free_memory(gpu, 4) == FreeMemory(0, room)
+
+
+# --- shadows ------------------------------------------------------------------
+
+
+class FakeRegistrar:
+    """A NIXL agent that registers anything."""
+
+    def register(self, *_: object) -> None:
+        return None
+
+
+class FakeLive:
+    """One live parameter that can be copied out."""
+
+    can_copy_out = True
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self.parameter = parameter
+
+    def copy_to(self, backup: list[torch.Tensor]) -> None:
+        backup[0].copy_(self.parameter)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="BUG: Arena.preserve copies the live vocabulary padding into shadow 1, so "
+    "every second version is installed with it instead of zeros",
+)
+def test_vocabulary_padding_is_zero_in_every_version() -> None:
+    """Nobody publishes it, and an engine that loads a version fills it with zeros."""
+    layout = ArenaLayout([Parameter("embed", (4, 2), "float32", unloaded=4)])
+    arena = Arena(FakeRegistrar(), layout, use("device", ON_CPU), CPU, Cycle())
+    live = torch.full((4, 2), 1.5)
+    for version in range(4):
+        arena.begin([])
+        arena.staged[0][:2] = version
+        arena.preserve(FakeLive(live))
+        live.copy_(arena.staged[0])
+        arena.installed()
+        assert live.tolist() == [[version] * 2] * 2 + [[0.0, 0.0]] * 2
