@@ -120,7 +120,7 @@ async def test_bytes_that_are_no_event(
         ("grow", FUSED, "another shape"),
         ("shrink", ROW_PARALLEL, "rejects it"),
         ("shrink", EMBEDDING, "rejects it"),
-        ("float32", FUSED, "publish it as bfloat16"),
+        ("int8", FUSED, "publish it as bfloat16"),
     ],
 )
 async def test_tensors_that_do_not_fit(
@@ -232,7 +232,9 @@ async def test_coordinator_killed_after_prepare(bench: Bench) -> None:
         bench.graph.processes["coordinator"].kill()
         bench.events.wait_for(WorkerStaged, lambda e: e.version == version)
         failed = bench.events.wait_for(
-            RefitFailed, lambda e: e.version == version, COMMIT_SECONDS + 10
+            RefitFailed,
+            lambda e: e.version == version,
+            STAGE_SECONDS + COMMIT_SECONDS + 10,
         )
         assert failed.publisher.startswith("worker-")
         assert failed.failure.stage == "vote"

@@ -5,7 +5,7 @@
     python -m tests.support.trainers CHANGE TENSOR -- ARGUMENTS OF graphs.trainer
 
 ``CHANGE``: ``none``; ``drop``, ``grow`` (one row more), ``shrink`` (one row less) or
-``float32`` change one tensor; ``deaf`` does not answer readers that connect, so
+``int8`` change one tensor; ``deaf`` does not answer readers that connect, so
 that a first pull waits for ever.
 """
 
@@ -33,8 +33,8 @@ def changed_weights(change: str, name: str):
                 weights[name] = torch.cat([tensor, tensor[:1]])
             case "shrink":
                 weights[name] = tensor[:-1].clone()
-            case "float32":
-                weights[name] = tensor.float()
+            case "int8":
+                weights[name] = tensor.to(torch.int8)
         return weights
 
     return load

@@ -325,11 +325,6 @@ class FakeLive:
         backup[0].copy_(self.parameter)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: Arena.preserve copies the live vocabulary padding into shadow 1, so "
-    "every second version is installed with it instead of zeros",
-)
 def test_vocabulary_padding_is_zero_in_every_version() -> None:
     """Nobody publishes it, and an engine that loads a version fills it with zeros."""
     layout = ArenaLayout([Parameter("embed", (4, 2), "float32", unloaded=4)])

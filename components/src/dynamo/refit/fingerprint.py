@@ -12,7 +12,8 @@ A weight depends on the word's place in the *full* tensor, so a part that any ra
 holds contributes what it contributes to the whole, and disjoint parts add up without
 a gather. Weights are odd: one flipped bit always changes the sum; anything else that
 goes wrong by accident (swapped rows, a shifted slice, a missing or doubled shard)
-escapes with a probability of about 2^-40 or less. It is no defence against an attacker.
+escapes with a probability of 2^-32 at the most, which is for two rows of one word that
+differ in its highest bit only. It is no defence against an attacker.
 
 Reads the bytes once: with Numba on a CPU, with a Triton kernel on a GPU. Torch is the
 reference, and what is left where there is no Triton.

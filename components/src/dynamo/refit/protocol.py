@@ -128,8 +128,8 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     The worker reads the manifest with fingerprint ``manifest`` from instance
     ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
     ``weights``. ``stage_seconds`` bounds the staging; ``commit_seconds`` is how long
-    after its vote the worker keeps the version for a commit before it gives it up by
-    itself.
+    after that bound the worker keeps the version for a commit before it gives it up
+    by itself.
     """
 
     version: int
@@ -213,7 +213,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     """A worker's own view.
 
     ``version`` is what it serves (``None``: the weights it started with) and
-    ``weights`` its fingerprint, ``pending`` what it stages, holds or commits, ``epoch`` the highest seen.
+    ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
+    ``epoch`` the highest seen.
     """
 
     model: str

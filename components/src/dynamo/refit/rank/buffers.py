@@ -83,6 +83,8 @@ class Arena:
         self.shadows = [Shadow(agent, layout, where, cycle) for _ in range(count)]
         #: The shadow that the next version comes into.
         self.target = 0
+        self._padded = [n for n, p in enumerate(layout.parameters) if p.unloaded]
+        self._copied_out = False
         self._live: int | None = None
         self._old: int | None = None
         self._backup: list[torch.Tensor] | None = None
@@ -114,6 +116,11 @@ class Arena:
         if self._backup is None:
             self._old = self._live
             self.target = 0 if self._live is None else 1 - self._live
+            if self.target == 1 and self._copied_out:
+                # No version fills the padding: what was live there must not stay.
+                for number in self._padded:
+                    self.staged[number].zero_()
+                self._copied_out = False
             return
         if self._live is not None:
             names = list(self.shadows[0].by_name)
@@ -130,6 +137,7 @@ class Arena:
         elif self._old is None and live.can_copy_out:
             live.copy_to(self.shadows[1].staged)
             self._live = self._old = 1
+            self._copied_out = True
 
     def installed(self) -> None:
         """The target is live."""

@@ -260,7 +260,7 @@ class _Planner:
             if straight:
                 self._add_straight(block, number, shard)
             else:
-                self._add_through(block, number, shard, exact and not converts)
+                self._add_through(block, number, shard, exact)
 
     def _is_exact(
         self, overlap: Box, shard: Shard, piece: ReadSlice, size: int

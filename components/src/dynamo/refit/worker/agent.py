@@ -87,10 +87,12 @@ class Engine(Protocol):
 
 @dataclass
 class Transaction:
-    """The version that is being staged, held or committed."""
+    """The version that is being staged, held or committed; since ``began`` on the
+    loop's clock."""
 
     request: Prepare
     work: asyncio.Task[Message]
+    began: float
     phase: WorkerPhase = "staging"
     expiry: asyncio.TimerHandle | None = None
     ending: asyncio.Task[None] | None = None
@@ -218,7 +220,8 @@ class RefitAgent:
                 )
             await self._give_up(current)
         work = asyncio.create_task(self._stage(request))
-        self._transaction = Transaction(request, work)
+        began = asyncio.get_running_loop().time()
+        self._transaction = Transaction(request, work, began)
         return await self._outcome(self._transaction)
 
     async def _outcome(self, transaction: Transaction) -> Message:
@@ -247,8 +250,11 @@ class RefitAgent:
             return Refused(failure=self._failure(error, "stage", version))
         transaction = self._transaction
         transaction.phase = "staged"
-        transaction.expiry = asyncio.get_running_loop().call_later(
-            request.commit_seconds, self._expire, transaction
+        # Others may take until the stage's deadline, and the commit comes after that.
+        transaction.expiry = asyncio.get_running_loop().call_at(
+            transaction.began + request.stage_seconds + request.commit_seconds,
+            self._expire,
+            transaction,
         )
         self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
         return Vote(version=version, weights=request.weights, ranks=votes)
@@ -286,8 +292,8 @@ class RefitAgent:
         request = transaction.request
         await self._give_up(transaction)
         error = StagingCancelled(
-            f"no commit within {request.commit_seconds:g} s of the vote: coordinator "
-            f"epoch {request.epoch} is gone; the next one prepares again"
+            f"no commit within {request.commit_seconds:g} s of the stage's deadline: "
+            f"coordinator epoch {request.epoch} is gone; the next one prepares again"
         )
         self._publish(
             RefitFailed(
@@ -387,12 +393,13 @@ class RefitAgent:
             if failed is not None:
                 raise failed
             await engine.declare_version(version)
+            # Still under the lock: a pause of the user's would look like a death, and
+            # a sleep takes the weights away that are read here.
             if not engine.paused_by_user:
-                # Still under the lock: a pause of the user's would look like a death.
                 await engine.probe()
-        clock.append(time.perf_counter())
-        unchecked = await self._check_live()
-        clock.append(time.perf_counter())
+            clock.append(time.perf_counter())
+            unchecked = await self._check_live()
+            clock.append(time.perf_counter())
         pause, install, resume, probe, verify = (
             (later - earlier) * 1e3 for earlier, later in itertools.pairwise(clock)
         )
@@ -420,6 +427,8 @@ class RefitAgent:
         try:
             return await self._ranks.verify(self._version)
         except RanksFailed as error:
+            # No further token of them.
+            await self._engine.pause("continue")
             raise WeightsUnknown(
                 f"the live weights are not those of version {self._version}: "
                 f"{error.failure}"
