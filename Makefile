@@ -7,6 +7,7 @@
 #   make setup              make demo               make clean
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
+#   make bench
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -46,7 +47,7 @@ find_links = $(or $(UV_FIND_LINKS),$(subst $(space),$(comma),$(strip $(pip_links
 wheel_source = $(or $(find_links:%=UV_FIND_LINKS='%'),UV_TORCH_BACKEND=cpu)
 export UV_HTTP_TIMEOUT ?= 180
 
-.PHONY: setup demo test test-unit test-integration test-e2e lint format clean
+.PHONY: setup demo test test-unit test-integration test-e2e bench lint format clean
 
 setup: $(STAMP)
 
@@ -87,6 +88,10 @@ test-integration: $(STAMP)
 
 test-e2e: $(STAMP)
 	@$(PYTEST) tests/e2e
+
+# About ten minutes; make bench BENCH_ARGS="--sizes 64 --no-engine" is much quicker.
+bench: $(STAMP)
+	@$(VENV_PYTHON) -m tests.benchmarks.bench $(BENCH_ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .
