@@ -165,6 +165,7 @@ class FakeRank:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self.mode = "device"
         self.live: int | None = None
         self.backup: int | None = None
         self.started: Job | None = None
@@ -211,7 +212,11 @@ class FakeRank:
         match request:
             case Describe():
                 return Described(
-                    rank=self.rank, ranks=2, parameters=2, nbytes=24, memory=MEMORY
+                    rank=self.rank,
+                    ranks=2,
+                    parameters=2,
+                    nbytes=24,
+                    memory=msgspec.structs.replace(MEMORY, mode=self.mode),
                 )
             case Stage():
                 if request.payload is not None:
@@ -604,7 +609,7 @@ async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:
     ]
     [stage] = bench.engine.asked(Stage)
     assert (stage.version, stage.manifest, stage.slot) == (5, fingerprint, 1)
-    assert (stage.staging, stage.want_reads) == ("auto", True)
+    assert (stage.staging, stage.want_reads) == ("device", True)
     assert stage.seconds == 60.0
     assert msgspec.msgpack.decode(stage.payload, type=Manifest) == bench.manifest
 
@@ -1158,13 +1163,24 @@ async def test_a_rank_that_plans_the_same_layout_anew_may_read_in_another_order(
 # --- staging modes ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("staging", ["auto", "device", "host", "direct"])
-async def test_the_staging_mode_reaches_the_ranks(staging: str) -> None:
-    bench = Bench(staging)
+@pytest.mark.parametrize(
+    ("modes", "chosen"),
+    [
+        (("device", "device"), "device"),
+        (("device", "host"), "host"),
+        (("direct", "host"), "direct"),
+    ],
+)
+async def test_all_ranks_stage_in_the_mode_that_each_has_room_for(
+    modes: tuple[str, str], chosen: str
+) -> None:
+    bench = Bench("auto")
+    for rank, mode in zip(bench.engine.ranks, modes, strict=True):
+        rank.mode = mode
     await bench.agent.start()
     await bench.staged(5)
     [describe], [stage] = bench.engine.asked(Describe), bench.engine.asked(Stage)
-    assert (describe.staging, stage.staging) == (staging, staging)
+    assert (describe.staging, stage.staging) == ("auto", chosen)
 
 
 async def test_a_rank_without_room_fails_the_start_with_its_numbers() -> None:
