@@ -65,12 +65,15 @@ class Resources:
 class RankGroup:
     """``ranks`` processes; every method asks all of them, and answers rank by rank."""
 
+    #: What each process runs.
+    module = "tests.support.rank_process"
+
     def __init__(self, ranks: int, logs: Path) -> None:
         port = free_port()
         self.model: Path | None = None
         self._children = [
             Child(
-                "tests.support.rank_process",
+                self.module,
                 [str(rank), str(ranks), str(port)],
                 logs / f"rank-{rank}-of-{ranks}.log",
             )

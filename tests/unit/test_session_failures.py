@@ -28,11 +28,18 @@ def follower() -> Iterator[Submit]:
 
 
 def test_a_refused_source_leaves_nothing_behind(follower: Submit) -> None:
+    """And takes nothing with it: the requests before it are still there."""
     rank = layer()
+    addressed, held = rank.session.addressed_to, list(rank.agent.held)
+    connected = +rank.agent.connected
+    assert held
     rank.agent.refused.add("trainer-1")
     with pytest.raises(TransferFailed, match="trainer-1"):
         rank.address()
+    assert (rank.session.addressed_to, rank.agent.held) == (addressed, held)
+    assert +rank.agent.connected == connected
 
+    rank.session.forget_requests()
     assert rank.agent.held == []
     assert not rank.agent.connected
     assert rank.session.addressed_to is None

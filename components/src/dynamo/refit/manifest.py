@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -43,6 +43,9 @@ ALIGNMENT = 256
 #: beyond these bounds is a mistake, and is refused before it costs memory.
 MAX_TENSORS = 200_000
 MAX_MANIFEST_BYTES = 64 << 20
+
+#: Addresses are below this: they are computed with as signed numbers.
+MAX_ADDRESS = 1 << 63
 
 #: Different blocks of one tensor: each one is compared with each other.
 MAX_BOXES = 4096
@@ -109,7 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Every tensor of a model, where its shards lie, and who serves them."""
 
     model: str
-    tensors: tuple[TensorEntry, ...]
+    # More of them are refused before the first one is decoded.
+    tensors: Annotated[tuple[TensorEntry, ...], msgspec.Meta(max_length=MAX_TENSORS)]
     sources: tuple[Source, ...]
 
     @property
@@ -172,9 +176,35 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                     f"dtype {tensor.dtype!r} is not one of {sorted(ITEMSIZE)}",
                     tensor=tensor.name,
                 )
+            nbytes = math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+            if max(nbytes, *tensor.shape, 0) >= MAX_ADDRESS:
+                raise ManifestInvalid(
+                    f"shape {tensor.shape} is more than can be addressed",
+                    tensor=tensor.name,
+                )
             for shard in tensor.shards:
                 _check_shard(tensor, shard, self.sources)
             _check_cover(tensor)
+
+
+def decode_manifest(payload: bytes) -> Manifest:
+    """The manifest that a trainer sent, not validated yet.
+
+    Raises:
+        ManifestInvalid: it is too large, or no manifest at all.
+    """
+    if len(payload) > MAX_MANIFEST_BYTES:
+        raise ManifestInvalid(
+            f"it has {len(payload)} bytes, at most {MAX_MANIFEST_BYTES} are read"
+        )
+    try:
+        return msgspec.msgpack.decode(payload, type=Manifest)
+    # Text that is not UTF-8 is a ValueError of its own.
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ManifestInvalid(
+            f"its {len(payload)} bytes cannot be decoded ({error}): trainer and worker "
+            "must run the same release"
+        ) from error
 
 
 def _digest(data: object) -> str:
@@ -190,6 +220,12 @@ def _check_slots(source: Source, slots: int) -> None:
     sizes = [[region.nbytes for region in regions] for regions in source.slots]
     if any(row != sizes[0] for row in sizes):
         raise ManifestInvalid(f"source {source.agent!r}: its slots differ in size")
+    for region in (region for regions in source.slots for region in regions):
+        if not 0 <= region.address <= region.address + region.nbytes < MAX_ADDRESS:
+            raise ManifestInvalid(
+                f"source {source.agent!r}: {region.nbytes} bytes from address "
+                f"{region.address:#x} are no memory"
+            )
 
 
 def _check_shard(tensor: TensorEntry, shard: Shard, sources: tuple) -> None:

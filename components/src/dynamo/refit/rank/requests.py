@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.errors import TransferFailed
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.plan import Plan, Segments
 from dynamo.refit.transport.nixl import NixlAgent, Read, memory_of
@@ -49,8 +49,7 @@ class Requests:
         try:
             used = {s.source for wave in plan.waves for s in wave.segments}
             for number in sorted(used):
-                metadata = manifest.sources[number].metadata
-                self._peers[number] = agent.connect(metadata)
+                self._peers[number] = _connect(agent, manifest.sources[number])
             slots = [
                 np.array(manifest.shard_addresses(slot), dtype=np.int64)
                 for slot in range(manifest.slots)
@@ -106,6 +105,16 @@ class Requests:
     def _reads(self) -> list[Read]:
         waves = (w for shadow in self.waves for slot in shadow for w in slot)
         return [read for wave in waves for read in wave]
+
+
+def _connect(agent: NixlAgent, source: Source) -> str:
+    try:
+        return agent.connect(source.metadata)
+    except TransferFailed as error:
+        raise TransferFailed(
+            f"source {source.agent!r} cannot be reached ({error}): is that trainer "
+            "process alive?"
+        ) from error
 
 
 def _still_active(read: Read) -> bool:

@@ -62,6 +62,7 @@ class Session:
         self._agent = agent
         self._device = device
         self._requests: Requests | None = None
+        self._former: Requests | None = None
         # At least a byte: NIXL does not register nothing.
         nbytes = max(plan.scratch_nbytes, 1)
         self._scratch = RegisteredBuffer(agent, nbytes, device, cycle)
@@ -85,10 +86,16 @@ class Session:
         return tuple((piece.tensor, piece.box) for piece in self.plan.pieces)
 
     def address(self, manifest: Manifest, fingerprint: str, cycle: Cycle) -> None:
-        """Prepare the requests for every slot of ``manifest``."""
-        self.forget_requests()
+        """Prepare the requests for every slot of ``manifest``.
+
+        Those of the manifest before it are kept until a pull has worked.
+
+        Raises:
+            TransferFailed: a source is refused; the session is as it was.
+        """
+        self._forget_former()
         shadows = [] if self.arena is None else self.arena.shadows
-        self._requests = Requests(
+        requests = Requests(
             self._agent,
             manifest,
             fingerprint,
@@ -97,6 +104,7 @@ class Session:
             self._scratch.bytes,
             cycle,
         )
+        self._former, self._requests = self._requests, requests
 
     def pull(
         self, slot: int, limit: Limit, submit: Submit, cycle: Cycle, *, land: bool
@@ -127,6 +135,7 @@ class Session:
             # Whatever happened, nobody works on these buffers after this.
             pipeline.join()
             cycle.add("wire", pipeline.wire_seconds)
+        self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 
     def _settle(self, land: bool, cycle: Cycle, number: int) -> None:
@@ -147,13 +156,20 @@ class Session:
         return self._requests is not None and self._requests.poll_active()
 
     def forget_requests(self) -> None:
-        """Release the prepared requests and their peers; the buffers stay."""
+        """Release the prepared requests and their peers, for those that worked before
+        them, if there are any; the buffers stay."""
         if self._requests is not None:
             self._requests.close()
-            self._requests = None
+        self._requests, self._former = self._former, None
+
+    def _forget_former(self) -> None:
+        if self._former is not None:
+            self._former.close()
+            self._former = None
 
     def close(self) -> None:
         """Give back all but the arena. Only when no read is active."""
+        self._forget_former()
         self.forget_requests()
         self._scratch.close()
 

@@ -23,6 +23,7 @@ from dynamo.refit.errors import (
     FingerprintMismatch,
     NothingStaged,
     NoWayBack,
+    StagingCancelled,
     UnsupportedConfiguration,
 )
 from dynamo.refit.fingerprint import Part
@@ -105,6 +106,9 @@ class RankStager:
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
         self._session: Session | None = None
+        #: Of another layout; kept until the one that replaced it is installed.
+        self._spare: Session | None = None
+        self._proven: Session | None = None
         self._abandoned = AbandonedSessions()
         self._staged: _Staged | None = None
         self._installed: _Live | None = None
@@ -156,15 +160,15 @@ class RankStager:
         self._staged = None
         self._use_own_stream()
         self._abandoned.sweep()
+        self._evict()
         session, use = self._find_session(manifest, request, cycle)
+        if use != "warm":
+            self._address(session, manifest, request, cycle)
         try:
-            if use != "warm":
-                with cycle.time("prepare"):
-                    session.address(manifest, request.manifest, cycle)
             with cycle.time("pull"):
                 parts = self._pull(session, request.slot, limit, cycle)
-        except BaseException:
-            self._retire(session)
+        except BaseException as error:
+            self._retire(session, error)
             raise
         self._put_in_place(session)
         self._staged = _Staged(request.version, request.slot, parts)
@@ -178,7 +182,8 @@ class RankStager:
                 timings=cycle.timings(),
             ),
             parts=parts.astype("<u8").tobytes(),
-            reads=session.reads if request.want_reads else (),
+            # A plan that is made anew may have its pieces in another order.
+            reads=session.reads if request.want_reads or use == "cold" else (),
         )
 
     @property
@@ -208,6 +213,7 @@ class RankStager:
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
         self._installed = _Live(version, session.live_parts, session.landed)
+        self._proven = session
         return (time.perf_counter() - start) * 1e3
 
     def restore(self, version: int) -> float:
@@ -247,6 +253,7 @@ class RankStager:
                 f"({live.version if live else 'nothing'})"
             )
         self._use_own_stream()
+        self._evict()
         live.parts.check(live.landed, self._rank)
         return live.parts.unchecked
 
@@ -259,15 +266,18 @@ class RankStager:
     def _find_session(
         self, manifest: Manifest, request: Stage, cycle: Cycle
     ) -> tuple[Session, SessionUse]:
-        current = self._session
-        if current is not None and current.addressed_to == request.manifest:
-            cycle.built["hits"] += 1
-            return current, "warm"
+        held = [s for s in (self._session, self._spare) if s is not None]
+        for session in held:
+            if session.addressed_to == request.manifest:
+                cycle.built["hits"] += 1
+                return session, "warm"
         manifest.validate()
         layout = manifest.layout_fingerprint()
-        if current is not None and current.layout == layout:
-            cycle.built["hits"] += 1
-            return current, "re-addressed"
+        for session in held:
+            if session.layout == layout:
+                cycle.built["hits"] += 1
+                return session, "re-addressed"
+        self._make_room()
         return self._build_session(manifest, layout, request.staging, cycle), "cold"
 
     def _build_session(
@@ -300,6 +310,17 @@ class RankStager:
         return Session(
             self._agent, layout, plan, memory, arena, self._plain, scratch, cycle
         )
+
+    def _address(
+        self, session: Session, manifest: Manifest, request: Stage, cycle: Cycle
+    ) -> None:
+        try:
+            with cycle.time("prepare"):
+                session.address(manifest, request.manifest, cycle)
+        except BaseException:
+            if session not in (self._session, self._spare):
+                session.close()
+            raise
 
     def _pull(
         self, session: Session, slot: int, limit: Limit, cycle: Cycle
@@ -347,23 +368,42 @@ class RankStager:
         return self._session, staged
 
     def _put_in_place(self, session: Session) -> None:
-        if self._session is not None and self._session is not session:
-            self._session.close()
-        self._session = session
+        """It holds what is staged. The one before it stays for now: whether ranks
+        together hold a version, and the published one, is not known here."""
+        if session is not self._session:
+            self._session, self._spare = session, self._session
 
-    def _retire(self, session: Session) -> None:
+    def _make_room(self) -> None:
+        """Before another session is built: at most one is kept beside it."""
+        if self._spare is None:
+            return
+        if self._spare is self._proven:
+            self._session, self._spare = self._spare, self._session
+        self._spare.close()
+        self._spare = None
+
+    def _evict(self) -> None:
+        """Give back the session whose successor has been installed; not during an
+        install, which is in a pause."""
+        if self._spare is not None and self._session is self._proven:
+            self._make_room()
+
+    def _retire(self, session: Session, error: BaseException) -> None:
         """After a failed pull: keep what is sound, and nothing that may change."""
+        held = [s for s in (self._session, self._spare) if s is not None]
         if not session.poll_active():
-            if session is self._session:
-                session.forget_requests()
-            else:
+            if session not in held:
                 session.close()
+            # Requests that were only given up are as good as before.
+            elif not isinstance(error, StagingCancelled):
+                session.forget_requests()
             return
         self._abandoned.add(session)
-        if self._session is not None and self._session is not session:
+        for other in held:
             # It reads into the same arena, or its own scratch is of no use to anyone.
-            self._session.close()
-        self._session = None
+            if other is not session:
+                other.close()
+        self._session = self._spare = self._proven = None
         if session.arena is self._arena:
             self._arena = None
 

@@ -13,9 +13,8 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
-import msgspec
 import numpy as np
 
 from dynamo.refit.errors import (
@@ -25,7 +24,7 @@ from dynamo.refit.errors import (
     RefitError,
 )
 from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.manifest import MAX_MANIFEST_BYTES, Manifest
+from dynamo.refit.manifest import Manifest, decode_manifest
 from dynamo.refit.protocol import (
     Describe,
     Described,
@@ -47,10 +46,12 @@ from dynamo.refit.protocol import (
     Restore,
     Running,
     Stage,
+    Staged,
     StagingChoice,
+    StagingMode,
     Verify,
 )
-from dynamo.refit.worker.proof import Proof
+from dynamo.refit.worker.proof import Proof, Reads
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ POLL_SECONDS = 0.02
 
 #: How long the trainer may take to send its manifest, or a version's fingerprints.
 TRAINER_SECONDS = 60.0
+
+#: How long after its own deadline a rank that still works counts as hung.
+HANG_SECONDS = 60.0
 
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
@@ -103,6 +107,15 @@ class HeldManifest:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class _Proven:
+    """What each rank reads of a layout, and the proof that rests on it."""
+
+    layout: str
+    reads: list[Reads]
+    proof: Proof
+
+
 class Ranks:
     """Stages, installs, restores and verifies on all ranks of one replica.
 
@@ -121,11 +134,18 @@ class Ranks:
         self._staging = staging
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
-        self._proof: tuple[str, Proof] | None = None
+        self._proven: _Proven | None = None
 
     async def describe(self) -> list[Described]:
-        """Let every rank get ready to plan, and say who it is."""
-        return await self._call(Describe(staging=self._staging))
+        """Let every rank get ready to plan, and say who it is.
+
+        From here on all ranks stage in one mode, the one that has room on each: a
+        version that is undone on some ranks only would be a mixture.
+        """
+        described = await self._call(Describe(staging=self._staging))
+        modes = [reply.memory.mode for reply in described]
+        self._staging = max(modes, key=get_args(StagingMode).index)
+        return described
 
     async def stage(self, request: Prepare) -> tuple[RankVote, ...]:
         """Have the version staged everywhere, and prove it; returns when it is.
@@ -138,7 +158,7 @@ class Ranks:
         """
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
-        proven = self._proof is not None and self._proof[0] == held.layout
+        proven = self._proven is not None and self._proven.layout == held.layout
         self._ranks_manifest = None
         await self._call(
             Stage(
@@ -154,31 +174,37 @@ class Ranks:
         self._ranks_manifest = held.fingerprint
         published = await self._fetch_fingerprints(request, held.manifest)
         staged = await self._poll(request.version)
-        if not proven:
-            proof = Proof(held.manifest, [reply.reads for reply in staged])
-            self._proof = (held.layout, proof)
+        self._proven = self._prove(held, staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
-        self._proof[1].check(published, parts)
+        self._proven.proof.check(published, parts)
         return tuple(reply.vote for reply in staged)
+
+    def _prove(self, held: HeldManifest, staged: list[Staged]) -> _Proven:
+        """What the ranks' parts are of; made anew if one of them has a new plan.
+
+        Raises:
+            LayoutRefused: all ranks together do not read every tensor once.
+        """
+        reads = [reply.reads for reply in staged]
+        if self._proven is not None and self._proven.layout == held.layout:
+            if not any(reads):
+                return self._proven
+            before = self._proven.reads
+            reads = [new or old for new, old in zip(reads, before, strict=True)]
+        return _Proven(held.layout, reads, Proof(held.manifest, reads))
 
     async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
         if self._manifest is None or self._manifest.fingerprint != request.manifest:
             ask = GetManifest(manifest=request.manifest)
             reply = await self._ask_trainer(request, ask, ManifestReply)
-            if len(reply.payload) > MAX_MANIFEST_BYTES:
-                raise ManifestInvalid(
-                    f"it has {len(reply.payload)} bytes, at most {MAX_MANIFEST_BYTES} "
-                    "are read"
-                )
-            manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
-            if manifest.fingerprint() != request.manifest:
-                raise ManifestInvalid("it is not the one that was announced")
-            manifest.validate()
-            self._manifest = HeldManifest(
-                fingerprint=request.manifest,
-                layout=manifest.layout_fingerprint(),
-                payload=reply.payload,
-                manifest=manifest,
+            # The engine's requests go through this loop, too.
+            self._manifest = await asyncio.to_thread(
+                _read_manifest, reply.payload, request.manifest
+            )
+        slots = self._manifest.manifest.slots
+        if not 0 <= request.slot < slots:
+            raise ManifestInvalid(
+                f"slot {request.slot} was announced, and the sources have {slots} slots"
             )
         return self._manifest
 
@@ -248,7 +274,11 @@ class Ranks:
         """Install, and once more if that fails: it may be repeated.
 
         ``seconds`` bounds each try of a ``direct`` install. Returns how often it was
-        repeated; raises :class:`RanksFailed`, when every rank has ended.
+        repeated.
+
+        Raises:
+            RanksFailed: a rank failed twice; every rank has ended.
+            WeightsUnknown: a rank does not end.
         """
         request = Install(version=version, seconds=seconds)
         try:
@@ -271,7 +301,13 @@ class Ranks:
         """As :meth:`_call`, for work that ranks may only have started."""
         replies = await self._caller.call_ranks(request)
         wait = POLL_SECONDS / 16
+        limit = time.monotonic() + getattr(request, "seconds", 0.0) + HANG_SECONDS
         while any(isinstance(reply, Running) for reply in replies):
+            if time.monotonic() > limit:
+                raise WeightsUnknown(
+                    f"{type(request).__name__} of version {request.version} does not "
+                    "end on some rank"
+                )
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
             polled = await self._caller.call_ranks(Poll(version=request.version))
@@ -297,6 +333,22 @@ class Ranks:
 
     async def _call(self, request: RankRequest) -> list:
         return _all_or_raise(await self._caller.call_ranks(request))
+
+
+def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
+    manifest = decode_manifest(payload)
+    if manifest.fingerprint() != announced:
+        raise ManifestInvalid(
+            "it is not the one that was announced: the trainer has another one now, "
+            "or runs another release"
+        )
+    manifest.validate()
+    return HeldManifest(
+        fingerprint=announced,
+        layout=manifest.layout_fingerprint(),
+        payload=payload,
+        manifest=manifest,
+    )
 
 
 def _all_or_raise(replies: list[RankReply]) -> list:
