@@ -3,6 +3,7 @@
 """A stand-in for a trainer: one process whose weights become those of checkpoints.
 
     python -m graphs.trainer --model-name tiny --initial DIR [--mode in_place]
+    torchrun --nproc-per-node 2 -m graphs.trainer ...   # sharded by FSDP2
 
 Reads a line of JSON per "training step" from standard input,
 ``{"version": 2, "checkpoint": "DIR"}``, changes its tensors to that checkpoint's
@@ -19,7 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dynamo.refit.publish.publisher import WeightPublisher
 
@@ -33,7 +38,14 @@ def main() -> None:
 
     say = answer_channel()
     weights = load_weights(options.initial)
-    with WeightPublisher(options.model_name, weights, mode=options.mode) as publisher:
+    # torchrun's variables, for a trainer of several ranks.
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+        weights = shard(weights)
+    with WeightPublisher(
+        options.model_name, weights, mode=options.mode, rank=rank, world_size=ranks
+    ) as publisher:
         say(ready=True)
         for line in sys.stdin:
             step = json.loads(line)
@@ -54,13 +66,27 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def shard(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as FSDP2 keeps them: this rank's rows of each, as DTensors."""
+    names = list(weights)
+    module = nn.ParameterList(nn.Parameter(weights[name]) for name in names)
+    fully_shard(module)
+    return dict(zip(names, module.parameters(), strict=True))
+
+
 @torch.no_grad()
 def train_into(
     weights: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
 ) -> None:
     """An optimizer step: the same tensors, other values."""
     for name, tensor in weights.items():
-        tensor.copy_(target[name])
+        full = target[name]
+        if isinstance(tensor, DTensor):
+            # Every rank has read the whole checkpoint: nothing to send around.
+            full = distribute_tensor(
+                full, tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
+        tensor.copy_(full)
 
 
 def answer_channel() -> Callable[..., None]:

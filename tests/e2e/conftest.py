@@ -43,10 +43,14 @@ class Bench:
     serving: str = "A"
 
     def refit(
-        self, trainer: Trainer, name: str, in_flight: str | None = None
+        self,
+        trainer: Trainer,
+        name: str,
+        in_flight: str | None = None,
+        version: int | None = None,
     ) -> WorkerRefitted:
         """Publish checkpoint ``name`` and wait until it is served."""
-        version = next(self.versions)
+        version = version or next(self.versions)
         trainer.publish(version, self.models[name], in_flight)
         done = self.events.wait_for(RefitCompleted, lambda e: e.version == version)
         assert trainer.released()["outcome"] == "completed"

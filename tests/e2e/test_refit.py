@@ -12,10 +12,12 @@ import urllib.request
 import pytest
 
 from dynamo.refit.events import WorkerStaged
+from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
 from graphs.client import Client, Load
 from graphs.references import prompts
+from graphs.trainer import load_weights
 from tests.e2e.conftest import Bench
-from tests.support.processes import Trainer, fleet_status
+from tests.support.processes import Trainer, ask_cli, fleet_status
 
 pytestmark = [
     pytest.mark.e2e,
@@ -137,6 +139,18 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
             "version": refitted.version,
             "version_declared": True,
         }
+    tensors = load_weights(bench.models["A"]).values()
+    parts = [Part(t, tuple((0, n) for n in t.shape), t.shape) for t in tensors]
+    fingerprint = version_fingerprint(Batch(parts).fold())
+    verified = await asyncio.to_thread(ask_cli, bench.graph, "verify")
+    assert verified == {
+        "worker": refitted.worker,
+        "type": "WeightsVerified",
+        "version": refitted.version,
+        "weights": fingerprint,
+        "unchecked": 0,
+    }
+    assert refitted.weights == fingerprint
     status = await asyncio.to_thread(fleet_status, bench.graph)
     (member,) = status["members"]
     assert (status["completed"], status["under_way"]) == (refitted.version, None)

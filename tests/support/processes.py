@@ -30,11 +30,18 @@ PATIENCE_SECONDS = 90.0
 class _Lines:
     """A child's standard output, line by line, read by a thread."""
 
-    def __init__(self, graph: LocalGraph, command: list[str], name: str) -> None:
+    def __init__(
+        self, graph: LocalGraph, command: list[str], name: str, **environment: str
+    ) -> None:
         with (graph.directory / f"{name}.log").open("ab") as log:
             self.child = subprocess.Popen(
                 [sys.executable, *command],
-                env={**os.environ, **graph.environment, "DYN_LOG": "error"},
+                env={
+                    **os.environ,
+                    **graph.environment,
+                    "DYN_LOG": "error",
+                    **environment,
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -71,11 +78,14 @@ class Trainer(_Lines):
         tensor: str = "-",
         model: str | None = None,
         mode: str = "snapshot",
+        **environment: str,
     ) -> None:
         command = ["-m", "tests.support.trainers", change, tensor, "--"]
         command += ["--model-name", model or graph.name, "--initial", str(initial)]
-        super().__init__(graph, [*command, "--mode", mode], f"trainer-{change}")
-        self.hear("ready")
+        command += ["--mode", mode]
+        super().__init__(graph, command, f"trainer-{change}", **environment)
+        if environment.get("RANK", "0") == "0":
+            self.hear("ready")
 
     def publish(
         self, version: int, checkpoint: Path, in_flight: str | None = None
@@ -144,8 +154,13 @@ class Events(_Lines):
 
 def fleet_status(graph: LocalGraph) -> dict:
     """``dynamo-refit status --json``."""
+    return ask_cli(graph, "status")
+
+
+def ask_cli(graph: LocalGraph, command: str) -> dict:
+    """The last line of ``dynamo-refit COMMAND --json``, which must succeed."""
     answer = subprocess.run(
-        [sys.executable, "-m", "dynamo.refit.cli", "status", "--json"],
+        [sys.executable, "-m", "dynamo.refit.cli", command, "--json"],
         env={**os.environ, **graph.environment, "DYN_LOG": "error"},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ import typer
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
-from dynamo.refit.cli.fleet import status, watch
+from dynamo.refit.cli.fleet import status, verify, watch
 from dynamo.refit.cli.output import AsJson, Namespace, complain
 from dynamo.refit.errors import RefitError, UnsupportedConfiguration
 from dynamo.refit.protocol import InFlightPolicy
@@ -25,6 +25,7 @@ from dynamo.refit.protocol import InFlightPolicy
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(status)
 app.command()(watch)
+app.command()(verify)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo-refit status`` and ``watch``: look at a running deployment."""
+"""``dynamo-refit status``, ``watch`` and ``verify``: look at a running deployment."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.cli.output import AsJson, Namespace, complain, time_of
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
-from dynamo.refit.protocol import FleetStatus, GetStatus, Refused
+from dynamo.refit.protocol import (
+    FleetStatus,
+    GetStatus,
+    Refused,
+    VerifyWeights,
+    WeightsVerified,
+    to_wire,
+)
 from dynamo.refit.rpc import Caller, runtime_from_environment
 
 #: How long the coordinator may take to be found and to answer.
 STATUS_SECONDS = 5.0
+
+#: How long a worker may take to read all of its weights once.
+VERIFY_SECONDS = 120.0
 
 
 def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
@@ -50,6 +60,43 @@ def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
 def watch(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     """Print refit events as they come, until interrupted."""
     asyncio.run(_watch(namespace, as_json))
+
+
+def verify(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
+    """Have every worker compare its live weights with the version it serves.
+
+    Exits with 0 when all of them are what was published, byte for byte.
+    """
+    replies = asyncio.run(_verify(namespace))
+    for worker, reply in replies.items():
+        if as_json:
+            line = {"worker": worker, **to_wire(reply)}
+            print(msgspec.json.encode(line).decode())
+        elif isinstance(reply, Refused):
+            complain(f"worker {worker}: {reply.failure}")
+        else:
+            unchecked = f", {reply.unchecked} parameters cannot be compared"
+            print(
+                f"worker {worker} serves version {reply.version}, fingerprint "
+                f"{reply.weights}{unchecked if reply.unchecked else ''}"
+            )
+    return int(any(isinstance(reply, Refused) for reply in replies.values()))
+
+
+async def _verify(namespace: str) -> dict[int, WeightsVerified | Refused]:
+    caller = Caller(runtime_from_environment())
+    fleet = await fetch_status(caller, namespace)
+    replies = {}
+    for member in fleet.members:
+        path = f"{namespace}.{member.component}.refit"
+        replies[member.worker] = await caller.call(
+            path,
+            member.worker,
+            VerifyWeights(),
+            WeightsVerified | Refused,
+            VERIFY_SECONDS,
+        )
+    return replies
 
 
 async def _status(namespace: str) -> FleetStatus:
