@@ -76,12 +76,14 @@ class Part:
         self._before = start - self.words[0] * WORD // size if size < WORD else 0
         #: Where each row begins, if all of them lie there as whole words.
         self.addresses = self._row_addresses(self._view)
-        self._rows = self._target = None
+        #: On a CPU: the storage as words and each row's first one in it, of the view
+        #: and of what it is copied to.
+        self.rows = self.target = None
         if self.addresses is not None and view.device.type == "cpu":
-            self._rows = self._word_rows(self._view)
+            self.rows = self._word_rows(self._view)
             if copy_to is not None and copy_to.dtype == view.dtype:
                 target = copy_to if copy_to.dim() else copy_to.reshape(1)
-                self._target = self._word_rows(target)
+                self.target = self._word_rows(target)
 
     @property
     def device(self) -> torch.device:
@@ -96,15 +98,15 @@ class Part:
         """The part, from 0 to 2^64 - 1; blocks until it is computed."""
         if self._view.device.type != "cpu":
             return self.fold_by_torch()
-        rows = self._rows or self._word_rows(self._padded())
+        rows = self.rows or self._word_rows(self._padded())
         return int(_fold_rows(*rows, self.row_weights, *_halves(*self.words)))
 
     def copy_and_fold(self) -> int:
         """Copy the elements to ``copy_to``, and :meth:`fold` them in the same pass."""
-        if self._rows is None or self._target is None:
+        if self.rows is None or self.target is None:
             self.copy()
             return self.fold()
-        arguments = (*self._rows, *self._target, self.row_weights)
+        arguments = (*self.rows, *self.target, self.row_weights)
         return int(_copy_and_fold_rows(*arguments, *_halves(*self.words)))
 
     def copy(self) -> None:
@@ -175,21 +177,88 @@ class Batch:
         self._parts = parts
         self._copies = copies or [False] * len(parts)
         self._kernel = None
+        self._groups: list[_Group] = []
         if parts and parts[0].device.type == "cuda" and CudaFold is not None:
             self._kernel = CudaFold(parts)
+        else:
+            self._groups = _group(parts, self._copies)
+        grouped = {number for group in self._groups for number in group.numbers}
+        self._alone = [n for n in range(len(parts)) if n not in grouped]
 
     def fold(self, *, copy: bool = False) -> np.ndarray:
         """Every part, as uint64; ``copy``: the chosen ones are copied on the way."""
-        if self._kernel is None:
-            values = [
-                part.copy_and_fold() if copy and chosen else part.fold()
-                for part, chosen in zip(self._parts, self._copies, strict=True)
-            ]
-            return np.array(values, dtype=np.uint64)
-        for part, chosen in zip(self._parts, self._copies, strict=True):
-            if copy and chosen:
-                part.copy()
-        return self._kernel.fold()
+        if self._kernel is not None:
+            for part, chosen in zip(self._parts, self._copies, strict=True):
+                if copy and chosen:
+                    part.copy()
+            return self._kernel.fold()
+        values = np.empty(len(self._parts), dtype=np.uint64)
+        for group in self._groups:
+            values[group.numbers] = group.fold(copy)
+        for number in self._alone:
+            part, chosen = self._parts[number], self._copies[number]
+            values[number] = part.copy_and_fold() if copy and chosen else part.fold()
+        return values
+
+
+class _Group:
+    """Parts of a batch with all of their rows in one storage: folded by one call, so
+    that the thread that does it needs Python's lock once.
+
+    ``target``: they are to be copied into another storage when a copy is asked for.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], numbers: list[int], *, target: bool
+    ) -> None:
+        self.numbers = numbers
+        chosen = [parts[number] for number in numbers]
+        self._words = chosen[0].rows[0]
+        self._offsets = np.concatenate([part.rows[1] for part in chosen])
+        self._target = chosen[0].target[0] if target else None
+        if target:
+            self._target_offsets = np.concatenate([p.target[1] for p in chosen])
+        self._row_weights = np.concatenate([part.row_weights for part in chosen])
+        self._ends = np.cumsum([len(part.row_weights) for part in chosen])
+        starts: dict[tuple[int, int], int] = {}
+        end = 0
+        for part in chosen:
+            if part.words not in starts:
+                starts[part.words] = end
+                end += part.words[1] - part.words[0]
+        halves = [_halves(*words) for words in starts]
+        self._low = np.concatenate([low for low, _ in halves])
+        self._high = np.concatenate([high for _, high in halves])
+        self._columns = np.array(
+            [
+                (starts[p.words], starts[p.words] + p.words[1] - p.words[0])
+                for p in chosen
+            ],
+            dtype=np.int64,
+        )
+
+    def fold(self, copy: bool) -> np.ndarray:
+        weights = self._row_weights, self._ends, self._low, self._high, self._columns
+        rows = self._words, self._offsets
+        if copy and self._target is not None:
+            targets = self._target, self._target_offsets
+            return _copy_and_fold_parts(*rows, *targets, *weights)
+        return _fold_parts(*rows, *weights)
+
+
+def _group(parts: Sequence[Part], copies: Sequence[bool]) -> list[_Group]:
+    """Parts in whole words by where they lie, and where they are copied to."""
+    members: dict[tuple[int, int | None], list[int]] = {}
+    for number, (part, copied) in enumerate(zip(parts, copies, strict=True)):
+        if part.rows is None or (copied and part.target is None):
+            continue
+        target = part.target[0].ctypes.data if copied else None
+        key = part.rows[0].ctypes.data, target
+        members.setdefault(key, []).append(number)
+    return [
+        _Group(parts, numbers, target=target is not None)
+        for (_, target), numbers in members.items()
+    ]
 
 
 def add_up(parts: Sequence[int]) -> int:
@@ -273,3 +342,46 @@ def _copy_and_fold_rows(words, offsets, target, target_offsets, row_weights, low
             sum_high += word * np.uint64(high[column])
         total += (sum_low + (sum_high << np.uint64(32))) * row_weights[row]
     return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _fold_parts(words, offsets, row_weights, ends, low, high, columns):
+    """:func:`_fold_rows` of several parts. Part ``i`` has the rows up to ``ends[i]``,
+    and of the column weights those from ``columns[i, 0]`` to ``columns[i, 1]``."""
+    parts = np.empty(len(ends), dtype=np.uint64)
+    start = 0
+    for part in range(len(ends)):
+        end = ends[part]
+        first, last = columns[part]
+        parts[part] = _fold_rows(
+            words,
+            offsets[start:end],
+            row_weights[start:end],
+            low[first:last],
+            high[first:last],
+        )
+        start = end
+    return parts
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_and_fold_parts(
+    words, offsets, target, target_offsets, row_weights, ends, low, high, columns
+):
+    """:func:`_copy_and_fold_rows` of several parts."""
+    parts = np.empty(len(ends), dtype=np.uint64)
+    start = 0
+    for part in range(len(ends)):
+        end = ends[part]
+        first, last = columns[part]
+        parts[part] = _copy_and_fold_rows(
+            words,
+            offsets[start:end],
+            target,
+            target_offsets[start:end],
+            row_weights[start:end],
+            low[first:last],
+            high[first:last],
+        )
+        start = end
+    return parts
