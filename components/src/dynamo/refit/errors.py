@@ -104,6 +104,10 @@ class NothingStaged(RefitError):
     """An install was asked for a version that is not staged on this rank."""
 
 
+class InstallUndone(RefitError):
+    """Another rank could not install, so this one has put its old weights back."""
+
+
 class NoWayBack(RefitError):
     """What was live before an install is not kept anywhere."""
 

@@ -106,7 +106,8 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one worker's commit.
 
     ``stall_ms`` is from the call that pauses the scheduler to the return of the
-    one that resumes it: the time in which no token can be made. ``verify_ms`` is the
+    one that resumes it: the time in which no token can be made. An install between two
+    steps has no pause, and its stall is the install. ``verify_ms`` is the
     check of the live weights after it.
     """
 
@@ -458,11 +459,14 @@ class Poll(Message, frozen=True, kw_only=True, tag=True):
 class Install(Message, frozen=True, kw_only=True, tag=True):
     """Put the staged ``version`` into the live parameters. Repeating it is safe.
 
-    ``seconds`` bounds a ``direct`` install, which is started and polled.
+    ``seconds`` bounds a ``direct`` install, which is started and polled. With
+    ``in_step`` the model is not paused, and the ranks agree within the call: it
+    succeeds on all of them, or all have their old weights when it returns.
     """
 
     version: int
     seconds: float
+    in_step: bool = False
 
 
 class Restore(Message, frozen=True, kw_only=True, tag=True):

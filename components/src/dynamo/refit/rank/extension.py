@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
 
 import msgspec
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
 )
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from dynamo.refit.errors import (
     Failure,
+    InstallUndone,
     NothingStaged,
     RefitError,
     UnsupportedConfiguration,
@@ -159,11 +163,44 @@ class RefitRank:
 
     def _install(self, request: Install) -> RankReply:
         version = request.version
+        if request.in_step:
+            return self._install_in_step(version)
         if self._stager.direct:
             install = functools.partial(self._install_now, version)
             return self._start("install", version, request.seconds, install)
         self._require_idle()
         return self._install_now(version, _forever())
+
+    def _install_in_step(self, version: int) -> RankReply:
+        """Install between two steps: no step may see some ranks new and others old."""
+        self._require_idle()
+        reply, failure = None, None
+        try:
+            reply = self._install_now(version, _forever())
+        # Every rank takes part in the agreement, whatever happened to it.
+        except Exception as error:
+            failure = error
+        if self._all_ranks(failure is None):
+            return reply
+        undone = False
+        try:
+            self._stager.restore(version)
+            undone = True
+        except Exception:
+            logger.exception("dynamo-refit: version %d cannot be undone", version)
+        if not self._all_ranks(undone):
+            # The next step would run on a mixture: there must be none.
+            logger.critical("dynamo-refit: weights unknown, ending this process")
+            os._exit(1)
+        raise failure or InstallUndone(f"another rank failed to install {version}")
+
+    def _all_ranks(self, mine: bool) -> bool:
+        """Whether ``mine`` is true on every rank; blocks until all have said."""
+        flag = torch.tensor([mine], dtype=torch.int32)
+        if self._ranks > 1:
+            group = get_tp_group().cpu_group
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
+        return bool(flag.item())
 
     def _install_now(self, version: int, limit: Limit) -> RankReply:
         ms = self._stager.install(version, limit)

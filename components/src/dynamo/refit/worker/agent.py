@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -48,7 +45,6 @@ from dynamo.refit.protocol import (
     Aborted,
     Commit,
     Committed,
-    CommitTimings,
     GetStatus,
     InFlightPolicy,
     Message,
@@ -65,24 +61,9 @@ from dynamo.refit.protocol import (
     WorkerStatus,
 )
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
+from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """What the agent needs of an engine; see :class:`worker.engine.RefitEngine`."""
-
-    kv_epoch: str
-    admin_lock: asyncio.Lock
-    paused_by_user: bool
-    asleep: bool
-
-    async def call_ranks(self, request: RankRequest) -> list[RankReply]: ...
-    async def pause(self, in_flight: InFlightPolicy) -> None: ...
-    async def resume(self) -> None: ...
-    def begin_epoch(self, version: int) -> str: ...
-    async def declare_version(self, version: int) -> None: ...
-    async def probe(self) -> None: ...
 
 
 @dataclass
@@ -124,6 +105,7 @@ class RefitAgent:
     ) -> None:
         self._engine = engine
         self._ranks = Ranks(self, trainers, staging)
+        self._switch = Switch(engine, self._ranks, self._now_serving)
         self._publish = publish
         self._fence = fence
         self._model = model
@@ -210,7 +192,7 @@ class RefitAgent:
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
-        self._check_awake()
+        check_awake(self._engine)
         while (current := self._transaction) is not None:
             if current.request == request and current.ending is None:
                 return await self._outcome(current)
@@ -337,7 +319,7 @@ class RefitAgent:
     async def _install(self, staged: Prepare, in_flight: InFlightPolicy) -> Message:
         version = staged.version
         try:
-            committed = await self._switch(staged, in_flight)
+            committed = await self._switch.run(staged, in_flight)
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -362,77 +344,8 @@ class RefitAgent:
         )
         return committed
 
-    async def _switch(self, staged: Prepare, in_flight: InFlightPolicy) -> Committed:
-        """Pause, install on every rank, new epoch, resume, probe, verify.
-
-        Raises:
-            RanksFailed: the install failed and the old weights are back, serving.
-            Exception: anything else; the engine is left paused then.
-        """
-        engine, version = self._engine, staged.version
-        async with engine.admin_lock:
-            clock = [time.perf_counter()]
-            await self._pause(in_flight, version)
-            clock.append(time.perf_counter())
-            failed: RanksFailed | None = None
-            retries = 0
-            try:
-                # Half of the time for each try.
-                seconds = staged.commit_seconds / 2
-                retries = await self._ranks.install(version, seconds)
-            except RanksFailed as error:
-                await self._ranks.restore(version, error)
-                failed = error
-            else:
-                self._version, self._weights = version, staged.weights
-                engine.begin_epoch(version)
-            clock.append(time.perf_counter())
-            if not engine.paused_by_user:
-                await engine.resume()
-            clock.append(time.perf_counter())
-            if failed is not None:
-                raise failed
-            await engine.declare_version(version)
-            # Still under the lock: a pause of the user's would look like a death, and
-            # a sleep takes the weights away that are read here.
-            if not engine.paused_by_user:
-                await engine.probe()
-            clock.append(time.perf_counter())
-            unchecked = await self._check_live()
-            clock.append(time.perf_counter())
-        pause, install, resume, probe, verify = (
-            (later - earlier) * 1e3 for earlier, later in itertools.pairwise(clock)
-        )
-        return Committed(
-            version=version,
-            weights=staged.weights,
-            unchecked=unchecked,
-            kv_epoch=engine.kv_epoch,
-            timings=CommitTimings(
-                pause_ms=pause,
-                install_ms=install,
-                resume_ms=resume,
-                stall_ms=pause + install + resume,
-                probe_ms=probe,
-                verify_ms=verify,
-                install_retries=retries,
-            ),
-        )
-
-    async def _check_live(self) -> int:
-        """
-        Raises:
-            WeightsUnknown: what is live is not what was installed.
-        """
-        try:
-            return await self._ranks.verify(self._version)
-        except RanksFailed as error:
-            # No further token of them.
-            await self._engine.pause("continue")
-            raise WeightsUnknown(
-                f"the live weights are not those of version {self._version}: "
-                f"{error.failure}"
-            ) from error
+    def _now_serving(self, staged: Prepare) -> None:
+        self._version, self._weights = staged.version, staged.weights
 
     async def _verify(self) -> Message:
         """Check the live weights while nothing else is under way."""
@@ -440,7 +353,7 @@ class RefitAgent:
             raise RefitError("no version was installed here since the start")
         if self._transaction is not None:
             raise RefitError("a refit is under way: it verifies by itself")
-        self._check_awake()
+        check_awake(self._engine)
         async with self._verifying:
             version, weights = self._version, self._weights
             try:
@@ -448,21 +361,6 @@ class RefitAgent:
             except RanksFailed as error:
                 return Refused(failure=self._failure(error, "verify", version))
         return WeightsVerified(version=version, weights=weights, unchecked=unchecked)
-
-    def _check_awake(self) -> None:
-        if self._engine.asleep:
-            raise RefitError("the engine sleeps: wake it up before a refit")
-
-    async def _pause(self, in_flight: InFlightPolicy, version: int) -> None:
-        try:
-            self._check_awake()
-            await self._engine.pause(in_flight)
-        except Exception as error:
-            # Nothing is written yet: going on with the old weights is safe.
-            if not (self._engine.paused_by_user or self._engine.asleep):
-                await self._engine.resume()
-            failure = failure_from(error, stage="pause", version=version)
-            raise RanksFailed(failure) from error
 
     def _fence_off(self, version: int | None, error: BaseException) -> Refused:
         """Leave the engine as it is (paused, in a commit), tell everyone, and go."""

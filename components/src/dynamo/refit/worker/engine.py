@@ -63,6 +63,16 @@ class RefitEngine:
         """Dynamo's sleep route was called: the weights may not even be in memory."""
         return self._handler._pause_controller.is_paused
 
+    @property
+    def installs_in_step(self) -> bool:
+        """One ``collective_rpc`` reaches all ranks between the same two steps.
+
+        So it is where the engine and its ranks share one queue: a single process, or
+        vLLM's own processes of one host.
+        """
+        parallel = self._llm.vllm_config.parallel_config
+        return parallel.distributed_executor_backend in (None, "uni", "mp")
+
     async def call_ranks(self, request: RankRequest) -> list[RankReply]:
         """Every rank's answer, in rank order. Waits for the step that is running.
 
@@ -95,8 +105,12 @@ class RefitEngine:
         await self._llm.engine_core.pause_scheduler_async(
             mode="keep", clear_cache=recompute
         )
-        if self._llm.model_config.is_multimodal_model and not recompute:
-            # Encoder outputs are cached by the media's hash, which has no epoch.
+        if not recompute:
+            await self.forget_media()
+
+    async def forget_media(self) -> None:
+        """Drop cached encoder outputs: their key is the media's hash, without epoch."""
+        if self._llm.model_config.is_multimodal_model:
             await self._llm.reset_encoder_cache()
 
     async def resume(self) -> None:

@@ -135,6 +135,8 @@ class Ranks:
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
         self._proven: _Proven | None = None
+        #: An install of what was staged last is a transfer, and cannot be undone.
+        self.direct = False
 
     async def describe(self) -> list[Described]:
         """Let every rank get ready to plan, and say who it is.
@@ -175,6 +177,7 @@ class Ranks:
         published = await self._fetch_fingerprints(request, held.manifest)
         staged = await self._poll(request.version)
         self._proven = self._prove(held, staged)
+        self.direct = any(reply.vote.memory.mode == "direct" for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
         return tuple(reply.vote for reply in staged)
@@ -286,6 +289,21 @@ class Ranks:
         except RanksFailed as error:
             logger.warning("installing version %d again: %s", version, error.failure)
             await self._call_to_the_end(request)
+            return 1
+        return 0
+
+    async def install_in_step(self, version: int) -> int:
+        """Install while serving: one call, between two steps, on all ranks or none.
+
+        Repeated once if it fails; returns how often it was repeated, and raises
+        :class:`RanksFailed` when every rank has its old weights.
+        """
+        request = Install(version=version, seconds=0.0, in_step=True)
+        try:
+            await self._call(request)
+        except RanksFailed as error:
+            logger.warning("installing version %d again: %s", version, error.failure)
+            await self._call(request)
             return 1
         return 0
 
