@@ -327,6 +327,7 @@ class FakeEngine:
         self.admin_lock = asyncio.Lock()
         self.paused_by_user = False
         self.asleep = False
+        self.installs_in_step = False
         self.ranks = [FakeRank(0), FakeRank(1)]
         self.requests: list[RankRequest] = []
         self.steps: list[str] = []
@@ -368,6 +369,9 @@ class FakeEngine:
         assert not [r for r in self.ranks if self._writes(r)], "a rank still writes"
         self._step("resume", locked=True)
         self.paused = False
+
+    async def forget_media(self) -> None:
+        self._step("forget_media", locked=True)
 
     def begin_epoch(self, version: int) -> str:
         assert self.paused, "a new request could hit blocks of older weights"
