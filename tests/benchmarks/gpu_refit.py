@@ -8,7 +8,10 @@ Needs a CUDA machine with vLLM, NIXL and ModelExpress; no Dynamo. A dense model 
 Qwen3-4B's shape with random weights and CUDA graphs decodes for many streams while
 a publisher in a second process offers two versions in turn, from the GPU's memory
 or the host's. The stall is the longest gap between two tokens of any stream that
-touches the commit. Prints a table, then one line of JSON.
+touches the commit. Beside it: the same cycle with everything built anew, and the one
+that transfers inside the pause. With ``--from-disk`` the engine loads the first
+version from a checkpoint, and its answers are what a refit back to it must give.
+Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,17 +25,23 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch.multiprocessing.reductions import reduce_tensor
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Manifest, Source
 from dynamo.refit.protocol import InFlightPolicy, RankVote
 from dynamo.refit.publish.torch_state import SnapshotBuffers, local_shards
+from dynamo.refit.rank.cycle import STEPS
 from dynamo.refit.transport.nixl import NixlAgent
 from tests.support.replica import Replica
 
@@ -68,6 +77,10 @@ LAYER = {
     "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
     "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
 }
+#: The checkpoint's one file, and the bytes of the plain copy between two processes.
+FILE = "model.safetensors"
+IPC_NBYTES = 2 << 30
+
 PROMPT = [785, 3974, 13876, 38835]
 
 
@@ -101,17 +114,34 @@ def fill(tensors: dict[str, torch.Tensor], seed: int) -> None:
             tensor.normal_(0, 0.02, generator=generator)
 
 
-def serve_weights(config: dict, device: str, name: str, pipe: Connection) -> None:
+def serve_weights(
+    config: dict, device: str, name: str, directory: Path | None, pipe: Connection
+) -> None:
     """The publisher process: two versions in two slots, until told to end."""
     tensors = {
         tensor: torch.empty(shape, dtype=torch.bfloat16, device=device)
         for tensor, shape in shapes(config).items()
     }
     buffers = SnapshotBuffers(local_shards(tensors), slots=2)
+    fingerprints, fold_s = [], 0.0
     for slot in range(2):
         fill(tensors, seed=slot)
+        if directory is not None and slot == 0:
+            save_file({n: t.cpu() for n, t in tensors.items()}, directory / FILE)
         buffers.write(slot)
+        batch = Batch(
+            [
+                Part(view, tuple((0, size) for size in view.shape), view.shape)
+                for view in buffers.views(slot)
+            ]
+        )
+        fingerprints.append(batch.fold().tobytes())
+        began = time.perf_counter()
+        batch.fold()
+        fold_s = time.perf_counter() - began
     tensors.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     agent = NixlAgent(name)
     memory = "VRAM" if device == "cuda" else "DRAM"
     regions = [(r.address, r.nbytes) for slot in buffers.regions for r in slot]
@@ -128,7 +158,19 @@ def serve_weights(config: dict, device: str, name: str, pipe: Connection) -> Non
     manifest = Manifest(
         model="model", tensors=tuple(buffers.entries), sources=(source,)
     )
-    pipe.send((msgspec.msgpack.encode(manifest), took))
+    shared = None
+    if device == "cuda":
+        lent = torch.zeros(IPC_NBYTES, dtype=torch.uint8, device="cuda")
+        shared = reduce_tensor(lent)
+    pipe.send(
+        {
+            "manifest": msgspec.msgpack.encode(manifest),
+            "fingerprints": fingerprints,
+            "register_ms": took * 1e3,
+            "fold_gb_per_s": manifest.nbytes / fold_s / 1e9,
+            "shared": shared,
+        }
+    )
     while not pipe.poll(0.002):
         agent.progress()
 
@@ -198,15 +240,37 @@ async def greedy(llm: AsyncLLM, tokens: int = 32) -> tuple[list[int], int]:
     return list(last.outputs[0].token_ids), last.num_cached_tokens or 0
 
 
+@dataclass(frozen=True)
+class Published:
+    """What the publisher process offers: a manifest, two slots, their fingerprints."""
+
+    manifest: Manifest
+    fingerprints: list[np.ndarray]
+
+    async def stage(self, replica: Replica, slot: int) -> RankVote:
+        (vote,) = await replica.stage(self.manifest, slot, self.fingerprints[slot])
+        return vote
+
+    async def refit(self, replica: Replica, slot: int) -> RankVote:
+        vote = await self.stage(replica, slot)
+        await replica.commit()
+        return vote
+
+
 async def measure(
     replica: Replica,
-    manifest: Manifest,
+    published: Published,
     streams: Streams,
     refits: int,
     policy: InFlightPolicy,
+    *,
+    forget: bool = False,
 ) -> dict:
-    """``refits`` warm cycles under load; milliseconds, GB/s, tokens per second."""
-    await replica.refit(manifest, 1)
+    """``refits`` cycles under load; milliseconds, GB/s, tokens per second.
+
+    With ``forget`` the rank drops its session and its buffers before each.
+    """
+    await published.refit(replica, 1)
     quiet_from = time.time()
     await asyncio.sleep(2.0)
     quiet_until = time.time()
@@ -214,8 +278,10 @@ async def measure(
     stalls, votes, commits = [], [], []
     staging_tokens = staging_seconds = 0.0
     for cycle in range(refits):
+        if forget:
+            await replica.llm.collective_rpc("refit_forget")
         began = time.time()
-        (vote,) = await replica.stage(manifest, cycle % 2)
+        vote = await published.stage(replica, cycle % 2)
         staged = time.time()
         staging_seconds += staged - began
         commit = await replica.commit(policy)
@@ -235,10 +301,13 @@ async def measure(
         "pause_ms": spread([c.timings.pause_ms for c in commits]),
         "resume_ms": spread([c.timings.resume_ms for c in commits]),
         "install_ms": spread([c.timings.install_ms for c in commits]),
-        "pull_ms": spread([v.timings.pull_ms for v in votes]),
-        "backup_ms": spread([v.timings.backup_ms for v in votes]),
-        "pull_gb_per_s": votes[-1].nbytes
-        / statistics.median(v.timings.pull_ms for v in votes)
+        "verify_ms": spread([c.timings.verify_ms for c in commits]),
+        **{
+            f"{step}_ms": spread([getattr(v.timings, f"{step}_ms") for v in votes])
+            for step in STEPS
+        },
+        "wire_gb_per_s": votes[-1].nbytes
+        / statistics.median(v.timings.wire_ms for v in votes)
         / 1e6,
         "tokens_per_s": undisturbed,
         "tokens_per_s_staging": staging_tokens / staging_seconds,
@@ -262,7 +331,9 @@ def built(votes: list[RankVote]) -> list[int]:
     return [sum(getattr(c, name) for c in counters) for name in names]
 
 
-async def check_tokens(replica: Replica, manifest: Manifest) -> dict:
+async def check_tokens(
+    replica: Replica, published: Published, fresh: list[int] | None
+) -> dict:
     """A, B, A, B: the same weights give the same tokens, and no old block is hit.
 
     Compared with a cold prefix cache only: kernels differ in the last bits between a
@@ -270,7 +341,7 @@ async def check_tokens(replica: Replica, manifest: Manifest) -> dict:
     """
     answers, cached = [], []
     for slot in (0, 1, 0, 1):
-        await replica.refit(manifest, slot)
+        await published.refit(replica, slot)
         tokens, first = await greedy(replica.llm)
         _, hot = await greedy(replica.llm)
         answers.append(tokens)
@@ -279,6 +350,7 @@ async def check_tokens(replica: Replica, manifest: Manifest) -> dict:
         "same_weights_same_tokens": answers[0] == answers[2]
         and answers[1] == answers[3],
         "other_weights_other_tokens": answers[0] != answers[1],
+        "equal_to_a_fresh_engine": None if fresh is None else answers[2] == fresh,
         "cached_hot": min(hot for _, hot in cached),
         "cached_after_refit": max(first for first, _ in cached),
     }
@@ -298,80 +370,166 @@ def plain_copies(nbytes: int) -> dict[str, float]:
     return {"device_copy_gb_per_s": a.numel() / min(times) / 1e9}
 
 
+def plain_ipc_copy(shared: tuple) -> float:
+    """GB/s of a tensor copy from the publisher's process, over CUDA IPC."""
+    rebuild, arguments = shared
+    theirs = rebuild(*arguments)
+    mine = torch.empty_like(theirs)
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        mine.copy_(theirs)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return theirs.numel() / min(times) / 1e9
+
+
 async def run(options: argparse.Namespace) -> dict:
     config = {**QWEN3_4B, "num_hidden_layers": options.layers}
-    context = multiprocessing.get_context("spawn")
     results: dict = {"device": torch.cuda.get_device_name(0), "runs": []}
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(config))
-        began = time.perf_counter()
-        llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=directory,
-                skip_tokenizer_init=True,
-                load_format="dummy",
-                dtype="bfloat16",
-                max_model_len=4096,
-                max_num_seqs=64,
-                gpu_memory_utilization=options.memory,
-                worker_extension_cls=(
-                    "dynamo.refit.rank.extension.RefitWorkerExtension"
-                ),
-            )
-        )
-        results["engine_start_s"] = time.perf_counter() - began
-        replica = Replica(llm)
-        await replica.agent.start()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "config.json").write_text(json.dumps(config))
+        source = start_source(config, options.sources[0], options, directory)
+        llm = start_engine(directory, options, results)
         try:
-            for device in options.sources:
-                here, there = context.Pipe()
-                source = context.Process(
-                    target=serve_weights,
-                    args=(config, device, f"trainer-{device}", there),
-                    daemon=True,
-                )
-                source.start()
-                payload, register_s = await asyncio.to_thread(here.recv)
-                manifest = msgspec.msgpack.decode(payload, type=Manifest)
-                (cold,) = await replica.refit(manifest, 0)
-                print(device, "registered in", register_s, "cold", cold, flush=True)
-                results["nbytes"] = manifest.nbytes
-                results[f"cold_{device}"] = msgspec.to_builtins(cold)
-                results[f"tokens_{device}"] = await check_tokens(replica, manifest)
-                for count in options.streams:
-                    streams = Streams(llm, count)
-                    await streams.start()
-                    for policy in options.policies:
-                        run = await measure(
-                            replica, manifest, streams, options.refits, policy
-                        )
-                        results["runs"].append({"source": device, **run})
-                        print(json.dumps(results["runs"][-1]), flush=True)
-                    await streams.stop()
-                here.send("end")
-                source.join(20)
-                source.kill()
+            fresh = None
+            if options.from_disk:
+                fresh, _ = await greedy(llm)
+            replica = Replica(llm, staging=options.staging)
+            await replica.agent.start()
+            for number, device in enumerate(options.sources):
+                if number:
+                    source = start_source(config, device, options, None)
+                await measure_source(replica, source, device, fresh, options, results)
+                source.process.kill()
         finally:
             llm.shutdown()
     results.update(plain_copies(4 << 30))
     return results
 
 
+def start_engine(directory: Path, options: argparse.Namespace, results: dict):
+    began = time.perf_counter()
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(directory),
+            skip_tokenizer_init=True,
+            load_format="auto" if options.from_disk else "dummy",
+            quantization=options.quantization,
+            dtype="bfloat16",
+            max_model_len=4096,
+            max_num_seqs=64,
+            gpu_memory_utilization=options.memory,
+            worker_extension_cls=f"{__name__.rpartition('.')[0]}.forgetful.Extension",
+        )
+    )
+    results["engine_start_s"] = time.perf_counter() - began
+    return llm
+
+
+@dataclass
+class SourceProcess:
+    process: multiprocessing.process.BaseProcess
+    offer: dict
+
+
+def start_source(
+    config: dict, device: str, options: argparse.Namespace, directory: Path | None
+) -> SourceProcess:
+    """Start the publisher, and wait for what it offers."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(
+        target=serve_weights,
+        args=(
+            config,
+            device,
+            f"trainer-{device}",
+            directory if options.from_disk else None,
+            there,
+        ),
+        daemon=True,
+    )
+    process.start()
+    offer = here.recv()
+    # Kept open: the publisher serves until it is killed.
+    offer["pipe"] = here
+    return SourceProcess(process, offer)
+
+
+async def measure_source(
+    replica: Replica,
+    source: SourceProcess,
+    device: str,
+    fresh: list[int] | None,
+    options: argparse.Namespace,
+    results: dict,
+) -> None:
+    offer = source.offer
+    published = Published(
+        msgspec.msgpack.decode(offer["manifest"], type=Manifest),
+        [np.frombuffer(values, dtype="<u8") for values in offer["fingerprints"]],
+    )
+    results["nbytes"] = published.manifest.nbytes
+    about = {name: offer[name] for name in ("register_ms", "fold_gb_per_s")}
+    if offer["shared"] is not None:
+        about["plain_ipc_gb_per_s"] = plain_ipc_copy(offer["shared"])
+    about["cold"] = msgspec.to_builtins(await published.refit(replica, 0))
+    about["tokens"] = await check_tokens(replica, published, fresh)
+    results[f"source_{device}"] = about
+    print(device, json.dumps(about), flush=True)
+    for count in options.streams:
+        streams = Streams(replica.llm, count)
+        await streams.start()
+        for policy in options.policies:
+            runs = [(policy, options.refits, False)]
+            if (
+                options.uncached
+                and policy == "continue"
+                and count == min(options.streams)
+            ):
+                runs.append((f"{policy}, uncached", 3, True))
+            for name, refits, forget in runs:
+                run = await measure(
+                    replica, published, streams, refits, policy, forget=forget
+                )
+                run |= {"source": device, "cycle": name}
+                results["runs"].append(run)
+                print(json.dumps(run), flush=True)
+        if options.direct:
+            direct = Replica(replica.llm, staging="direct")
+            direct.version = 10_000 * (1 + len(results["runs"]))
+            await direct.agent.start()
+            run = await measure(direct, published, streams, 5, "continue")
+            run |= {"source": device, "cycle": "pull in the pause"}
+            results["runs"].append(run)
+            print(json.dumps(run), flush=True)
+        await streams.stop()
+
+
 def print_table(results: dict) -> None:
-    print(f"\n{results['device']}, {results['nbytes'] / 1e9:.2f} GB per version")
-    heads = ("source", "streams", "policy", "m", "stall p50/p95/max", "install", "pull")
-    print("{:7} {:>7} {:10} {:>6} {:>22} {:>8} {:>8} {:>7} {:>13}".format(
-        *heads, "GB/s", "tok/s staging"
-    ))  # fmt: skip
+    print(f"\n{results['device']}, {results['nbytes'] / 1e9:.2f} GB per version; ms")
+    print(
+        f"{'source':6} {'streams':>7} {'cycle':20} {'m':>5} {'stall p50/p95/max':>22} "
+        f"{'pause':>6} {'install':>7} {'verify':>6} {'wire':>6} {'GB/s':>5} "
+        f"{'fold':>5} {'backup':>6} {'alloc':>6} {'tok/s staging':>13} built"
+    )
     for run in results["runs"]:
         stall = run["stall_ms"]
         share = run["tokens_per_s_staging"] / run["tokens_per_s"]
+        half = {name: value["p50"] for name, value in run.items() if "_ms" in name
+                and isinstance(value, dict)}  # fmt: skip
         print(
-            f"{run['source']:7} {run['streams']:7} {run['policy']:10} "
-            f"{run['median_gap_ms']:6.1f} "
+            f"{run['source']:6} {run['streams']:7} {run['cycle']:20} "
+            f"{run['median_gap_ms']:5.1f} "
             f"{stall['p50']:7.1f}{stall['p95']:7.1f}{stall['max']:8.1f} "
-            f"{run['install_ms']['p50']:8.1f} {run['pull_ms']['p50']:8.1f} "
-            f"{run['pull_gb_per_s']:7.0f} {share:12.0%}"
+            f"{half['pause_ms']:6.1f} {half['install_ms']:7.1f} "
+            f"{half['verify_ms']:6.1f} {half['wire_ms']:6.1f} "
+            f"{run['wire_gb_per_s']:5.0f} {half['fingerprint_ms']:5.1f} "
+            f"{half['backup_ms']:6.1f} {half['allocate_ms']:6.0f} {share:13.0%} "
+            f"{run['built']}"
         )
 
 
@@ -382,7 +540,12 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["cuda", "cpu"])
     parser.add_argument("--policies", nargs="+", default=["continue", "recompute"])
     parser.add_argument("--refits", type=int, default=20)
-    parser.add_argument("--memory", type=float, default=0.6)
+    parser.add_argument("--memory", type=float, default=0.5)
+    parser.add_argument("--staging", default="auto")
+    parser.add_argument("--quantization")
+    parser.add_argument("--from-disk", action="store_true")
+    parser.add_argument("--uncached", action="store_true")
+    parser.add_argument("--direct", action="store_true")
     options = parser.parse_args()
     # UCX reads its environment when an agent is made, and falls back to TCP between
     # two processes of one GPU without this.

@@ -266,7 +266,12 @@ class RankStager:
     def _find_session(
         self, manifest: Manifest, request: Stage, cycle: Cycle
     ) -> tuple[Session, SessionUse]:
-        held = [s for s in (self._session, self._spare) if s is not None]
+        held = [
+            session
+            for session in (self._session, self._spare)
+            if session is not None
+            and request.staging in ("auto", session.memory.mode)
+        ]
         for session in held:
             if session.addressed_to == request.manifest:
                 cycle.built["hits"] += 1
