@@ -54,6 +54,9 @@ class Requests:
                 np.array(manifest.shard_addresses(slot), dtype=np.int64)
                 for slot in range(manifest.slots)
             ]
+            self._regions = np.array(
+                [shard.region for t in manifest.tensors for shard in t.shards]
+            )
             for shadow in shadows or [None]:
                 self.waves.append([[] for _ in slots])
                 for shards, waves in zip(slots, self.waves[-1], strict=True):
@@ -90,16 +93,16 @@ class Requests:
         target: torch.Tensor,
     ) -> Read:
         source = manifest.sources[segments.source]
-        remote = shards[segments.shard] + segments.remote
-        local = segments.local + target.data_ptr()
+        remote, local, nbytes = merge(
+            shards[segments.shard] + segments.remote,
+            segments.local + target.data_ptr(),
+            segments.nbytes,
+            self._regions[segments.shard],
+        )
         return self._agent.prepare_read(
             self._peers[segments.source],
-            (np.stack([local, segments.nbytes], axis=1), *memory_of(target.device)),
-            (
-                np.stack([remote, segments.nbytes], axis=1),
-                source.memory,
-                source.device,
-            ),
+            (np.stack([local, nbytes], axis=1), *memory_of(target.device)),
+            (np.stack([remote, nbytes], axis=1), source.memory, source.device),
         )
 
     def _reads(self) -> list[Read]:
@@ -115,6 +118,22 @@ def _connect(agent: NixlAgent, source: Source) -> str:
             f"source {source.agent!r} cannot be reached ({error}): is that trainer "
             "process alive?"
         ) from error
+
+
+def merge(
+    remote: np.ndarray, local: np.ndarray, nbytes: np.ndarray, regions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs that follow each other on both sides, in one region, as one.
+
+    NIXL takes them one by one otherwise, about a microsecond each.
+    """
+    follows = (
+        (remote[1:] == remote[:-1] + nbytes[:-1])
+        & (local[1:] == local[:-1] + nbytes[:-1])
+        & (regions[1:] == regions[:-1])
+    )
+    starts = np.flatnonzero(np.concatenate([[True], ~follows]))
+    return remote[starts], local[starts], np.add.reduceat(nbytes, starts)
 
 
 def _still_active(read: Read) -> bool:

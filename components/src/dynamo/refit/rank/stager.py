@@ -49,10 +49,11 @@ from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
 
-#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them;
-#: on a GPU the wire is the faster the more is in one request.
+#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them,
+#: and small ones are still in a cache then; on a GPU the wire is the faster the more is
+#: in one request.
 LIMITS = {
-    "cpu": Limits(scratch=32 << 20, arena=32 << 20),
+    "cpu": Limits(scratch=8 << 20, arena=16 << 20),
     "cuda": Limits(scratch=128 << 20),
 }
 
