@@ -8,22 +8,18 @@ import asyncio
 import copy
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo.refit.errors import (
-    Failure,
     FingerprintMismatch,
     MemoryShort,
     NothingStaged,
-    NoWayBack,
     OutOfStep,
     RefitError,
     SourceLost,
@@ -32,47 +28,28 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
-    Event,
     RefitFailed,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
 )
-from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.manifest import Box, Manifest, Region, Shard, Source, TensorEntry
+from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
-    Abort,
     Aborted,
-    CacheCounters,
-    Commit,
     Committed,
     Describe,
-    Described,
     Discard,
-    Done,
-    FingerprintsReply,
     GetFingerprints,
     GetManifest,
     GetStatus,
     Install,
-    Installed,
-    ManifestReply,
-    MemoryUse,
-    Message,
     Poll,
-    Prepare,
     RankAnswer,
     RankCall,
-    RankReply,
-    RankRequest,
-    RankVote,
     Refused,
     Restore,
     Running,
     Stage,
-    Staged,
-    StageTimings,
-    Verified,
     Verify,
     VerifyWeights,
     Vote,
@@ -81,9 +58,23 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker import ranks as ranks_module
-from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import ProbeFailed, RefitEngine, with_epoch
 from dynamo.refit.worker.ranks import RanksFailed, WeightsUnknown
+from tests.support.fake_replica import (
+    COMMIT_STEPS,
+    EPOCH,
+    VOTES,
+    WORKER,
+    Bench,
+    FakeTrainer,
+    abort,
+    commit,
+    fingerprints_of,
+    manifest,
+    refusal,
+    until,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.unit,
@@ -92,478 +83,6 @@ pytestmark = [
     pytest.mark.timeout(30),
 ]
 
-WORKER = 7
-EPOCH = 100
-
-#: What a good commit asks of the engine, in this order.
-COMMIT_STEPS = ["pause", "install", "epoch", "resume", "probe", "verify"]
-
-MEMORY = MemoryUse(mode="device", device_nbytes=3 << 20, host_nbytes=1 << 20)
-
-
-def manifest(address: int = 0x1000) -> Manifest:
-    """A model of two float32 tensors; ``address`` tells one trainer from another."""
-    w = Shard(source=0, region=0, byte_offset=0, offset=(0, 0), shape=(4, 2))
-    norm = Shard(source=0, region=0, byte_offset=32, offset=(0,), shape=(2,))
-    return Manifest(
-        model="tiny",
-        tensors=(
-            TensorEntry(name="w", dtype="float32", shape=(4, 2), shards=(w,)),
-            TensorEntry(name="norm", dtype="float32", shape=(2,), shards=(norm,)),
-        ),
-        sources=(
-            Source(
-                agent="trainer",
-                metadata=b"\0meta",
-                memory="DRAM",
-                device=0,
-                slots=((Region(address, 40),), (Region(address + 64, 40),)),
-            ),
-        ),
-    )
-
-
-def reads_of(rank: int) -> tuple[tuple[int, Box], ...]:
-    """``w`` is row-parallel: each of two ranks reads its half; both read ``norm``."""
-    rows = (2 * rank, 2 * rank + 2)
-    return (0, (rows, (0, 2))), (1, ((0, 2),))
-
-
-def parts_of(version: int, rank: int) -> np.ndarray:
-    """A rank's parts of a version's fingerprint; those of ``w`` add up past 2^64."""
-    big = 2**64 - 1000 * version
-    return np.array([big if rank == 0 else 3000 * version, 77 * version], "<u8")
-
-
-def fingerprints_of(version: int) -> np.ndarray:
-    """What the trainer says of ``w`` and ``norm``."""
-    return np.array([2000 * version, 77 * version], "<u8")
-
-
-def weights_of(version: int) -> str:
-    return version_fingerprint(fingerprints_of(version))
-
-
-@dataclass
-class Job:
-    """What a rank was told to start, and what it answers when that has ended."""
-
-    doing: str
-    version: int
-    end: Callable[[], RankReply]
-    reply: RankReply | None = None
-
-
-class FakeRank:
-    """A rank whose weights are the number of their version.
-
-    ``fail`` maps a kind of request to the errors that its next ones end in; ``held``
-    names the work that does not end; ``letting_go`` is how often it answers Running
-    before a discard is done; ``wrong`` is added to its parts, by their number. In
-    ``direct`` mode an install is started and polled, and cannot be undone.
-    """
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.mode = "device"
-        self.live: int | None = None
-        self.backup: int | None = None
-        self.started: Job | None = None
-        self.staged: int | None = None
-        self.held: set[str] = set()
-        self.letting_go = 0
-        self.manifest: str | None = None
-        self.fail: dict[type, list[Exception]] = {}
-        self.wrong: dict[int, int] = {}
-        self.direct = False
-        self.unchecked = 0
-        #: It has planned anew, and reads in another order; it says so unasked.
-        self.reordered = False
-
-    @property
-    def job(self) -> int | None:
-        """The version that it was told to start something for."""
-        return self.started.version if self.started else None
-
-    def answer(self, request: RankRequest) -> RankReply:
-        return self._refusing(request, lambda: self._carry_out(request))
-
-    def _refusing(
-        self, request: RankRequest, work: Callable[[], RankReply]
-    ) -> RankReply:
-        try:
-            return work()
-        except RefitError as error:
-            stage = type(request).__name__.lower()
-            version = getattr(request, "version", None)
-            return Refused(
-                failure=failure_from(
-                    error, stage=stage, rank=self.rank, version=version
-                )
-            )
-
-    def _carry_out(self, request: RankRequest) -> RankReply:
-        match request:
-            case Install() if self.direct:
-                return self._start(request, "install", self._install)
-            case Verify():
-                return self._start(request, "verify", self._verify)
-        self._fail_if_told(request)
-        match request:
-            case Describe():
-                return Described(
-                    rank=self.rank,
-                    ranks=2,
-                    parameters=2,
-                    nbytes=24,
-                    memory=msgspec.structs.replace(MEMORY, mode=self.mode),
-                )
-            case Stage():
-                if request.payload is not None:
-                    self.manifest = request.manifest
-                if self.manifest != request.manifest:
-                    raise RefitError(f"this rank has no manifest {request.manifest}")
-                self.staged = None
-                return self._start(request, "stage", self._stage)
-            case Poll(version=version):
-                return self._poll(version)
-            case Install():
-                return self._install(request)
-            case Restore(version=version):
-                self._require(version)
-                if self.direct:
-                    raise NoWayBack("direct staging keeps no copy of the old weights")
-                self.live = self.backup
-                return Installed(rank=self.rank, copy_ms=0.1)
-            case Discard(version=version):
-                return self._discard(version)
-
-    def _fail_if_told(self, request: RankRequest) -> None:
-        if errors := self.fail.get(type(request)):
-            raise errors.pop(0)
-
-    def _start(
-        self,
-        request: Stage | Install | Verify,
-        doing: str,
-        work: Callable[[Any], RankReply],
-    ) -> RankReply:
-        if self.started is not None and self.started.reply is None:
-            raise RefitError(f"version {self.job} is still being worked on")
-
-        def carry_out() -> RankReply:
-            if doing != "stage":
-                self._fail_if_told(request)
-            return work(request)
-
-        self.started = Job(
-            doing, request.version, lambda: self._refusing(request, carry_out)
-        )
-        return Running()
-
-    def _poll(self, version: int) -> RankReply:
-        job = self.started
-        if job is None or job.version != version:
-            raise NothingStaged(f"nothing was started for version {version} here")
-        if job.reply is None:
-            if job.doing in self.held:
-                return Running()
-            job.reply = job.end()
-        return job.reply
-
-    def _stage(self, request: Stage) -> RankReply:
-        self.staged, self.backup = request.version, self.live
-        parts = parts_of(request.version, self.rank)
-        for number, error in self.wrong.items():
-            parts[number] = (int(parts[number]) + error) % 2**64
-        reads = reads_of(self.rank) if request.want_reads else ()
-        if self.reordered:
-            parts, reads = parts[::-1], reads_of(self.rank)[::-1]
-        return Staged(vote=vote_of(self.rank), parts=parts.tobytes(), reads=reads)
-
-    def _install(self, request: Install) -> RankReply:
-        self._require(request.version)
-        self.live = request.version
-        return Installed(rank=self.rank, copy_ms=0.1)
-
-    def _verify(self, request: Verify) -> RankReply:
-        if self.live != request.version:
-            raise FingerprintMismatch("1 block is not what was staged", tensor="w")
-        return Verified(rank=self.rank, unchecked=self.unchecked)
-
-    def _discard(self, version: int) -> RankReply:
-        if self.job == version:
-            if self.letting_go:
-                self.letting_go -= 1
-                return Running()
-            self.started = self.staged = None
-        return Done()
-
-    def _require(self, version: int) -> None:
-        if self.staged != version:
-            raise NothingStaged(f"version {version} is not staged here")
-
-
-def vote_of(rank: int) -> RankVote:
-    timings = dict.fromkeys(StageTimings.__struct_fields__, 1.0)
-    return RankVote(
-        rank=rank,
-        nbytes=24,
-        memory=MEMORY,
-        session="cold",
-        counters=CacheCounters(allocations=1),
-        timings=StageTimings(**timings),
-    )
-
-
-VOTES = (vote_of(0), vote_of(1))
-
-
-class FakeEngine:
-    """Implements :class:`agent.Engine` with two fake ranks, and notes every step."""
-
-    def __init__(self) -> None:
-        self.kv_epoch = ""
-        self.admin_lock = asyncio.Lock()
-        self.paused_by_user = False
-        self.asleep = False
-        self.installs_in_step = False
-        self.ranks = [FakeRank(0), FakeRank(1)]
-        self.requests: list[RankRequest] = []
-        self.steps: list[str] = []
-        self.paused = False
-        self.declared: int | None = None
-        self.fail: dict[str, Exception] = {}
-        #: Set to hold an install back.
-        self.may_install = asyncio.Event()
-        self.may_install.set()
-
-    async def call_ranks(self, request: RankRequest) -> list[RankReply]:
-        self.requests.append(request)
-        if isinstance(request, Install | Restore):
-            self._step(type(request).__name__.lower(), locked=True)
-            assert self.paused, "live weights are written between pause and resume"
-            await self.may_install.wait()
-        if isinstance(request, Verify):
-            self._step("verify")
-            assert self.paused == self.paused_by_user, "it makes the pause longer"
-        await asyncio.sleep(0)
-        if error := self.fail.get(type(request).__name__):
-            raise error
-        replies = [rank.answer(request) for rank in self.ranks]
-        installing = [rank for rank in self.ranks if rank.direct and self._writes(rank)]
-        assert self.paused or not installing, "resumed while a rank writes"
-        return replies
-
-    @staticmethod
-    def _writes(rank: FakeRank) -> bool:
-        job = rank.started
-        return job is not None and job.doing == "install" and job.reply is None
-
-    async def pause(self, in_flight: str) -> None:
-        self.in_flight = in_flight
-        self.paused = True
-        self._step("pause", locked=True)
-
-    async def resume(self) -> None:
-        assert not [r for r in self.ranks if self._writes(r)], "a rank still writes"
-        self._step("resume", locked=True)
-        self.paused = False
-
-    async def forget_media(self) -> None:
-        self._step("forget_media", locked=True)
-
-    def begin_epoch(self, version: int) -> str:
-        assert self.paused, "a new request could hit blocks of older weights"
-        self._step("epoch", locked=True)
-        self.kv_epoch = f"{version}-{len(self.steps)}"
-        return self.kv_epoch
-
-    async def declare_version(self, version: int) -> None:
-        self.declared = version
-
-    async def probe(self) -> None:
-        self._step("probe")
-        for _ in range(5):
-            await asyncio.sleep(0)
-        if self.paused_by_user:
-            raise ProbeFailed("no token within 30 s")
-
-    def _step(self, name: str, *, locked: bool = False) -> None:
-        self.steps.append(name)
-        assert self.admin_lock.locked() or not locked, f"{name} without the lock"
-        if error := self.fail.get(name):
-            raise error
-
-    def asked(self, kind: type) -> list[Any]:
-        return [request for request in self.requests if isinstance(request, kind)]
-
-    def live(self) -> list[int | None]:
-        return [rank.live for rank in self.ranks]
-
-    def jobs(self) -> list[int | None]:
-        return [rank.job for rank in self.ranks]
-
-    def hold(self, doing: str) -> None:
-        """Ranks that are told to do this do not end."""
-        for rank in self.ranks:
-            rank.held.add(doing)
-
-    def let(self, doing: str) -> None:
-        for rank in self.ranks:
-            rank.held.discard(doing)
-
-    def stage_directly(self) -> None:
-        for rank in self.ranks:
-            rank.direct = True
-
-
-class FakeTrainer:
-    """A caller that reaches a trainer with ``manifests``, or fails with ``error``.
-
-    Announcement ``a5`` is one of version 5; ``fingerprints`` has the answers that are
-    other than the version's own, by announcement.
-    """
-
-    def __init__(self, *manifests: Manifest) -> None:
-        self.payloads = {m.fingerprint(): msgspec.msgpack.encode(m) for m in manifests}
-        self.fingerprints: dict[str, bytes | Failure] = {}
-        self.error: Exception | None = None
-        self.requests: list[tuple[str, int, Message]] = []
-
-    async def call(
-        self, path: str, instance: int, request: Any, expected: Any, seconds: float
-    ) -> Any:
-        self.requests.append((path, instance, request))
-        await asyncio.sleep(0)
-        if self.error is not None:
-            raise self.error
-        if isinstance(request, GetFingerprints):
-            name = request.announcement
-            own = fingerprints_of(int(name[1:])).tobytes()
-            sent = self.fingerprints.get(name, own)
-            if isinstance(sent, Failure):
-                return Refused(failure=sent)
-            return FingerprintsReply(payload=sent)
-        if request.manifest not in self.payloads:
-            why = SourceLost(f"no manifest {request.manifest[:12]} is served here")
-            return Refused(failure=failure_from(why, stage="trainer"))
-        return ManifestReply(payload=self.payloads[request.manifest])
-
-    def asked(self, kind: type) -> list[Any]:
-        return [request for _, _, request in self.requests if isinstance(request, kind)]
-
-
-class Bench:
-    """An agent with everything around it faked."""
-
-    def __init__(self, staging: str = "auto") -> None:
-        self.engine = FakeEngine()
-        self.manifest = manifest()
-        self.other_manifest = manifest(address=0x2000)
-        self.trainer = FakeTrainer(self.manifest, self.other_manifest)
-        self.events: list[Event] = []
-        self.fences = 0
-        self.agent = RefitAgent(
-            self.engine,
-            self.trainer,
-            self.events.append,
-            self._fence,
-            model="tiny",
-            worker=WORKER,
-            staging=staging,
-        )
-
-    def _fence(self) -> None:
-        self.fences += 1
-
-    def prepare(self, version: int, **changes: Any) -> Prepare:
-        fields = {
-            "version": version,
-            "epoch": EPOCH,
-            "announcement": f"a{version}",
-            "endpoint": "ns.trainer.weights",
-            "instance": 99,
-            "manifest": self.manifest.fingerprint(),
-            "slot": 0,
-            "weights": weights_of(version),
-            "stage_seconds": 60.0,
-            "commit_seconds": 60.0,
-        }
-        return Prepare(**(fields | changes))
-
-    async def staged(self, version: int, **changes: Any) -> Vote:
-        vote = await self.agent.answer(self.prepare(version, **changes))
-        assert isinstance(vote, Vote)
-        return vote
-
-    async def committed(self, version: int, **changes: Any) -> Committed:
-        await self.staged(version, **changes)
-        reply = await self.agent.answer(commit(version))
-        assert isinstance(reply, Committed)
-        return reply
-
-    async def staging(self, version: int) -> asyncio.Task:
-        """A prepare whose ranks do not finish."""
-        self.engine.hold("stage")
-        return await self.staging_on(version)
-
-    async def staging_on(self, version: int) -> asyncio.Task:
-        task = asyncio.create_task(self.agent.answer(self.prepare(version)))
-        await until(lambda: self.engine.jobs() == [version, version])
-        return task
-
-    async def committing(self, version: int) -> asyncio.Task:
-        """A commit that stands between its pause and its install."""
-        await self.staged(version)
-        self.engine.may_install.clear()
-        task = asyncio.create_task(self.agent.answer(commit(version)))
-        await until(lambda: "install" in self.engine.steps)
-        return task
-
-    async def checking(self, version: int) -> asyncio.Task:
-        """A check on request of ``version``, whose ranks do not finish."""
-        await self.committed(version)
-        self.engine.hold("verify")
-        before = len(self.engine.asked(Verify))
-        task = asyncio.create_task(self.agent.answer(VerifyWeights()))
-        await until(lambda: len(self.engine.asked(Verify)) > before)
-        return task
-
-    def assert_serving(self, version: int | None) -> None:
-        """On ``version`` on every rank, not paused, with nothing pending."""
-        status = self.agent.status()
-        assert (status.phase, status.version, status.pending) == (
-            "serving",
-            version,
-            None,
-        )
-        assert self.engine.live() == [version, version]
-        assert not self.engine.paused
-        assert self.fences == 0
-
-    def assert_fenced(self, version: int, kind: str) -> Failure:
-        [event] = [e for e in self.events if isinstance(e, WorkerFenced)]
-        assert (event.worker, event.version) == (WORKER, version)
-        assert event.failure.kind == kind
-        assert self.fences == 1
-        assert self.agent.status().phase == "fenced"
-        return event.failure
-
-
-def commit(version: int, epoch: int = EPOCH, in_flight: str = "continue") -> Commit:
-    return Commit(version=version, epoch=epoch, in_flight=in_flight)
-
-
-def abort(version: int, epoch: int = EPOCH) -> Abort:
-    return Abort(version=version, epoch=epoch, reason="superseded by version 9")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0)
-
 
 @pytest.fixture
 async def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
@@ -571,11 +90,6 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench = Bench()
     await bench.agent.start()
     return bench
-
-
-def refusal(reply: Message) -> Failure:
-    assert isinstance(reply, Refused), reply
-    return reply.failure
 
 
 # --- prepare ------------------------------------------------------------------
@@ -695,7 +209,10 @@ async def test_a_rank_that_refuses_is_a_refusal_of_all(
     [
         (lambda t: setattr(t, "error", PeerLost("no instance 99")), "PeerLost"),
         (lambda t: t.payloads.clear(), "SourceLost"),
-        (lambda t: t.payloads.update(dict.fromkeys(t.payloads, b"\xc1")), "ManifestInvalid"),
+        (
+            lambda t: t.payloads.update(dict.fromkeys(t.payloads, b"\xc1")),
+            "ManifestInvalid",
+        ),
         (
             lambda t: t.payloads.update(
                 dict.fromkeys(
