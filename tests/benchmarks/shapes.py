@@ -30,7 +30,7 @@ _COMMON = {
 Tensor = tuple[str, tuple[int, ...]]
 
 
-def dense(nbytes: int) -> dict:
+def dense(nbytes: int, *, tied: bool = True) -> dict:
     """A config of about ``nbytes`` like Qwen3-4B's: 36 layers, 398 tensors, tied."""
     scale = math.sqrt(nbytes / 8.05e9)
     kv_heads = max(1, math.floor(8 * scale))
@@ -43,7 +43,7 @@ def dense(nbytes: int) -> dict:
         "num_hidden_layers": 36,
         "num_attention_heads": 4 * kv_heads,
         "num_key_value_heads": kv_heads,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
     }
     return _fill_up(config, nbytes)
 

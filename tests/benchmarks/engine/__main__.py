@@ -1,10 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One running engine, refitted by the agent and, in turns, by the stock way: what
+"""One running engine, refitted by the agent and then by the stock way: what
 ``dynamo.vllm`` does for ``pause_generation``, ``update_weights_from_disk`` and
 ``resume_generation``. Both as the engine's stall and as its clients see it.
 
     python -m tests.benchmarks.engine PIPE
+
+A ``__main__`` of its own, since vLLM spawns its processes, and spawned processes import
+every other kind of main module with all that it imports.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.benchmarks.gpu_refit import Streams, spread
@@ -29,6 +32,32 @@ from tests.support.replica import Replica
 
 #: Before and after an update, so that its longest gap is its own.
 QUIET_SECONDS = 0.5
+
+#: For the first tokens of all streams.
+START_SECONDS = 60.0
+
+#: Of a stream's request; another one follows it.
+MAX_TOKENS = 1000
+
+
+class SmallStreams(Streams):
+    """Requests without end, with a prompt that fits a small vocabulary."""
+
+    async def start(self) -> None:
+        async with asyncio.timeout(START_SECONDS):
+            await super().start()
+
+    async def _run(self, times: list[float]) -> None:
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        while not self._stopping:
+            prompt = {"prompt_token_ids": [5, 6, 7, len(times) % 100 + 10]}
+            request = f"s{id(times)}-{time.time()}"
+            async for _ in self._llm.generate(prompt, params, request):
+                times.append(time.time())
+                if self._stopping:
+                    break
 
 
 class EngineProcess:
@@ -69,7 +98,8 @@ async def measure(model: Path, held: Held, updates: int, streams: int) -> dict:
             dtype="bfloat16",
             block_size=32,
             max_model_len=2048,
-            max_num_seqs=streams,
+            # One more, for the probe.
+            max_num_seqs=streams + 1,
             max_num_batched_tokens=512,
             kv_cache_memory_bytes=256 << 20,
             worker_extension_cls="dynamo.refit.rank.extension.RefitWorkerExtension",
@@ -78,10 +108,8 @@ async def measure(model: Path, held: Held, updates: int, streams: int) -> dict:
     try:
         replica = Replica(llm)
         await replica.agent.start()
-        # Cold, and the pages of the checkpoint come into memory.
         await replica.refit(held.manifest, 0, held.fingerprints)
-        await update_from_disk(llm, model)
-        running = Streams(llm, streams)
+        running = SmallStreams(llm, streams)
         await running.start()
         began = time.time()
         await asyncio.sleep(4 * QUIET_SECONDS)
@@ -105,10 +133,15 @@ async def measure(model: Path, held: Held, updates: int, streams: int) -> dict:
             note("refit_install_ms", committed.timings.install_ms)
             note("refit_commit_gap_ms", running.longest_gap_ms(staged, until))
             note("refit_gap_ms", running.longest_gap_ms(began, until))
+        # Not in turns: the stock reload moves tensors, after which a refit is refused.
+        # The first one also brings the pages of the checkpoint into memory.
+        for number in range(updates + 1):
             began = time.time()
-            note("stock_stall_ms", await update_from_disk(llm, model))
+            stall = await update_from_disk(llm, model)
             await asyncio.sleep(QUIET_SECONDS)
-            note("stock_gap_ms", running.longest_gap_ms(began, time.time()))
+            if number > 0:
+                note("stock_stall_ms", stall)
+                note("stock_gap_ms", running.longest_gap_ms(began, time.time()))
         await running.stop()
         assert not replica.fenced
         return {
