@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dynamo.refit.rank.extension import RefitWorkerExtension
 
 
@@ -20,3 +22,5 @@ class Extension(RefitWorkerExtension):
             stager._arena.close()
         stager._session = stager._spare = stager._proven = stager._arena = None
         stager._staged = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

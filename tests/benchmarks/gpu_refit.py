@@ -422,7 +422,7 @@ def start_engine(directory: Path, options: argparse.Namespace, results: dict):
             max_model_len=4096,
             max_num_seqs=64,
             gpu_memory_utilization=options.memory,
-            worker_extension_cls=f"{__name__.rpartition('.')[0]}.forgetful.Extension",
+            worker_extension_cls="tests.benchmarks.forgetful.Extension",
         )
     )
     results["engine_start_s"] = time.perf_counter() - began

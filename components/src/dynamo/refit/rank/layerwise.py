@@ -97,6 +97,8 @@ class ProcessedLayers:
             LayerFailed: names the layer. It has its old weights, and so have the
                 layers after it; the ones before it have the new.
         """
+        if not self._layers:
+            return
         with self._as_after_a_load():
             for layer in self._layers:
                 weights = {
@@ -116,6 +118,8 @@ class ProcessedLayers:
         Raises:
             LayerFailed: names the layer, which keeps its old copies.
         """
+        if not self._attention:
+            return
         with self._as_after_a_load():
             for name, layer in self._attention:
                 try:

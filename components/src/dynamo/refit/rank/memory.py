@@ -46,6 +46,8 @@ def free_memory(device: torch.device, ranks: int) -> FreeMemory:
     if device.type != "cuda":
         return FreeMemory(None, room)
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch holds and does not use is as good as free to this process.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return FreeMemory(max(0, free - HEADROOM), room)
 
 

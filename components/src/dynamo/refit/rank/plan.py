@@ -155,11 +155,13 @@ def make_plan(
     rank: int,
     limits: Limits,
     direct: bool = False,
+    arena: ArenaLayout | None = None,
     costs: dict[str, TransferCost] | None = None,
 ) -> Plan:
     """Plan how ``rank`` stages ``manifest`` for ``parameters``.
 
-    Replicated shards are spread over the ranks.
+    Replicated shards are spread over the ranks. ``arena`` says where they are staged;
+    by default in their own order.
 
     Raises:
         LayoutRefused: a parameter is not covered exactly, a slice reaches past its
@@ -169,7 +171,7 @@ def make_plan(
     check_slices(manifest, parameters, slices)
     tensors = {tensor.name: (i, tensor) for i, tensor in enumerate(manifest.tensors)}
     shards = _number_shards(manifest)
-    arena = ArenaLayout(parameters)
+    arena = arena or ArenaLayout(parameters)
     planner = _Planner(manifest, arena, limits, direct, costs or COST)
     for piece in slices:
         index, tensor = tensors[piece.tensor]

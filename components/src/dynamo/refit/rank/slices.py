@@ -59,15 +59,39 @@ class Parameter:
 
 
 class ArenaLayout:
-    """Where each parameter lies in the arena, in bytes: in order, aligned."""
+    """Where each parameter lies in the arena, in bytes, aligned.
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    Args:
+        parameters: what lies there.
+        first: names that lie there first, in this order; then come the others.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Parameter], first: Sequence[str] = ()
+    ) -> None:
         self.parameters = tuple(parameters)
         self.offsets: dict[str, int] = {}
         self.nbytes = 0
-        for parameter in parameters:
+        place = {name: number for number, name in enumerate(first)}
+        for parameter in sorted(
+            parameters, key=lambda p: place.get(p.name, len(place))
+        ):
             self.offsets[parameter.name] = self.nbytes
             self.nbytes += align(parameter.nbytes)
+
+
+def order_of_arrival(manifest: Manifest, slices: Sequence[ReadSlice]) -> list[str]:
+    """The parameters in the order in which their first tensors are published.
+
+    An arena in this order has the neighbours that a source's arena has, and NIXL reads
+    neighbours as one.
+    """
+    published = {tensor.name: number for number, tensor in enumerate(manifest.tensors)}
+    first: dict[str, int] = {}
+    for piece in slices:
+        number = published[piece.tensor]
+        first[piece.parameter] = min(number, first.get(piece.parameter, number))
+    return sorted(first, key=first.__getitem__)
 
 
 def check_slices(

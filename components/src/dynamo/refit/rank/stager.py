@@ -26,7 +26,7 @@ from dynamo.refit.errors import (
     StagingCancelled,
     UnsupportedConfiguration,
 )
-from dynamo.refit.fingerprint import Part
+from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     MemoryUse,
@@ -44,7 +44,7 @@ from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.plan import Limits, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
-from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
@@ -117,7 +117,7 @@ class RankStager:
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
         )
-        _warm_up_fingerprints()
+        _warm_up_fingerprints(self._device)
 
     @property
     def nbytes(self) -> int:
@@ -291,13 +291,18 @@ class RankStager:
     ) -> Session:
         with cycle.time("plan"):
             memory = self.plan_memory(staging)
+            slices = capture_slices(self._twin, manifest)
+            if self._arena is None:
+                first = order_of_arrival(manifest, slices)
+                self._layout = ArenaLayout(self.parameters, first)
             plan = make_plan(
                 manifest,
                 self.parameters,
-                capture_slices(self._twin, manifest),
+                slices,
                 rank=self._rank,
                 limits=self._limits,
                 direct=memory.mode == "direct",
+                arena=self._layout,
             )
         logger.info(
             "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
@@ -420,9 +425,11 @@ class RankStager:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
 
-def _warm_up_fingerprints() -> None:
-    """Have the fingerprint compiled before the first version comes."""
-    words, box = torch.zeros(2, 2), ((0, 2), (0, 2))
-    part = Part(words, box, (2, 2), copy_to=torch.zeros(2, 2))
-    part.fold()
-    part.copy_and_fold()
+def _warm_up_fingerprints(device: torch.device) -> None:
+    """Have the kernels compiled before the first version comes."""
+    for place in {device, torch.device("cpu")}:
+        words, copy = torch.zeros(2, 2, 2, device=place)
+        part = Part(words, ((0, 2), (0, 2)), (2, 2), copy_to=copy)
+        batch = Batch([part], [True])
+        batch.fold()
+        batch.fold(copy=True)
