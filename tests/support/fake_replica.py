@@ -17,6 +17,7 @@ import numpy as np
 from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
+    InstallUndone,
     NothingStaged,
     NoWayBack,
     RefitError,
@@ -56,6 +57,7 @@ from dynamo.refit.protocol import (
     Stage,
     Staged,
     StageTimings,
+    StagingMode,
     Verified,
     Verify,
     VerifyWeights,
@@ -251,7 +253,9 @@ class FakeRank:
         reads = reads_of(self.rank) if request.want_reads else ()
         if self.reordered:
             parts, reads = parts[::-1], reads_of(self.rank)[::-1]
-        return Staged(vote=vote_of(self.rank), parts=parts.tobytes(), reads=reads)
+        mode = "direct" if self.direct else MEMORY.mode
+        vote = vote_of(self.rank, mode)
+        return Staged(vote=vote, parts=parts.tobytes(), reads=reads)
 
     def _install(self, request: Install) -> RankReply:
         self._require(request.version)
@@ -276,12 +280,12 @@ class FakeRank:
             raise NothingStaged(f"version {version} is not staged here")
 
 
-def vote_of(rank: int) -> RankVote:
+def vote_of(rank: int, mode: StagingMode = "device") -> RankVote:
     timings = dict.fromkeys(StageTimings.__struct_fields__, 1.0)
     return RankVote(
         rank=rank,
         nbytes=24,
-        memory=MEMORY,
+        memory=msgspec.structs.replace(MEMORY, mode=mode),
         session="cold",
         counters=CacheCounters(allocations=1),
         timings=StageTimings(**timings),
@@ -292,7 +296,10 @@ VOTES = (vote_of(0), vote_of(1))
 
 
 class FakeEngine:
-    """Implements :class:`agent.Engine` with two fake ranks, and notes every step."""
+    """Implements :class:`switch.Engine` with two fake ranks, and notes every step.
+
+    Where it ``installs_in_step``, its ranks agree within the call, as the real ones do.
+    """
 
     def __init__(self) -> None:
         self.kv_epoch = ""
@@ -306,15 +313,22 @@ class FakeEngine:
         self.paused = False
         self.declared: int | None = None
         self.fail: dict[str, Exception] = {}
-        #: Set to hold an install back.
+        #: Cleared to hold an install back.
         self.may_install = asyncio.Event()
         self.may_install.set()
+        #: Cleared to let a pause hang.
+        self.may_pause = asyncio.Event()
+        self.may_pause.set()
+        #: Called with every step; may be replaced.
+        self.on_step: Callable[[str], object] = lambda name: None
 
     async def call_ranks(self, request: RankRequest) -> list[RankReply]:
         self.requests.append(request)
         if isinstance(request, Install | Restore):
             self._step(type(request).__name__.lower(), locked=True)
-            assert self.paused, "live weights are written between pause and resume"
+            in_step = isinstance(request, Install) and request.in_step
+            assert self.paused != in_step, "written in a pause, or between two steps"
+            assert self.installs_in_step or not in_step
             await self.may_install.wait()
         if isinstance(request, Verify):
             self._step("verify")
@@ -323,9 +337,29 @@ class FakeEngine:
         if error := self.fail.get(type(request).__name__):
             raise error
         replies = [rank.answer(request) for rank in self.ranks]
+        if isinstance(request, Install) and request.in_step:
+            replies = self._agree(request, replies)
         installing = [rank for rank in self.ranks if rank.direct and self._writes(rank)]
         assert self.paused or not installing, "resumed while a rank writes"
         return replies
+
+    def _agree(self, request: Install, replies: list[RankReply]) -> list[RankReply]:
+        """All ranks have installed, or all have their old weights and say so."""
+        if all(isinstance(reply, Installed) for reply in replies):
+            return replies
+        for rank in self.ranks:
+            rank.live = rank.backup
+        undone = InstallUndone(f"another rank failed to install {request.version}")
+        return [
+            reply
+            if isinstance(reply, Refused)
+            else Refused(
+                failure=failure_from(
+                    undone, stage="install", rank=number, version=request.version
+                )
+            )
+            for number, reply in enumerate(replies)
+        ]
 
     @staticmethod
     def _writes(rank: FakeRank) -> bool:
@@ -334,8 +368,10 @@ class FakeEngine:
 
     async def pause(self, in_flight: str) -> None:
         self.in_flight = in_flight
-        self.paused = True
+        # One that fails may have paused all the same; one that hangs has not.
+        self.paused = self.paused or self.may_pause.is_set()
         self._step("pause", locked=True)
+        await self.may_pause.wait()
 
     async def resume(self) -> None:
         assert not [r for r in self.ranks if self._writes(r)], "a rank still writes"
@@ -346,7 +382,9 @@ class FakeEngine:
         self._step("forget_media", locked=True)
 
     def begin_epoch(self, version: int) -> str:
-        assert self.paused, "a new request could hit blocks of older weights"
+        assert self.paused or self.installs_in_step, (
+            "a new request could hit blocks of older weights"
+        )
         self._step("epoch", locked=True)
         self.kv_epoch = f"{version}-{len(self.steps)}"
         return self.kv_epoch
@@ -363,6 +401,7 @@ class FakeEngine:
 
     def _step(self, name: str, *, locked: bool = False) -> None:
         self.steps.append(name)
+        self.on_step(name)
         assert self.admin_lock.locked() or not locked, f"{name} without the lock"
         if error := self.fail.get(name):
             raise error

@@ -81,13 +81,17 @@ class Switch:
                 retries = await self._install_in_step(staged, clock)
             else:
                 retries = await self._install_in_pause(staged, in_flight, clock)
-            await engine.declare_version(version)
             # Still under the lock: a pause of the user's would look like a death, and
             # a sleep takes the weights away that are read here.
-            if not engine.paused_by_user:
-                await engine.probe()
-            clock.append(time.perf_counter())
-            unchecked = await self._check_live(version)
+            try:
+                await engine.declare_version(version)
+                if not engine.paused_by_user:
+                    await engine.probe()
+                clock.append(time.perf_counter())
+                unchecked = await self._check_live(version)
+            except BaseException:
+                await self._silence()
+                raise
             clock.append(time.perf_counter())
         pause, install, resume, probe, verify = (
             (later - earlier) * 1e3 for earlier, later in itertools.pairwise(clock)
@@ -182,7 +186,6 @@ class Switch:
         try:
             return await self._ranks.verify(version)
         except RanksFailed as error:
-            await self._silence()
             raise WeightsUnknown(
                 f"the live weights are not those of version {version}: {error.failure}"
             ) from error
