@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -173,33 +174,47 @@ class RefitRank:
 
     def _install_in_step(self, version: int) -> RankReply:
         """Install between two steps: no step may see some ranks new and others old."""
-        self._require_idle()
         reply, failure = None, None
+        undone = True
         try:
+            self._require_idle()
             reply = self._install_now(version, _forever())
+        except NothingStaged as error:
+            failure = error
         # Every rank takes part in the agreement, whatever happened to it.
         except Exception as error:
             failure = error
+            undone = False
         if self._all_ranks(failure is None):
             return reply
-        undone = False
-        try:
-            self._stager.restore(version)
-            undone = True
-        except Exception:
-            logger.exception("dynamo-refit: version %d cannot be undone", version)
+        if failure is None or not undone:
+            undone = self._undo(version)
         if not self._all_ranks(undone):
             # The next step would run on a mixture: there must be none.
-            logger.critical("dynamo-refit: weights unknown, ending this process")
-            os._exit(1)
+            _end_process()
         raise failure or InstallUndone(f"another rank failed to install {version}")
+
+    def _undo(self, version: int) -> bool:
+        try:
+            self._stager.restore(version)
+        except Exception:
+            logger.exception("dynamo-refit: version %d cannot be undone", version)
+            return False
+        return True
 
     def _all_ranks(self, mine: bool) -> bool:
         """Whether ``mine`` is true on every rank; blocks until all have said."""
         flag = torch.tensor([mine], dtype=torch.int32)
         if self._ranks > 1:
             group = get_tp_group().cpu_group
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
+            try:
+                torch.distributed.all_reduce(
+                    flag, torch.distributed.ReduceOp.MIN, group
+                )
+            except Exception:
+                # What the others have now, nobody here knows.
+                logger.exception("dynamo-refit: the ranks cannot agree")
+                _end_process()
         return bool(flag.item())
 
     def _install_now(self, version: int, limit: Limit) -> RankReply:
@@ -280,6 +295,12 @@ class _Job:
                 error, stage=self._doing, rank=self._rank, version=self.version
             )
             self.reply = Refused(failure=failure)
+
+
+def _end_process() -> NoReturn:
+    """vLLM ends the engine when a rank is gone, so nothing more is generated."""
+    logger.critical("dynamo-refit: weights unknown, ending this process")
+    os._exit(1)
 
 
 def _forever() -> Limit:
