@@ -39,7 +39,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
 )
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
+from vllm.v1.executor import Executor  # noqa: E402
+from vllm.v1.executor.multiproc_executor import (  # noqa: E402
+    MultiprocExecutor,
+    WorkerProc,
+)
+from vllm.v1.executor.uniproc_executor import UniProcExecutor  # noqa: E402
 from vllm.v1.worker import worker_base  # noqa: E402
 
 from dynamo.refit.rank import cpu_layout  # noqa: E402
@@ -252,7 +259,9 @@ def test_the_engine_s_methods() -> None:
     assert parameters(AsyncLLM.reset_encoder_cache) == ["self"]
     for name in ("collective_rpc", "update_weight_version", "reset_encoder_cache"):
         assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
-    assert {"engine_core", "model_config"} <= assigned_to_self(AsyncLLM.__init__)
+    assert {"engine_core", "model_config", "vllm_config"} <= assigned_to_self(
+        AsyncLLM.__init__
+    )
     assert isinstance(ModelConfig.is_multimodal_model, property)
 
 
@@ -277,6 +286,86 @@ def test_a_prompt_s_salt_is_part_of_its_prefix_cache_keys() -> None:
     cache = importlib.import_module("vllm.v1.core.kv_cache_utils")
     extra_keys = inspect.getsource(cache.generate_block_hash_extra_keys)
     assert "cache_salt" in extra_keys
+
+
+# --- vLLM's executors: worker/engine.py, rank/extension.py, an install in step ----
+
+
+@pytest.mark.parametrize(
+    ("backend", "executor"), [("uni", UniProcExecutor), ("mp", MultiprocExecutor)]
+)
+def test_the_backends_that_reach_all_ranks_in_one_order(
+    backend: str, executor: type
+) -> None:
+    """The config that an engine has says which one it runs on."""
+    assert "distributed_executor_backend" in ParallelConfig.__dataclass_fields__
+    source = inspect.getsource(Executor.get_class)
+    assert f"== '{backend}'" in source.replace('"', "'")
+    parallel = SimpleNamespace(distributed_executor_backend=backend)
+    config = SimpleNamespace(parallel_config=parallel)
+    assert Executor.get_class(config) is executor
+
+
+def test_a_config_names_its_backend_once_it_is_made() -> None:
+    made = ParallelConfig(distributed_executor_backend="mp", tensor_parallel_size=2)
+    assert made.distributed_executor_backend == "mp"
+    assert ParallelConfig().distributed_executor_backend == "uni"
+
+
+@pytest.mark.parametrize("step", ["execute_model", "sample_tokens"])
+def test_steps_and_calls_go_to_the_ranks_through_one_queue(step: str) -> None:
+    """So every rank carries out a call after the same step, before the same next."""
+    [call] = calls_of("collective_rpc", getattr(MultiprocExecutor, step))
+    assert ast.unparse(call.args[0]) == f"'{step}'"
+    [sent] = calls_of("enqueue", MultiprocExecutor.collective_rpc)
+    assert ast.unparse(sent.func) == "self.rpc_broadcast_mq.enqueue"
+
+
+def test_a_rank_takes_from_that_queue_one_after_the_other() -> None:
+    [loop] = [
+        n
+        for n in ast.walk(tree(WorkerProc.worker_busy_loop))
+        if n.__class__ is ast.While
+    ]
+    assert ast.unparse(loop.body[-1]) == (
+        "self._execute_worker_rpc(self.rpc_broadcast_mq.dequeue(indefinite=True))"
+    )
+    assert len(loop.body) == 1
+    execute = inspect.getsource(WorkerProc._execute_worker_rpc)
+    assert "output = func(*args, **kwargs)" in execute
+
+
+def test_calls_are_made_between_steps_by_the_thread_that_makes_them() -> None:
+    # In the class's source: the method itself is wrapped.
+    [core] = tree(EngineCoreProc).body
+    loop = ast.unparse(definitions(core, ast.FunctionDef)["run_busy_loop"])
+    handled = loop.index("self._process_input_queue()")
+    assert handled < loop.index("self._process_engine_step()")
+    assert "_handle_client_request" in inspect.getsource(
+        EngineCoreProc._process_input_queue
+    )
+    [call] = calls_of("collective_rpc", EngineCore.collective_rpc)
+    assert ast.unparse(call.func) == "self.model_executor.collective_rpc"
+
+
+def test_ranks_can_agree_on_the_cpu() -> None:
+    state = importlib.import_module("vllm.distributed.parallel_state")
+    assert "cpu_group" in assigned_to_self(state.GroupCoordinator.__init__)
+    assert "cpu_group" in state.GroupCoordinator.__annotations__
+    assert callable(state.get_tp_group)
+
+
+def test_a_rank_that_ends_ends_the_engine() -> None:
+    """Nothing is generated after that: the executor fails, then the engine core."""
+    monitor = inspect.getsource(MultiprocExecutor.start_worker_monitor)
+    assert "multiprocessing.connection.wait(sentinels)" in monitor
+    assert monitor.index("_self.is_failed = True") < monitor.index("_self.shutdown()")
+    assert "callback()" in monitor
+    refused = inspect.getsource(MultiprocExecutor.collective_rpc)
+    assert refused.index("self.is_failed") < refused.index("rpc_broadcast_mq.enqueue")
+    handled = inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "EngineCoreRequestType.EXECUTOR_FAILED" in handled
+    assert "raise RuntimeError('Executor failed.')" in handled.replace('"', "'")
 
 
 # --- vLLM's workers: rank/extension.py -----------------------------------------
