@@ -24,6 +24,7 @@ from dynamo.refit.events import (
     WorkerStaged,
 )
 from graphs.client import Client
+from graphs.local import Process
 from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
 from tests.support.processes import Trainer, fleet_status
 
@@ -306,7 +307,8 @@ def process_counts(group: int) -> tuple[int, int]:
 
 async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
     """Rank 0 can neither install nor undo, rank 1 has installed: no token of such a
-    mixture is made, and the process ends. The last test: it takes the worker along.
+    mixture is made, and the process ends. In a pause: the agent does it, and says so.
+    It takes the worker along.
     """
     bench.order(
         install={"rank": 0, "error": "cannot write"},
@@ -318,7 +320,7 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
         )
         with Trainer(bench.graph, bench.models["A"]) as trainer:
             version = next(bench.versions)
-            trainer.publish(version, bench.models[other(bench)])
+            trainer.publish(version, bench.models[other(bench)], "recompute")
             fenced = await asyncio.to_thread(
                 bench.events.wait_for, WorkerFenced, lambda e: e.version == version
             )
@@ -332,9 +334,51 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
     # The stream ends in an error, which a router can act on; not in a "stop".
     assert cut_off.error is not None
     assert cut_off.finish_reason is None
-    worker = bench.graph.processes.pop("worker0")
+    await assert_ends(bench.graph.processes.pop("worker0"))
+
+
+async def assert_ends(worker: Process) -> None:
     deadline = time.monotonic() + 30
     while worker.running and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     assert not worker.running
     worker.kill()
+
+
+async def bring_a_worker(bench: Bench, client: Client) -> None:
+    """The one before is gone: wait until another one answers."""
+    bench.graph.start_worker()
+    deadline = time.monotonic() + 240
+    while (await client.complete(bench.asked[0], 1)).error is not None:
+        assert time.monotonic() < deadline, "no worker answers"
+        await asyncio.sleep(1.0)
+
+
+async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
+    """The same between two steps: the ranks end by themselves, then the engine, and
+    Dynamo ends the process, perhaps before the agent can say why. The coordinator
+    says that it is gone. The last test.
+    """
+    async with Client(bench.graph.url, bench.graph.name) as client:
+        if "worker0" not in bench.graph.processes:
+            await bring_a_worker(bench, client)
+        bench.order(
+            install={"rank": 0, "error": "cannot write"},
+            restore={"rank": 0, "error": "cannot undo"},
+        )
+        straddling = asyncio.create_task(
+            client.complete(bench.asked[0], 1500, ignore_eos=True)
+        )
+        with Trainer(bench.graph, bench.models["A"]) as trainer:
+            version = next(bench.versions)
+            trainer.publish(version, bench.models["B"], "continue")
+            failed = await asyncio.to_thread(bench.events.find, RefitFailed, version)
+            assert trainer.released()["outcome"] == "failed"
+        cut_off = await straddling
+    assert failed.failure.worker is not None
+    assert failed.failure.stage in ("commit", "committing", "install")
+    assert bench.events.of(WorkerRefitted, version) == []
+    assert bench.events.of(RefitCompleted, version) == []
+    assert cut_off.error is not None
+    assert cut_off.finish_reason is None
+    await assert_ends(bench.graph.processes.pop("worker0"))
