@@ -178,6 +178,22 @@ def test_a_version_that_is_not_staged_is_refused_by_all(
     assert group.digests() == group.golden(checkpoint("B"))
 
 
+@pytest.mark.parametrize(("ranks", "rank"), EACH)
+def test_a_rank_that_is_busy_votes_like_the_others(
+    groups: dict[int, OrderedRanks], held: Held, ranks: int, rank: int
+) -> None:
+    """The others wait for its vote, whatever it says."""
+    group = serving_b(groups[ranks], held)
+    stage(group, held, "C")
+    group.keep_busy(rank)
+    failure = assert_refused(install(group), rank)
+    assert "is still being worked on" in failure.message
+    assert group.digests() == group.golden(checkpoint("B"))
+    group.keep_busy(None)
+    assert_installed(install(group))
+    assert group.digests() == group.golden(checkpoint("C"))
+
+
 @pytest.mark.xfail(
     strict=True,
     reason="restore refuses a moved parameter like install does, and nothing says that "

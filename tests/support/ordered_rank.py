@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 from torch import nn
 
@@ -31,6 +32,10 @@ class OrderedRanks(RankGroup):
         """The next ``times`` times, ``rank`` fails at ``steps`` with these errors:
         ``install``, before anything is written, ``after_install``, ``restore``."""
         self._ask("order", rank, times, steps)
+
+    def keep_busy(self, rank: int | None) -> None:
+        """One rank is at work on something, or ``None``."""
+        self._ask("keep_busy", rank)
 
     def move(self, rank: int, parameter: str) -> None:
         """Give a live parameter of one rank another storage with the same bytes."""
@@ -86,6 +91,10 @@ class OrderedRankProcess(RankProcess):
         if rank == self._rank:
             OrderedStager.errors = steps
             OrderedStager.left = Counter(dict.fromkeys(steps, times))
+
+    def keep_busy(self, rank: int | None) -> None:
+        job = SimpleNamespace(running=True, version=-1)
+        self._worker._refit_rank()._job = job if rank == self._rank else None
 
     def move(self, rank: int, parameter: str) -> None:
         if rank == self._rank:
