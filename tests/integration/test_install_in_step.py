@@ -194,11 +194,6 @@ def test_a_rank_that_is_busy_votes_like_the_others(
     assert group.digests() == group.golden(checkpoint("C"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="restore refuses a moved parameter like install does, and nothing says that "
-    "nothing was written: the processes end",
-)
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
 def test_a_parameter_that_has_moved_is_refused_before_anything_is_written(
     tmp_path: Path, held: Held, ranks: int, rank: int

@@ -210,9 +210,6 @@ async def test_ranks_that_cannot_install_go_on_with_the_old_weights(
     bench.assert_serving(6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first refusal is taken, and here it is rank 0's undoing"
-)
 async def test_the_rank_that_failed_is_named_and_not_one_that_undid(
     bench: Bench,
 ) -> None:
@@ -273,9 +270,6 @@ async def test_answers_out_of_step_silence_the_engine(
     assert bench.engine.paused
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the agent fences in call_ranks, before the switch can silence"
-)
 @pytest.mark.parametrize("request_kind", ["Install", "Verify"])
 async def test_the_engine_is_silent_before_answers_out_of_step_are_told(
     bench: Bench, request_kind: str

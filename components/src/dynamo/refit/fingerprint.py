@@ -99,7 +99,7 @@ class Part:
         if self._view.device.type != "cpu":
             return self.fold_by_torch()
         rows = self.rows or self._word_rows(self._padded())
-        return int(_fold_rows(*rows, self.row_weights, *_halves(*self.words)))
+        return int(_fold_rows(*rows, self.row_weights, self.column_weights))
 
     def copy_and_fold(self) -> int:
         """Copy the elements to ``copy_to``, and :meth:`fold` them in the same pass."""
@@ -107,7 +107,7 @@ class Part:
             self.copy()
             return self.fold()
         arguments = (*self.rows, *self.target, self.row_weights)
-        return int(_copy_and_fold_rows(*arguments, *_halves(*self.words)))
+        return int(_copy_and_fold_rows(*arguments, self.column_weights))
 
     def copy(self) -> None:
         """Copy the elements to ``copy_to``."""
@@ -226,9 +226,8 @@ class _Group:
             if part.words not in starts:
                 starts[part.words] = end
                 end += part.words[1] - part.words[0]
-        halves = [_halves(*words) for words in starts]
-        self._low = np.concatenate([low for low, _ in halves])
-        self._high = np.concatenate([high for _, high in halves])
+        weights = [_column_weights(*words) for words in starts]
+        self._column_weights = np.concatenate(weights)
         self._columns = np.array(
             [
                 (starts[p.words], starts[p.words] + p.words[1] - p.words[0])
@@ -238,7 +237,12 @@ class _Group:
         )
 
     def fold(self, copy: bool) -> np.ndarray:
-        weights = self._row_weights, self._ends, self._low, self._high, self._columns
+        weights = (
+            self._row_weights,
+            self._ends,
+            self._column_weights,
+            self._columns,
+        )
         rows = self._words, self._offsets
         if copy and self._target is not None:
             targets = self._target, self._target_offsets
@@ -297,55 +301,44 @@ def _weights(places: np.ndarray, seed: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
-@functools.lru_cache(maxsize=4096)
-def _halves(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The column weights' low and high 32 bits."""
-    weights = _column_weights(first, last)
-    low = (weights & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    return low, (weights >> np.uint64(32)).astype(np.uint32)
-
-
 @numba.njit(nogil=True, cache=True)
-def _fold_rows(words, offsets, row_weights, low, high):
-    """Sum of ``row_weights[i] * (low + 2^32 high) . words[offsets[i]:]``.
+def _fold_rows(words, offsets, row_weights, column_weights):
+    """Sum of ``row_weights[i] * column_weights . words[offsets[i]:]``.
 
-    Column weights come in halves since processors multiply 32 by 32 bits in vectors.
     One row after the other: processors fetch a single stream ahead, and with two rows
     at a time what is not in a cache takes more than twice as long.
     """
-    columns = len(low)
+    columns = len(column_weights)
     total = np.uint64(0)
     for row in range(len(offsets)):
         source = words[offsets[row] : offsets[row] + columns]
-        sum_low, sum_high = np.uint64(0), np.uint64(0)
+        row_sum = np.uint64(0)
         for column in range(columns):
-            word = np.uint64(source[column])
-            sum_low += word * np.uint64(low[column])
-            sum_high += word * np.uint64(high[column])
-        total += (sum_low + (sum_high << np.uint64(32))) * row_weights[row]
+            row_sum += np.uint64(source[column]) * column_weights[column]
+        total += row_sum * row_weights[row]
     return total
 
 
 @numba.njit(nogil=True, cache=True)
-def _copy_and_fold_rows(words, offsets, target, target_offsets, row_weights, low, high):
+def _copy_and_fold_rows(
+    words, offsets, target, target_offsets, row_weights, column_weights
+):
     """As :func:`_fold_rows`, with every row copied to ``target`` on the way."""
-    columns = len(low)
+    columns = len(column_weights)
     total = np.uint64(0)
     for row in range(len(offsets)):
         source = words[offsets[row] : offsets[row] + columns]
         copy = target[target_offsets[row] : target_offsets[row] + columns]
-        sum_low, sum_high = np.uint64(0), np.uint64(0)
+        row_sum = np.uint64(0)
         for column in range(columns):
             copy[column] = source[column]
-            word = np.uint64(source[column])
-            sum_low += word * np.uint64(low[column])
-            sum_high += word * np.uint64(high[column])
-        total += (sum_low + (sum_high << np.uint64(32))) * row_weights[row]
+            row_sum += np.uint64(source[column]) * column_weights[column]
+        total += row_sum * row_weights[row]
     return total
 
 
 @numba.njit(nogil=True, cache=True)
-def _fold_parts(words, offsets, row_weights, ends, low, high, columns):
+def _fold_parts(words, offsets, row_weights, ends, column_weights, columns):
     """:func:`_fold_rows` of several parts. Part ``i`` has the rows up to ``ends[i]``,
     and of the column weights those from ``columns[i, 0]`` to ``columns[i, 1]``."""
     parts = np.empty(len(ends), dtype=np.uint64)
@@ -357,8 +350,7 @@ def _fold_parts(words, offsets, row_weights, ends, low, high, columns):
             words,
             offsets[start:end],
             row_weights[start:end],
-            low[first:last],
-            high[first:last],
+            column_weights[first:last],
         )
         start = end
     return parts
@@ -366,7 +358,7 @@ def _fold_parts(words, offsets, row_weights, ends, low, high, columns):
 
 @numba.njit(nogil=True, cache=True)
 def _copy_and_fold_parts(
-    words, offsets, target, target_offsets, row_weights, ends, low, high, columns
+    words, offsets, target, target_offsets, row_weights, ends, column_weights, columns
 ):
     """:func:`_copy_and_fold_rows` of several parts."""
     parts = np.empty(len(ends), dtype=np.uint64)
@@ -380,8 +372,7 @@ def _copy_and_fold_parts(
             target,
             target_offsets[start:end],
             row_weights[start:end],
-            low[first:last],
-            high[first:last],
+            column_weights[first:last],
         )
         start = end
     return parts

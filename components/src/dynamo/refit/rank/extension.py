@@ -173,34 +173,28 @@ class RefitRank:
         return self._install_now(version, _forever())
 
     def _install_in_step(self, version: int) -> RankReply:
-        """Install between two steps: no step may see some ranks new and others old."""
-        reply, failure = None, None
-        undone = True
-        try:
-            self._require_idle()
-            reply = self._install_now(version, _forever())
-        except NothingStaged as error:
-            failure = error
-        # Every rank takes part in the agreement, whatever happened to it.
-        except Exception as error:
-            failure = error
-            undone = False
+        """Install between two steps: no step may see some ranks new and others old.
+
+        Every rank takes part in each agreement, whatever happened to it.
+        """
+        failure = _failure_of(self._check_install, version)
+        if not self._all_ranks(failure is None):
+            # Nobody has written anything.
+            raise failure or InstallUndone(f"another rank cannot install {version}")
+        began = time.perf_counter()
+        failure = _failure_of(self._stager.install, version, _forever())
         if self._all_ranks(failure is None):
-            return reply
-        if failure is None or not undone:
-            undone = self._undo(version)
-        if not self._all_ranks(undone):
+            ms = (time.perf_counter() - began) * 1e3
+            return Installed(rank=self.rank, copy_ms=ms)
+        stuck = _failure_of(self._stager.restore, version)
+        if not self._all_ranks(stuck is None):
             # The next step would run on a mixture: there must be none.
             _end_process()
         raise failure or InstallUndone(f"another rank failed to install {version}")
 
-    def _undo(self, version: int) -> bool:
-        try:
-            self._stager.restore(version)
-        except Exception:
-            logger.exception("dynamo-refit: version %d cannot be undone", version)
-            return False
-        return True
+    def _check_install(self, version: int) -> None:
+        self._require_idle()
+        self._stager.check(version)
 
     def _all_ranks(self, mine: bool) -> bool:
         """Whether ``mine`` is true on every rank; blocks until all have said."""
@@ -301,6 +295,15 @@ def _end_process() -> NoReturn:
     """vLLM ends the engine when a rank is gone, so nothing more is generated."""
     logger.critical("dynamo-refit: weights unknown, ending this process")
     os._exit(1)
+
+
+def _failure_of(work: Callable[..., object], *arguments: object) -> Exception | None:
+    try:
+        work(*arguments)
+    except Exception as error:
+        logger.exception("dynamo-refit: an install between two steps failed")
+        return error
+    return None
 
 
 def _forever() -> Limit:

@@ -192,6 +192,15 @@ class RankStager:
         """An install takes as long as the transfer: start it, and poll."""
         return self._session is not None and self._session.arena is None
 
+    def check(self, version: int) -> None:
+        """Whether :meth:`install` could begin, without writing anything.
+
+        Raises:
+            NothingStaged, PointerMoved: as :meth:`install`.
+        """
+        self._holding(version)
+        self._live.check_addresses()
+
     def install(self, version: int, limit: Limit) -> float:
         """Put the staged ``version`` into the live parameters; milliseconds.
 
@@ -270,8 +279,7 @@ class RankStager:
         held = [
             session
             for session in (self._session, self._spare)
-            if session is not None
-            and request.staging in ("auto", session.memory.mode)
+            if session is not None and request.staging in ("auto", session.memory.mode)
         ]
         for session in held:
             if session.addressed_to == request.manifest:

@@ -380,7 +380,9 @@ class RefitAgent:
         try:
             return await self._engine.call_ranks(request)
         except OutOfStep as error:
-            self._fence_off(getattr(request, "version", None), error)
+            # A commit fences by itself, when its engine is silent.
+            if self._transaction is None or self._transaction.phase != "committing":
+                self._fence_off(getattr(request, "version", None), error)
             raise
 
     def _failure(

@@ -20,6 +20,7 @@ import numpy as np
 from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
+    InstallUndone,
     ManifestInvalid,
     RefitError,
 )
@@ -370,7 +371,9 @@ def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
 
 
 def _all_or_raise(replies: list[RankReply]) -> list:
-    for reply in replies:
-        if isinstance(reply, Refused):
-            raise RanksFailed(reply.failure)
+    failures = [reply.failure for reply in replies if isinstance(reply, Refused)]
+    if failures:
+        # A rank that only followed another one's failure is not the cause.
+        undone = InstallUndone.__name__
+        raise RanksFailed(min(failures, key=lambda failure: failure.kind == undone))
     return replies
