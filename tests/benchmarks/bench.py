@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.benchmarks.ranks import CycleTimes, Ranks
 from tests.benchmarks.shapes import dense, experts, tensors, write_config
 from tests.benchmarks.sources import Held, Sources
@@ -82,6 +84,8 @@ class Measured:
     raw: list[float] = field(default_factory=list)
     copy: list[float] = field(default_factory=list)
     modelexpress: list[float] = field(default_factory=list)
+    #: Cores that other processes of the machine took during the warm cycles.
+    others: float = 0.0
 
     @property
     def wire_nbytes(self) -> int:
@@ -124,6 +128,7 @@ def measure(case: Case, ranks: Ranks, logs: Path, warm: int, anew: int) -> Measu
         held = hold(case, sources)
         result.readdressed.append(ranks.cycle(held))
         ranks.open_baselines(held)
+        quiet = Quiet()
         for _ in range(warm):
             before = ranks.raw()
             result.warm.append(ranks.cycle(held))
@@ -132,11 +137,37 @@ def measure(case: Case, ranks: Ranks, logs: Path, warm: int, anew: int) -> Measu
             result.raw += [before, after]
             result.copy.append(ranks.copy())
             result.modelexpress.append(ranks.modelexpress())
+        result.others = quiet.others()
         ranks.close_baselines()
         for _ in range(anew):
             ranks.forget()
             result.anew.append(ranks.cycle(held))
     return result
+
+
+class Quiet:
+    """How much of the machine others take from here on."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._busy, self._own = _busy_seconds(), _own_seconds()
+
+    def others(self) -> float:
+        """Cores, on the average."""
+        busy, own = _busy_seconds() - self._busy, _own_seconds() - self._own
+        return max(0.0, busy - own) / (time.perf_counter() - self._began)
+
+
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+
+
+def _own_seconds() -> float:
+    """Of this process and all below it, which must be the same at both ends."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
 
 
 def hold(case: Case, sources: Sources) -> Held:
@@ -211,6 +242,7 @@ def report(measured: Measured) -> dict[str, Any]:
             / 1e9,
             3,
         ),
+        "others_cores": round(measured.others, 2),
         "fingerprint_of_pull": round(median(fingerprint_shares(measured)), 3),
         "total_of_pull_and_install": round(median(total_shares(measured)), 3),
     }
@@ -309,10 +341,10 @@ def rows(found: dict[str, Any]) -> Iterable[list[str]]:
         times = {"wire": _number(found["wire_nbytes"] / rate / 1e6)}
         cells = [times.get(name, "") for name in STEPS]
         yield ["", title, "", *cells, "", "", "", f"{rate:.2f}", ""]
-    notes = f"{found['share_of_raw']:.0%} of raw"
+    notes = f"{found['share_of_raw']:.0%} of raw NIXL's rate"
     if found["wire_nbytes"] != found["nbytes"]:
         notes += f"; {found['useful_gb_per_s']:.2f} GB/s of useful bytes"
-    yield ["", notes]
+    yield ["", f"{notes}; others took {found['others_cores']:.2f} cores"]
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:

@@ -37,8 +37,8 @@ from tests.benchmarks.ranks import SECONDS, CycleTimes
 from tests.support.child import answer_requests
 from tests.support.rank_process import RankProcess
 
-#: As often as an agent asks a rank whether it is done.
-POLL_SECONDS = 0.003
+#: As often as an agent asks a rank whether it is done: see ``worker/ranks.py``.
+POLL_SECONDS = 0.02
 
 
 class BenchRankProcess(RankProcess):
@@ -130,8 +130,10 @@ class BenchRankProcess(RankProcess):
 
     def _finish(self, request: RankRequest) -> RankReply:
         reply = self._call(request)
+        wait = POLL_SECONDS / 16
         while isinstance(reply, Running):
-            time.sleep(POLL_SECONDS)
+            time.sleep(wait)
+            wait = min(2 * wait, POLL_SECONDS)
             reply = self._call(Poll(version=self._version))
         return reply
 
