@@ -64,7 +64,6 @@ from dynamo.refit.protocol import (
     Vote,
 )
 from dynamo.refit.worker.agent import RefitAgent
-from dynamo.refit.worker.engine import ProbeFailed
 
 WORKER = 7
 EPOCH = 100
@@ -396,8 +395,7 @@ class FakeEngine:
         self._step("probe")
         for _ in range(5):
             await asyncio.sleep(0)
-        if self.paused_by_user:
-            raise ProbeFailed("no token within 30 s")
+        assert not self.paused_by_user, "would wait for a token that cannot come"
 
     def _step(self, name: str, *, locked: bool = False) -> None:
         self.steps.append(name)

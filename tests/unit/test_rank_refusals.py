@@ -23,11 +23,15 @@ def config(**changed: object) -> SimpleNamespace:
         "data_parallel_size": 1,
         "enable_eplb": False,
         "lora_config": None,
+        "inductor_compile_config": {},
         **changed,
     }
-    lora = settings.pop("lora_config")
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**settings), lora_config=lora
+        lora_config=settings.pop("lora_config"),
+        compilation_config=SimpleNamespace(
+            inductor_compile_config=settings.pop("inductor_compile_config")
+        ),
+        parallel_config=SimpleNamespace(**settings),
     )
 
 
@@ -42,6 +46,7 @@ def test_tensor_parallel_is_supported() -> None:
         ("data_parallel_size", 4, "data_parallel_size"),
         ("enable_eplb", True, "enable_eplb"),
         ("lora_config", object(), "enable_lora"),
+        ("inductor_compile_config", {"max_autotune": True}, "max_autotune"),
     ],
 )
 def test_refused_settings(setting: str, value: object, named: str) -> None:

@@ -54,6 +54,8 @@ UNIONS = (
 )
 
 PREPARE = Prepare(
+    announcement="a1",
+    weights="w1",
     version=5,
     epoch=1753000000123,
     endpoint="ns.trainer.weights",
