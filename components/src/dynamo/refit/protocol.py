@@ -20,13 +20,18 @@ import msgspec
 
 from dynamo.refit.errors import Failure
 
-InFlightPolicy = Literal["continue", "recompute"]
+InFlightPolicy = Literal["continue", "recompute", "drain"]
 """What happens to requests that are running when the weights change.
 
 ``continue``: they go on with the KV they have; later requests cannot hit it,
 since prefix-cache keys carry the KV epoch. ``recompute``: their KV is rebuilt
-under the new weights, at the price of a prefill of everything that runs.
+under the new weights, at the price of a prefill of everything that runs. ``drain``:
+the worker takes no new ones, and they end under the old weights; those that take
+longer than the bound go on as with ``continue``, and are counted.
 """
+
+CommitStep = Literal["all", "pause", "install", "resume"]
+"""How far a worker goes on its own: to the end, or to where it waits for the others."""
 
 SessionUse = Literal["cold", "re-addressed", "warm"]
 
@@ -146,19 +151,62 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Commit(Message, frozen=True, kw_only=True, tag=True):
-    """Install the staged ``version``. The worker then acts alone to the end."""
+    """Install the staged ``version``.
+
+    With step ``all`` the worker acts alone to the end, and answers ``Committed``. A
+    barrier takes it there by ``pause``, ``install`` and ``resume``, the first two
+    answered with ``Stepped``: a paused worker that does not hear of its next step
+    within ``hold_seconds`` goes on serving by itself, with the old weights if it has
+    not installed yet, with the new ones if it has.
+
+    ``withdraw``: routers do not see the worker meanwhile. ``drain_seconds`` bounds the
+    wait for its requests, with ``drain``.
+    """
 
     version: int
     epoch: int
     in_flight: InFlightPolicy
+    step: CommitStep = "all"
+    hold_seconds: float = 0.0
+    withdraw: bool = False
+    drain_seconds: float = 0.0
 
 
 class Abort(Message, frozen=True, kw_only=True, tag=True):
-    """Give up ``version`` if it is not being committed."""
+    """Give up ``version``, if it is not being committed for good: a worker that waits
+    at a barrier goes back to the old weights."""
 
     version: int
     epoch: int
     reason: str
+
+
+class Admit(Message, frozen=True, kw_only=True, tag=True):
+    """The weights that the worker has are the fleet's: it may serve."""
+
+    epoch: int
+
+
+class Fence(Message, frozen=True, kw_only=True, tag=True):
+    """Leave for good: the fleet serves a version that this worker could not take."""
+
+    epoch: int
+    version: int
+    reason: str
+
+
+class ServeWeights(Message, frozen=True, kw_only=True, tag=True):
+    """Let others read ``version``, staged or live here, for at most ``seconds``.
+
+    ``weights`` is its fingerprint. A ``ReleaseLease`` for the announcement that is
+    answered with ends it. Meanwhile the worker can be asked as a trainer is:
+    ``GetManifest``, ``GetFingerprints``.
+    """
+
+    version: int
+    weights: str
+    epoch: int
+    seconds: float
 
 
 class GetStatus(Message, frozen=True, kw_only=True, tag=True):
@@ -193,6 +241,21 @@ class Committed(Message, frozen=True, kw_only=True, tag=True):
     timings: CommitTimings
 
 
+class Stepped(Message, frozen=True, kw_only=True, tag=True):
+    """The worker waits where the commit's ``step`` ends."""
+
+    version: int
+    step: CommitStep
+
+
+class WeightsServed(Message, frozen=True, kw_only=True, tag=True):
+    """Where the version can be read: as in ``WeightVersionReady``."""
+
+    announcement: str
+    manifest: str
+    slot: int
+
+
 class Aborted(Message, frozen=True, kw_only=True, tag=True):
     """Nothing of ``version`` is staged any more."""
 
@@ -215,7 +278,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
 
     ``version`` is what it serves (``None``: the weights it started with) and
     ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
-    ``epoch`` the highest seen.
+    ``epoch`` the highest seen. One that is not ``admitted`` is unknown to routers, and
+    serves nobody.
     """
 
     model: str
@@ -226,10 +290,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     epoch: int
     kv_epoch: str
     ranks: int
-
-
-WorkerRequest = Prepare | Commit | Abort | GetStatus | VerifyWeights
-WorkerReply = Vote | Committed | Aborted | WorkerStatus | WeightsVerified | Refused
+    admitted: bool = True
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -400,6 +461,36 @@ TrainerRequest = (
     GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
 )
 TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
+
+
+# --- a worker's endpoint ----------------------------------------------------
+
+WorkerRequest = (
+    Prepare
+    | Commit
+    | Abort
+    | Admit
+    | Fence
+    | GetStatus
+    | VerifyWeights
+    | ServeWeights
+    | GetManifest
+    | GetFingerprints
+    | ReleaseLease
+)
+WorkerReply = (
+    Vote
+    | Committed
+    | Stepped
+    | Aborted
+    | WorkerStatus
+    | WeightsVerified
+    | WeightsServed
+    | ManifestReply
+    | FingerprintsReply
+    | Done
+    | Refused
+)
 
 
 # --- anyone to coordinator --------------------------------------------------
