@@ -245,6 +245,7 @@ async def test_publish_returns_what_arrives(
                 instance=2**53 - 1,
                 manifest="0123abcd",
                 slot=1,
+                weights="feedbeef",
                 in_flight="recompute",
             ),
         )
@@ -596,3 +597,34 @@ async def test_a_wrong_call_order_is_refused(endpoint: Endpoint) -> None:
         for part in (publisher, subscriber):
             with pytest.raises(EventPlaneUnavailable, match="started once"):
                 await part.start()
+
+
+async def test_it_starts_while_futures_of_the_runtime_complete(
+    runtime: DistributedRuntime,
+) -> None:
+    assert await race() == "done"
+
+
+async def test_two_threads_of_the_runtime_are_too_few(
+    runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo 1.6 stands still with them. When it does not, we need not ask for more."""
+    monkeypatch.setenv("DYN_RUNTIME_NUM_WORKER_THREADS", "2")
+    for _ in range(8):
+        if await race() == "stands still":
+            return
+    pytest.fail("eight times it did not stand still")
+
+
+async def race() -> str:
+    """What ``relay_race.py`` says, or that it stands still."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.support.relay_race", stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), 12)
+        return out.decode().splitlines()[-1]
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return "stands still"

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -37,6 +38,12 @@ from dynamo.refit.errors import EventRefused, RefitError
 from dynamo.refit.events import MAX_EVENT_BYTES, AnyEvent, Event, decode, encode
 
 logger = logging.getLogger(__name__)
+
+# FpmEventRelay's constructor waits for the runtime's threads without letting go of the
+# GIL, and a thread of the runtime waits for the GIL whenever it completes a future of
+# Python's. With as many such futures as threads (two cores, a worker that starts) all
+# stand still for good. Read when a runtime is made, so to be set before.
+os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", str(max(8, os.cpu_count())))
 
 #: How long :meth:`EventPublisher.start` waits for the relay's subscription.
 RELAY_SECONDS = 10.0
