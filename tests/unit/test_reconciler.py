@@ -13,25 +13,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from dynamo.refit.coordinator.reconciler import (
-    GRACE_SECONDS,
-    REMEMBERED,
+from dynamo.refit.coordinator.actions import (
     Action,
     CommitAnswered,
     FleetSeen,
     GiveBackLease,
     Input,
     LeaseTaken,
-    Policy,
     PrepareAnswered,
     Publish,
-    Reconciler,
     SendAbort,
     SendCommit,
     SendPrepare,
     TakeLease,
     Tick,
 )
+from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
+from dynamo.refit.coordinator.reconciler import REMEMBERED, Reconciler
 from dynamo.refit.errors import Failure
 from dynamo.refit.events import (
     Event,
@@ -55,7 +53,9 @@ from dynamo.refit.protocol import (
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
-POLICY = Policy(stage_seconds=100.0, commit_seconds=10.0)
+POLICY = Policy(
+    stage_seconds=100.0, commit_seconds=10.0, commit="rolling", max_unavailable=0
+)
 STAGE_DEADLINE = POLICY.stage_seconds + GRACE_SECONDS
 COMMIT_DEADLINE = POLICY.commit_seconds + GRACE_SECONDS
 TIMINGS = CommitTimings(
@@ -159,7 +159,7 @@ def commit_refused(worker: int, announced: WeightVersionReady) -> CommitAnswered
 def started(announced: WeightVersionReady, *workers: int) -> list[Action]:
     """What starts a transaction."""
     event = RefitStarted(model="tiny", version=announced.version, workers=workers)
-    return [Publish(event), TakeLease(announced, POLICY.lease_seconds)]
+    return [Publish(event), TakeLease(announced, POLICY.lease_seconds(len(workers)))]
 
 
 def completed(

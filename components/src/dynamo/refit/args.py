@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from dynamo.refit.coordinator.reconciler import Policy
+from dynamo.refit.coordinator.policy import CommitPolicy, Policy
 from dynamo.refit.protocol import InFlightPolicy
 
 
@@ -80,6 +80,70 @@ def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
         "how often the workers' status is read",
         kind=float,
     )
+    _add(
+        parser,
+        "--commit-policy",
+        "DYN_REFIT_COMMIT_POLICY",
+        "barrier",
+        "order in which workers change: all together, some at a time, or one first",
+        choices=get_args(CommitPolicy),
+    )
+    _add(
+        parser,
+        "--max-unavailable",
+        "DYN_REFIT_MAX_UNAVAILABLE",
+        "1",
+        "workers that change at a time with rolling and canary; 0: all",
+        kind=int,
+    )
+    _add(
+        parser,
+        "--hold-seconds",
+        "DYN_REFIT_HOLD_SECONDS",
+        "5",
+        "how long a worker waits for the others at a barrier",
+        kind=float,
+    )
+    _add(
+        parser,
+        "--drain-seconds",
+        "DYN_REFIT_DRAIN_SECONDS",
+        "30",
+        "how long in-flight policy drain waits for running requests",
+        kind=float,
+    )
+    _add(
+        parser,
+        "--quorum",
+        "DYN_REFIT_QUORUM",
+        "1",
+        "share of the workers that must stage a version; the others are fenced",
+        kind=_share,
+    )
+    _add(
+        parser,
+        "--direct-readers",
+        "DYN_REFIT_DIRECT_READERS",
+        "0",
+        "workers that read from the trainer at a time, the others from workers; 0: all",
+        kind=int,
+    )
+    _add(
+        parser,
+        "--peer-readers",
+        "DYN_REFIT_PEER_READERS",
+        "2",
+        "workers that read from one worker at a time",
+        kind=int,
+    )
+    _add(
+        parser,
+        "--settle-seconds",
+        "DYN_REFIT_SETTLE_SECONDS",
+        "2",
+        "after its start the coordinator lets nobody serve start-up weights",
+        kind=float,
+    )
     options = parser.parse_args(argv)
     components = tuple(c.strip() for c in options.worker_components.split(","))
     return CoordinatorConfig(
@@ -91,8 +155,23 @@ def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
             stage_seconds=options.stage_seconds,
             commit_seconds=options.commit_seconds,
             in_flight=options.in_flight,
+            commit=options.commit_policy,
+            max_unavailable=options.max_unavailable,
+            hold_seconds=options.hold_seconds,
+            drain_seconds=options.drain_seconds,
+            quorum=options.quorum,
+            direct_readers=options.direct_readers,
+            peer_readers=options.peer_readers,
+            settle_seconds=options.settle_seconds,
         ),
     )
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return share
 
 
 def _add(
@@ -102,7 +181,7 @@ def _add(
     default: str | None,
     text: str,
     *,
-    kind: type = str,
+    kind: Callable[[str], object] = str,
     choices: Sequence[str] | None = None,
 ) -> None:
     parser.add_argument(

@@ -62,11 +62,15 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
-    """The coordinator asks ``workers`` to stage ``version``."""
+    """The coordinator asks ``workers`` to stage ``version``.
+
+    ``catch_up``: the others serve it already.
+    """
 
     model: str
     version: int
     workers: tuple[int, ...]
+    catch_up: bool = False
 
 
 class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
@@ -81,7 +85,8 @@ class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
     """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys.
 
     ``weights`` is the fingerprint that its live weights were found to have; see
-    :class:`dynamo.refit.protocol.Committed` for ``unchecked``.
+    :class:`dynamo.refit.protocol.Committed` for ``unchecked``. ``carried_over``
+    requests outlasted the bound of ``drain``.
     """
 
     worker: int
@@ -91,13 +96,17 @@ class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
     kv_epoch: str
     in_flight: InFlightPolicy
     timings: CommitTimings
+    carried_over: int = 0
 
 
 class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     """Every worker serves ``version``, whose fingerprint is ``weights``.
 
-    ``seconds`` is the time from the announcement's arrival at the coordinator;
-    ``None`` if this coordinator found the version already installed.
+    All but those in ``excluded``, which could not take it and were fenced, or are
+    gone: a failure for each, with worker, rank and cause. ``catch_up``: some were
+    brought to what the others served. ``seconds`` is the time from the announcement's
+    arrival at the coordinator; ``None`` if this coordinator found the version already
+    installed.
     """
 
     model: str
@@ -106,6 +115,8 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     weights: str
     workers: tuple[int, ...]
     seconds: float | None
+    excluded: tuple[Failure, ...] = ()
+    catch_up: bool = False
 
 
 class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
@@ -127,7 +138,9 @@ class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):
     by: int
 
 
-RefusalReason = Literal["unknown_model", "malformed_event", "oversized_event", "stale"]
+RefusalReason = Literal[
+    "unknown_model", "malformed_event", "oversized_event", "stale", "unsafe_policy"
+]
 
 
 class RefitRefused(Event, frozen=True, kw_only=True, tag=True):
@@ -157,6 +170,13 @@ class WorkerJoined(Event, frozen=True, kw_only=True, tag=True):
     version: int | None
 
 
+class WorkerAdmitted(Event, frozen=True, kw_only=True, tag=True):
+    """A worker that joined has the fleet's weights: routers see it from now on."""
+
+    worker: int
+    version: int | None
+
+
 AnyEvent = (
     WeightVersionReady
     | RefitStarted
@@ -168,6 +188,7 @@ AnyEvent = (
     | RefitRefused
     | WorkerFenced
     | WorkerJoined
+    | WorkerAdmitted
 )
 
 

@@ -9,7 +9,7 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
   ``(version, epoch)``.
 - anyone to trainer, ``<ns>.<trainer>.weights``: manifest, fingerprints, lease, release;
   and a trainer's ranks to its rank 0: join, take a slot, written, await the release.
-- worker to its ranks: describe, stage, poll, install, restore, discard.
+- worker to its ranks: describe, stage, poll, install, restore, discard, offer, withdraw.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from dynamo.refit.errors import Failure
+from dynamo.refit.manifest import Source
 
 InFlightPolicy = Literal["continue", "recompute", "drain"]
 """What happens to requests that are running when the weights change.
@@ -133,9 +134,9 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
 
     The worker reads the manifest with fingerprint ``manifest`` from instance
     ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
-    ``weights``. ``stage_seconds`` bounds the staging; ``commit_seconds`` is how long
-    after that bound the worker keeps the version for a commit before it gives it up
-    by itself.
+    ``weights``. ``stage_seconds`` bounds the staging, ``commit_seconds`` the install;
+    ``keep_seconds`` is how long after the stage's bound the worker keeps the version
+    for a commit before it gives it up by itself.
     """
 
     version: int
@@ -148,6 +149,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     weights: str
     stage_seconds: float
     commit_seconds: float
+    keep_seconds: float
 
 
 class Commit(Message, frozen=True, kw_only=True, tag=True):
@@ -578,6 +580,27 @@ class Discard(Message, frozen=True, kw_only=True, tag=True):
     version: int
 
 
+class Offer(Message, frozen=True, kw_only=True, tag=True):
+    """Let others read this rank's copy of ``version`` until ``Withdraw``, or for
+    ``seconds``. Repeating it is safe, and never shortens it.
+
+    ``live`` asks for the copy of what was installed, otherwise for what is staged.
+    ``want_blocks`` asks for what the copy holds; see :class:`Offered`. Answered with
+    ``Running`` while that is being worked out: ask again.
+    """
+
+    version: int
+    live: bool
+    seconds: float
+    want_blocks: bool
+
+
+class Withdraw(Message, frozen=True, kw_only=True, tag=True):
+    """Nobody reads ``version`` from this rank any more."""
+
+    version: int
+
+
 class Described(Message, frozen=True, kw_only=True, tag=True):
     """A rank's identity, the bytes of its parameters, and where it would stage."""
 
@@ -605,6 +628,28 @@ class Staged(Message, frozen=True, kw_only=True, tag=True):
     reads: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
+class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
+    """A row-major box of tensor number ``tensor``, from ``byte_offset`` of the rank's
+    region on. The number is the one in the manifest the version was staged from."""
+
+    tensor: int
+    box: tuple[tuple[int, int], ...]
+    byte_offset: int
+
+
+class Offered(Message, frozen=True, kw_only=True, tag=True):
+    """The rank's copy can be read from ``slot`` of ``source``, which has one region.
+
+    ``blocks`` says, if it was asked for, what lies there; it is the same in every slot
+    and for every version of one layout.
+    """
+
+    rank: int
+    slot: int
+    source: Source
+    blocks: tuple[HeldBlock, ...]
+
+
 class Installed(Message, frozen=True, kw_only=True, tag=True):
     """The live parameters hold the bytes that were asked for."""
 
@@ -620,8 +665,12 @@ class Verified(Message, frozen=True, kw_only=True, tag=True):
     unchecked: int
 
 
-RankRequest = Describe | Stage | Poll | Install | Restore | Verify | Discard
-RankReply = Described | Running | Staged | Installed | Verified | Done | Refused
+RankRequest = (
+    Describe | Stage | Poll | Install | Restore | Verify | Discard | Offer | Withdraw
+)
+RankReply = (
+    Described | Running | Staged | Installed | Verified | Offered | Done | Refused
+)
 
 
 class RankCall(msgspec.Struct, frozen=True):

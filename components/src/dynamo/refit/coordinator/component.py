@@ -21,9 +21,7 @@ from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.args import CoordinatorConfig
 from dynamo.refit.bus import EventPublisher, EventSubscriber, RejectedPayload
-from dynamo.refit.coordinator.fleet import FleetWatch
-from dynamo.refit.coordinator.reconciler import (
-    GRACE_SECONDS,
+from dynamo.refit.coordinator.actions import (
     Action,
     CommitAnswered,
     GiveBackLease,
@@ -31,13 +29,20 @@ from dynamo.refit.coordinator.reconciler import (
     LeaseTaken,
     PrepareAnswered,
     Publish,
-    Reconciler,
+    ReleasePeer,
     SendAbort,
+    SendAdmit,
     SendCommit,
+    SendFence,
     SendPrepare,
+    SendServe,
+    ServeAnswered,
     TakeLease,
     Tick,
 )
+from dynamo.refit.coordinator.fleet import FleetWatch
+from dynamo.refit.coordinator.policy import GRACE_SECONDS
+from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.errors import RefitError, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
@@ -49,16 +54,21 @@ from dynamo.refit.protocol import (
     Abort,
     Aborted,
     AcquireLease,
+    Admit,
     Commit,
     Committed,
     Done,
+    Fence,
     FleetStatus,
     GetStatus,
     Message,
     Prepare,
     Refused,
     ReleaseLease,
+    ServeWeights,
+    Stepped,
     Vote,
+    WeightsServed,
 )
 from dynamo.refit.rpc import Caller, serve, unary
 
@@ -169,8 +179,19 @@ class Coordinator:
                 self._spawn(self._prepare(action))
             case SendCommit():
                 self._spawn(self._commit(action))
-            case SendAbort():
-                self._spawn(self._abort(action))
+            case SendServe():
+                self._spawn(self._serve(action))
+            case SendAbort(worker=worker, version=version, reason=reason):
+                request = Abort(version=version, epoch=self._epoch, reason=reason)
+                self._spawn(self._tell(worker, request))
+            case SendAdmit(worker=worker):
+                self._spawn(self._tell(worker, Admit(epoch=self._epoch)))
+            case SendFence(worker=worker, version=version, reason=reason):
+                request = Fence(version=version, epoch=self._epoch, reason=reason)
+                self._spawn(self._tell(worker, request))
+            case ReleasePeer(peer=peer, announcement=announcement):
+                request = ReleaseLease(announcement=announcement, outcome="completed")
+                self._spawn(self._tell(peer, request))
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(call)
@@ -221,18 +242,20 @@ class Coordinator:
             )
 
     async def _prepare(self, action: SendPrepare) -> None:
-        ready, policy = action.ready, self._config.policy
+        ready, policy, served = action.ready, self._config.policy, action.served
+        source = ready if served is None else served
         request = Prepare(
             version=ready.version,
             epoch=self._epoch,
-            announcement=ready.announcement,
+            announcement=source.announcement,
             weights=ready.weights,
-            endpoint=ready.endpoint,
-            instance=ready.instance,
-            manifest=ready.manifest,
-            slot=ready.slot,
+            endpoint=ready.endpoint if served is None else self._path(action.peer),
+            instance=ready.instance if served is None else action.peer,
+            manifest=source.manifest,
+            slot=source.slot,
             stage_seconds=policy.stage_seconds,
             commit_seconds=policy.commit_seconds,
+            keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
         )
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)
@@ -240,37 +263,62 @@ class Coordinator:
             PrepareAnswered(action.worker, ready.announcement, reply)
         )
 
+    async def _serve(self, action: SendServe) -> None:
+        ready = action.ready
+        request = ServeWeights(
+            version=ready.version,
+            weights=ready.weights,
+            epoch=self._epoch,
+            seconds=self._config.policy.stage_seconds + GRACE_SECONDS,
+        )
+        reply = await self._ask(
+            action.peer, request, WeightsServed | Refused, SHORT_CALL_SECONDS
+        )
+        self._inputs.put_nowait(
+            ServeAnswered(action.peer, action.reader, ready.announcement, reply)
+        )
+
     async def _commit(self, action: SendCommit) -> None:
         ready, policy = action.ready, self._config.policy
         request = Commit(
-            version=ready.version, epoch=self._epoch, in_flight=action.in_flight
+            version=ready.version,
+            epoch=self._epoch,
+            in_flight=action.in_flight,
+            step=action.step,
+            hold_seconds=policy.hold_seconds,
+            withdraw=action.withdraw,
+            drain_seconds=policy.drain_seconds,
         )
-        seconds = policy.commit_seconds + GRACE_SECONDS
-        reply = await self._ask(action.worker, request, Committed | Refused, seconds)
+        seconds = policy.commit_seconds + policy.drain_seconds + GRACE_SECONDS
+        expected = Committed | Stepped | Refused
+        reply = await self._ask(action.worker, request, expected, seconds)
         self._inputs.put_nowait(
             CommitAnswered(action.worker, ready.announcement, reply)
         )
 
-    async def _abort(self, action: SendAbort) -> None:
-        request = Abort(version=action.version, epoch=self._epoch, reason=action.reason)
-        reply = await self._ask(
-            action.worker, request, Aborted | Refused, SHORT_CALL_SECONDS
-        )
+    async def _tell(self, worker: int, request: Message) -> None:
+        """Ask for what the worker's next status shows."""
+        expected = Aborted | Done | Refused
+        reply = await self._ask(worker, request, expected, SHORT_CALL_SECONDS)
         if isinstance(reply, Refused):
-            logger.warning("abort of version %d: %s", action.version, reply.failure)
+            logger.warning("%s: %s", type(request).__name__, reply.failure)
 
     async def _ask(
         self, worker: int, request: Message, expected: Any, seconds: float
     ) -> Any:
         """The worker's reply; what keeps it from replying as a :class:`Refused`."""
-        member = self._reconciler.fleet.get(worker)
-        component = member.component if member else self._config.worker_components[0]
-        path = f"{self._config.namespace}.{component}.refit"
         try:
-            return await self._caller.call(path, worker, request, expected, seconds)
+            return await self._caller.call(
+                self._path(worker), worker, request, expected, seconds
+            )
         except (RefitError, msgspec.ValidationError) as error:
             stage = type(request).__name__.lower()
             version = getattr(request, "version", None)
             return Refused(
                 failure=failure_from(error, stage=stage, worker=worker, version=version)
             )
+
+    def _path(self, worker: int) -> str:
+        member = self._reconciler.fleet.get(worker)
+        component = member.component if member else self._config.worker_components[0]
+        return f"{self._config.namespace}.{component}.refit"

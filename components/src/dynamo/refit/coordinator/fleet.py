@@ -14,7 +14,7 @@ import logging
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.coordinator.reconciler import FleetSeen, Input
+from dynamo.refit.coordinator.actions import FleetSeen, Input
 from dynamo.refit.errors import RefitError
 from dynamo.refit.protocol import FleetMember, GetStatus, Refused, WorkerStatus
 from dynamo.refit.rpc import Caller

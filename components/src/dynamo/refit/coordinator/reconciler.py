@@ -6,20 +6,46 @@ Pure: inputs in, actions out; no clock, no I/O. The coordinator feeds every even
 reply, fleet view and tick into :meth:`Reconciler.handle` and carries out what it
 returns. One version is under way at a time; the newest announced one is desired:
 
-    leasing --lease held--> preparing --all votes in--> committing --all in--> done
-       |                       |                            |
-       +-------- failed, superseded: nothing changed -------+ some may be behind
+    leasing --lease held--> preparing --enough hold it--> committing --all in--> done
+       |                       |                             |
+       +---- failed, superseded: nothing changed ------------+ from the first that has
+                                                               changed on: forward only
+
+When nothing newer waits, workers that are behind what the others serve (joiners,
+survivors of a coordinator that died half-way) are brought there, from those that have
+it. Only then, or when nobody serves any version, may a joiner serve.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from dynamo.refit.coordinator.actions import (
+    Action,
+    CommitAnswered,
+    FleetSeen,
+    GiveBackLease,
+    Input,
+    LeaseTaken,
+    PrepareAnswered,
+    Publish,
+    ReleasePeer,
+    SendAbort,
+    SendAdmit,
+    SendFence,
+    ServeAnswered,
+    TakeLease,
+    Tick,
+)
+from dynamo.refit.coordinator.commit import CommitRound, NoAnswer, WorkerLeft
+from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
+from dynamo.refit.coordinator.staging import NoSource, Staging
 from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
@@ -27,7 +53,6 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
-    Event,
     RefitCompleted,
     RefitFailed,
     RefitRefused,
@@ -35,12 +60,12 @@ from dynamo.refit.events import (
     RefitSuperseded,
     RefusalReason,
     WeightVersionReady,
+    WorkerAdmitted,
     WorkerJoined,
 )
 from dynamo.refit.protocol import (
     Committed,
     FleetMember,
-    InFlightPolicy,
     Refused,
     ReleaseOutcome,
     Vote,
@@ -49,138 +74,33 @@ from dynamo.refit.protocol import (
 #: Announcements whose end is remembered, so that a repeat of one starts nothing.
 REMEMBERED = 256
 
-#: Seconds on top of a worker's own deadline before its silence is a failure.
-GRACE_SECONDS = 15.0
+#: How often a worker may fail to come to the fleet's version before it is fenced.
+CATCH_UPS = 3
 
+#: Between two tries of it: first, and at most.
+CATCH_UP_SECONDS = 1.0, 30.0
 
-class NoAnswer(RefitError):
-    """A worker did not answer in time."""
-
-
-class WorkerLeft(RefitError):
-    """A worker is gone from discovery."""
-
-
-# --- inputs -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FleetSeen:
-    """The workers that are there now, each with its own status."""
-
-    members: tuple[FleetMember, ...]
-
-
-@dataclass(frozen=True)
-class LeaseTaken:
-    """The trainer keeps the announcement's bytes; or why it does not."""
-
-    announcement: str
-    failure: Failure | None
-
-
-@dataclass(frozen=True)
-class PrepareAnswered:
-    worker: int
-    announcement: str
-    reply: Vote | Refused
-
-
-@dataclass(frozen=True)
-class CommitAnswered:
-    worker: int
-    announcement: str
-    reply: Committed | Refused
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
-
-
-Input = (
-    WeightVersionReady
-    | FleetSeen
-    | LeaseTaken
-    | PrepareAnswered
-    | CommitAnswered
-    | Tick
-)
-
-
-# --- actions ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TakeLease:
-    ready: WeightVersionReady
-    seconds: float
-
-
-@dataclass(frozen=True)
-class GiveBackLease:
-    ready: WeightVersionReady
-    outcome: ReleaseOutcome
-    detail: str
-
-
-@dataclass(frozen=True)
-class SendPrepare:
-    worker: int
-    ready: WeightVersionReady
-
-
-@dataclass(frozen=True)
-class SendCommit:
-    worker: int
-    ready: WeightVersionReady
-    in_flight: InFlightPolicy
-
-
-@dataclass(frozen=True)
-class SendAbort:
-    worker: int
-    version: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Publish:
-    event: Event
-
-
-Action = TakeLease | GiveBackLease | SendPrepare | SendCommit | SendAbort | Publish
-
-
-# --- state --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Deadlines in seconds, and what happens to running requests by default."""
-
-    stage_seconds: float = 300.0
-    commit_seconds: float = 30.0
-    in_flight: InFlightPolicy = "continue"
-
-    @property
-    def lease_seconds(self) -> float:
-        """The bytes are read until every worker has voted or given up; in ``direct``
-        staging once more, in the commit."""
-        return self.stage_seconds + self.commit_seconds + 3 * GRACE_SECONDS
+#: An admission is said again if the worker does not show it.
+ADMIT_SECONDS = 5.0
 
 
 @dataclass
 class Transaction:
-    """The version that is under way and how far each member is."""
+    """The version that is under way.
+
+    ``catch_up``: the fleet serves it, and some workers are brought there. ``excluded``
+    cannot stage it, and will be fenced if it is committed.
+    """
 
     ready: WeightVersionReady
-    members: set[int]
+    staging: Staging
     began: float
     deadline: float
-    phase: Literal["leasing", "preparing", "committing"] = "leasing"
-    answered: set[int] = field(default_factory=set)
-    failures: list[Failure] = field(default_factory=list)
+    catch_up: bool
+    phase: Literal["leasing", "preparing", "committing"]
+    excluded: dict[int, Failure]
+    commit: CommitRound | None = None
+    failure: Failure | None = None
 
 
 class Reconciler:
@@ -188,7 +108,7 @@ class Reconciler:
 
     Args:
         model: the served model's name; ``None`` takes it from the workers.
-        policy: deadlines and the default in-flight policy.
+        policy: what the operator decides.
     """
 
     def __init__(self, model: str | None, policy: Policy) -> None:
@@ -198,9 +118,18 @@ class Reconciler:
         self.completed: int | None = None
         self.transaction: Transaction | None = None
         self._model = model
+        self._began: float | None = None
         self._heard: float = 0.0
         self._desired_outcome: ReleaseOutcome | None = None
         self._ended: OrderedDict[str, ReleaseOutcome] = OrderedDict()
+        self._last: WeightVersionReady | None = None
+        self._catch_ups = itertools.count(1)
+        self._backoff = CATCH_UP_SECONDS[0]
+        self._retry_at = 0.0
+        self._tries: dict[int, int] = {}
+        self._admitted: dict[int, float] = {}
+        self._told_to_go: set[int] = set()
+        self._tidied: dict[int, int] = {}
 
     @property
     def model(self) -> str | None:
@@ -215,6 +144,8 @@ class Reconciler:
         Args:
             now: monotonic seconds.
         """
+        if self._began is None:
+            self._began = now
         match what:
             case WeightVersionReady():
                 actions = self._announced(what, now)
@@ -222,6 +153,8 @@ class Reconciler:
                 actions = self._fleet_seen(members)
             case LeaseTaken():
                 actions = self._lease_taken(what)
+            case ServeAnswered():
+                actions = self._serve_answered(what)
             case PrepareAnswered():
                 actions = self._prepare_answered(what)
             case CommitAnswered():
@@ -276,7 +209,25 @@ class Reconciler:
                     f"worker {member.worker} serves other weights as version "
                     f"{ready.version}: publish these under a new number",
                 )
+        in_flight = ready.in_flight or self.policy.in_flight
+        if in_flight == "drain" and self.fleet:
+            return self._refuse_drain(ready)
         return []
+
+    def _refuse_drain(self, ready: WeightVersionReady) -> list[Action]:
+        """A worker that drains is not routed to: somebody else has to be."""
+        if self.policy.commit == "barrier":
+            why = "with commit policy barrier nobody would be left to serve"
+        elif len([m for m in self.fleet.values() if m.status.admitted]) < 2:
+            why = "one worker alone cannot be spared"
+        else:
+            return []
+        return self._refuse(
+            ready,
+            "unsafe_policy",
+            f"in-flight policy drain takes workers out of routing, and {why}: use "
+            "continue or recompute, or rolling with two workers",
+        )
 
     def _newest_known(self, model: str) -> Iterable[int]:
         if self.desired is not None and self.desired.model == model:
@@ -288,34 +239,36 @@ class Reconciler:
     def _supersede(self, by: WeightVersionReady) -> list[Action]:
         """End what is under way before its commit, and what waits for its turn."""
         actions: list[Action] = []
+        detail = f"superseded by version {by.version}"
         transaction = self.transaction
-        replaced = []
         if transaction is not None and transaction.phase != "committing":
-            replaced.append(transaction.ready)
-            if transaction.phase == "preparing":
-                actions += self._aborts(f"superseded by version {by.version}")
+            actions += self._drop_stages(detail)
             self.transaction = None
-        committing = self.transaction is not None
+            event = RefitSuperseded(version=transaction.ready.version, by=by.version)
+            actions += [Publish(event)]
+            actions += self._give_back(transaction, "superseded", detail)
         waiting = self.desired
+        under_way = self.transaction.ready if self.transaction else None
         if (
             waiting is not None
             and self._desired_outcome is None
-            and waiting not in replaced
-            and not (committing and waiting is self.transaction.ready)
+            and waiting is not under_way
         ):
-            replaced.append(waiting)
-        for old in replaced:
-            detail = f"superseded by version {by.version}"
-            event = RefitSuperseded(version=old.version, by=by.version)
-            actions += [Publish(event), *self._end(old, "superseded", detail)]
+            event = RefitSuperseded(version=waiting.version, by=by.version)
+            actions += [Publish(event), *self._end(waiting, "superseded", detail)]
         return actions
 
-    def _aborts(self, reason: str) -> list[Action]:
+    def _drop_stages(self, reason: str) -> list[Action]:
+        """Nobody goes on staging the transaction's version."""
         transaction = self.transaction
-        return [
+        if transaction.phase != "preparing":
+            return []
+        staging = transaction.staging
+        aborts = [
             SendAbort(worker, transaction.ready.version, reason)
-            for worker in sorted(transaction.members)
+            for worker in sorted(staging.asked)
         ]
+        return [*aborts, *staging.release_all()]
 
     def _refuse(
         self, ready: WeightVersionReady, reason: RefusalReason, detail: str
@@ -331,70 +284,76 @@ class Reconciler:
     def _fleet_seen(self, members: tuple[FleetMember, ...]) -> list[Action]:
         before = self.fleet
         self.fleet = {m.worker: _newer(before.get(m.worker), m) for m in members}
-        joined = [
+        actions: list[Action] = [
             Publish(WorkerJoined(worker=w, version=m.status.version))
             for w, m in sorted(self.fleet.items())
             if w not in before
         ]
+        gone = set(before) - set(self.fleet)
+        for worker in gone:
+            for kept in (self._tries, self._admitted, self._tidied):
+                kept.pop(worker, None)
+            self._told_to_go.discard(worker)
         transaction = self.transaction
         if transaction is not None:
-            for worker in transaction.members - set(self.fleet):
-                transaction.members.discard(worker)
-                left = worker not in transaction.answered
-                if left and transaction.phase == "committing":
-                    self._fail(worker, WorkerLeft("left during its commit"))
-        return joined
+            for worker in sorted(gone):
+                actions += transaction.staging.forget(worker)
+                if transaction.commit is not None:
+                    transaction.commit.left(worker)
+        return actions
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
-        transaction = self.transaction
-        if not self._concerns(lease.announcement, "leasing"):
+        transaction = self._concerned(lease.announcement, "leasing")
+        if transaction is None:
             return []
         if lease.failure is not None:
-            transaction.failures.append(lease.failure)
+            transaction.failure = lease.failure
             return []
         transaction.phase = "preparing"
-        return [
-            SendPrepare(worker, transaction.ready)
-            for worker in sorted(transaction.members)
-        ]
+        transaction.staging.from_trainer = True
+        return []
+
+    def _serve_answered(self, answer: ServeAnswered) -> list[Action]:
+        transaction = self._concerned(answer.announcement, "preparing")
+        if transaction is not None:
+            return transaction.staging.served(answer)
+        if isinstance(answer.reply, Refused):
+            return []
+        return [ReleasePeer(answer.peer, answer.reply.announcement)]
 
     def _prepare_answered(self, answer: PrepareAnswered) -> list[Action]:
-        if self._concerns(answer.announcement, "preparing"):
-            self._take_answer(answer.worker, answer.reply)
-        return []
-
-    def _commit_answered(self, answer: CommitAnswered) -> list[Action]:
-        if isinstance(answer.reply, Committed):
-            self._now_serving(answer.worker, answer.reply)
-        if self._concerns(answer.announcement, "committing"):
-            self._take_answer(answer.worker, answer.reply)
-        return []
-
-    def _take_answer(self, worker: int, reply: Vote | Committed | Refused) -> None:
-        if worker not in self.transaction.members:
-            return
-        self.transaction.answered.add(worker)
-        if isinstance(reply, Refused):
-            self.transaction.failures.append(reply.failure)
-        elif reply.weights != self.transaction.ready.weights:
+        transaction = self._concerned(answer.announcement, "preparing")
+        if transaction is None:
+            return []
+        reply, ready = answer.reply, transaction.ready
+        if isinstance(reply, Vote) and reply.weights != ready.weights:
             error = FingerprintMismatch(
                 f"the worker speaks of weights {reply.weights}, announced were "
-                f"{self.transaction.ready.weights}"
+                f"{ready.weights}"
             )
-            self._fail(worker, error)
+            reply = Refused(failure=self._failure(error, answer.worker))
+        return transaction.staging.answered(answer.worker, reply)
 
-    def _concerns(self, announcement: str, phase: str) -> bool:
+    def _commit_answered(self, answer: CommitAnswered) -> list[Action]:
+        admitted: list[Action] = []
+        if isinstance(answer.reply, Committed):
+            admitted = self._now_serving(answer.worker, answer.reply)
+        transaction = self._concerned(answer.announcement, "committing")
+        if transaction is not None:
+            transaction.commit.answered(answer.worker, answer.reply)
+        return admitted
+
+    def _concerned(self, announcement: str, phase: str) -> Transaction | None:
+        """The transaction, if an answer is for what it does now."""
         current = self.transaction
-        return (
-            current is not None
-            and current.ready.announcement == announcement
-            and current.phase == phase
-        )
+        if current is None or current.ready.announcement != announcement:
+            return None
+        return current if current.phase == phase else None
 
-    def _now_serving(self, worker: int, committed: Committed) -> None:
+    def _now_serving(self, worker: int, committed: Committed) -> list[Action]:
         member = self.fleet.get(worker)
         if member is None:
-            return
+            return []
         status = msgspec.structs.replace(
             member.status,
             phase="serving",
@@ -402,121 +361,322 @@ class Reconciler:
             weights=committed.weights,
             pending=None,
             kv_epoch=committed.kv_epoch,
+            admitted=True,
         )
         seen = msgspec.structs.replace(member, status=status)
         self.fleet[worker] = _newer(member, seen)
+        if member.status.admitted:
+            return []
+        return [Publish(WorkerAdmitted(worker=worker, version=committed.version))]
 
-    # --- progress -------------------------------------------------------------
+    # --- progress ---------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Action]:
         transaction = self.transaction
         if transaction is None:
             return self._start(now)
+        if transaction.phase == "committing":
+            return self._advance_commit(now)
+        staging = transaction.staging
         if now > transaction.deadline:
-            for worker in transaction.members - transaction.answered:
-                self._fail(worker, NoAnswer(f"no answer while {transaction.phase}"))
-            transaction.answered |= transaction.members
-        match transaction.phase:
-            case "committing":
-                if transaction.answered >= transaction.members:
-                    return self._finish(now)
-            case "preparing" | "leasing":
-                if transaction.failures:
-                    return self._give_up(now)
-                if not transaction.members:
-                    error = WorkerLeft("every worker left before the commit")
-                    self._fail(None, error)
-                    return self._give_up(now)
-                voted = transaction.answered >= transaction.members
-                if voted and transaction.phase == "preparing":
-                    return self._commit(now)
-        return []
+            if transaction.phase == "leasing":
+                error = NoAnswer("no answer of the trainer to the request for a lease")
+                transaction.failure = self._failure(error, None)
+            for worker in staging.late():
+                error = NoAnswer(f"no answer while {transaction.phase}")
+                staging.fail(worker, self._failure(error, worker))
+        actions: list[Action] = []
+        if transaction.phase == "preparing":
+            actions = staging.assign()
+        if transaction.failure is None:
+            transaction.failure = self._shortfall(transaction)
+        if transaction.failure is not None:
+            return [*actions, *self._give_up(now)]
+        if transaction.phase == "preparing" and staging.done:
+            return [*actions, *self._commit(now)]
+        return actions
+
+    def _shortfall(self, transaction: Transaction) -> Failure | None:
+        """Why the version cannot be committed any more, if it cannot."""
+        staging = transaction.staging
+        transaction.excluded |= staging.failures
+        if staging.readers:
+            able = len(staging.readers)
+            enough = able >= self.policy.needed(able + len(transaction.excluded))
+            if enough or transaction.catch_up:
+                return None
+        first = next(iter(transaction.excluded.values()), None)
+        error = WorkerLeft("every worker left before the commit")
+        return first or self._failure(error, None)
 
     def _start(self, now: float) -> list[Action]:
-        ready = self.desired
-        if ready is None or not self.fleet:
-            return []
-        if self._desired_outcome not in (None, "completed"):
+        if not self.fleet:
             return []
         members = self.fleet.values()
         if any(member.status.phase == "committing" for member in members):
             # A commit of an earlier coordinator: wait until it is decided.
             return []
-        if self._desired_outcome is None and (refusal := self._refusal(ready)):
-            # It was announced before the workers were seen.
-            return refusal
-        able = {m.worker: m for m in members if m.status.phase != "fenced"}
-        behind = {w for w, m in able.items() if _is_behind(m, ready.version)}
-        if not behind:
-            if able and self._desired_outcome is None:
-                return self._complete(ready, None)
+        able = {
+            m.worker: m
+            for m in members
+            if m.status.phase != "fenced" and m.worker not in self._told_to_go
+        }
+        ready = self.desired
+        if ready is not None and self._desired_outcome is None:
+            if refusal := self._refusal(ready):
+                # It was announced before the workers were seen.
+                return refusal
+            behind = {w for w, m in able.items() if _is_behind(m, ready.version)}
+            if behind:
+                return self._begin(ready, behind, able, now)
+            if able:
+                return [*self._complete(ready, None), *self._keep_together(able, now)]
             return []
-        deadline = now + self.policy.stage_seconds + GRACE_SECONDS
-        self.transaction = Transaction(ready, behind, self._heard, deadline)
-        started = RefitStarted(
-            model=ready.model, version=ready.version, workers=tuple(sorted(behind))
+        return self._keep_together(able, now)
+
+    def _keep_together(self, able: dict[int, FleetMember], now: float) -> list[Action]:
+        """Everyone to what the fleet serves; then everyone may serve."""
+        served = self._served(able)
+        if served is None:
+            if now < self._began + self.policy.settle_seconds:
+                return []
+            return self._admit(able, now)
+        level = {w: m for w, m in able.items() if m.status.version == served.version}
+        behind = set(able) - set(level)
+        if not behind:
+            self.completed = served.version
+        actions = self._admit(level, now)
+        if behind and now >= self._retry_at:
+            actions += self._begin(served, behind, able, now, catch_up=True)
+        return actions or self._tidy(able)
+
+    def _served(self, able: dict[int, FleetMember]) -> WeightVersionReady | None:
+        """The newest version that a worker has, or the last one that all had."""
+        newest = max(
+            (m.status for m in able.values() if m.status.version is not None),
+            key=lambda status: status.version,
+            default=None,
         )
-        return [Publish(started), TakeLease(ready, self.policy.lease_seconds)]
+        for known in (self._last, self.desired):
+            if known is None:
+                continue
+            if newest is None and known is self._last:
+                return known
+            if newest is not None and known.version == newest.version:
+                return known
+        if newest is None:
+            return None
+        return WeightVersionReady(
+            model=newest.model,
+            version=newest.version,
+            announcement="",
+            endpoint="",
+            instance=0,
+            manifest="",
+            slot=0,
+            weights=newest.weights,
+        )
+
+    def _admit(self, level: dict[int, FleetMember], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for worker, member in sorted(level.items()):
+            before = self._admitted.get(worker)
+            if member.status.admitted:
+                if before is not None:
+                    del self._admitted[worker]
+                    event = WorkerAdmitted(worker=worker, version=member.status.version)
+                    actions.append(Publish(event))
+            elif before is None or now > before + ADMIT_SECONDS:
+                self._admitted[worker] = now
+                actions.append(SendAdmit(worker))
+        return actions
+
+    def _tidy(self, able: dict[int, FleetMember]) -> list[Action]:
+        """What an earlier coordinator had staged will never be committed."""
+        actions: list[Action] = []
+        for worker, member in sorted(able.items()):
+            pending = member.status.pending
+            if pending is None:
+                self._tidied.pop(worker, None)
+            elif self._tidied.get(worker) != pending:
+                self._tidied[worker] = pending
+                reason = "staged for a coordinator that is gone"
+                actions.append(SendAbort(worker, pending, reason))
+        return actions
+
+    def _begin(
+        self,
+        ready: WeightVersionReady,
+        behind: set[int],
+        able: dict[int, FleetMember],
+        now: float,
+        *,
+        catch_up: bool = False,
+    ) -> list[Action]:
+        holders = {w for w, m in able.items() if m.status.version == ready.version}
+        lease = bool(ready.announcement) and not holders
+        if catch_up:
+            # Answers to an earlier try must not be taken for this one's.
+            name = f"catch-up {next(self._catch_ups)} to version {ready.version}"
+            ready = msgspec.structs.replace(
+                ready,
+                announcement=ready.announcement if lease else name,
+                in_flight="continue",
+            )
+        self.transaction = Transaction(
+            ready=ready,
+            staging=Staging(ready, behind, holders, self.policy),
+            began=now if catch_up else self._heard,
+            deadline=now + self.policy.stage_seconds + GRACE_SECONDS,
+            catch_up=catch_up,
+            phase="leasing" if lease else "preparing",
+            excluded={},
+        )
+        started = RefitStarted(
+            model=ready.model,
+            version=ready.version,
+            workers=tuple(sorted(behind)),
+            catch_up=catch_up,
+        )
+        if lease:
+            seconds = self.policy.lease_seconds(len(self.fleet))
+            return [Publish(started), TakeLease(ready, seconds)]
+        return [Publish(started), *self._advance(now)]
 
     def _commit(self, now: float) -> list[Action]:
         transaction = self.transaction
+        staging = transaction.staging
         transaction.phase = "committing"
-        transaction.answered.clear()
-        transaction.deadline = now + self.policy.commit_seconds + GRACE_SECONDS
-        in_flight = transaction.ready.in_flight or self.policy.in_flight
-        return [
-            SendCommit(worker, transaction.ready, in_flight)
-            for worker in sorted(transaction.members)
-        ]
+        others = set(self.fleet) - set(staging.readers) - set(transaction.excluded)
+        spare = [w for w in others if self.fleet[w].status.admitted]
+        transaction.commit = CommitRound(
+            transaction.ready,
+            staging.readers,
+            self.policy,
+            direct=staging.direct,
+            spare=len(spare),
+        )
+        return self._advance_commit(now)
+
+    def _advance_commit(self, now: float) -> list[Action]:
+        commit = self.transaction.commit
+        actions = commit.advance(now)
+        if not commit.ended:
+            return actions
+        if commit.changed:
+            return [*actions, *self._finish(now)]
+        failures = {**self.transaction.excluded, **commit.refused, **commit.lost}
+        self.transaction.failure = next(iter(failures.values()))
+        return [*actions, *self._report_failure(now)]
 
     def _finish(self, now: float) -> list[Action]:
-        transaction = self.transaction
-        if transaction.failures:
-            return self._report_failure()
-        self.transaction = None
-        return self._complete(transaction.ready, now - transaction.began)
+        """Some serve the version: those that do not must not go on."""
+        transaction, self.transaction = self.transaction, None
+        commit, ready = transaction.commit, transaction.ready
+        stay = {**transaction.excluded, **commit.refused}
+        actions: list[Action] = []
+        for worker in sorted(commit.changed):
+            self._tries.pop(worker, None)
+        for worker, failure in sorted(stay.items()):
+            if transaction.catch_up:
+                actions += self._failed_to_catch_up(worker, ready.version, failure)
+            else:
+                actions += self._fence(worker, ready.version, failure)
+        excluded = (*stay.values(), *commit.lost.values())
+        seconds = now - transaction.began
+        if transaction.catch_up:
+            self._backoff = CATCH_UP_SECONDS[0]
+            event = self._completed(ready, seconds, excluded, catch_up=True)
+            return [
+                *actions,
+                Publish(event),
+                *self._give_back(transaction, "completed"),
+            ]
+        return [*actions, *self._complete(ready, seconds, excluded)]
+
+    def _failed_to_catch_up(
+        self, worker: int, version: int, failure: Failure
+    ) -> list[Action]:
+        if failure.kind == NoSource.__name__:
+            return []
+        self._tries[worker] = self._tries.get(worker, 0) + 1
+        if self._tries[worker] < CATCH_UPS:
+            return []
+        return self._fence(worker, version, failure)
+
+    def _fence(self, worker: int, version: int, failure: Failure) -> list[Action]:
+        if worker not in self.fleet:
+            return []
+        self._told_to_go.add(worker)
+        return [SendFence(worker, version, str(failure))]
 
     def _complete(
-        self, ready: WeightVersionReady, seconds: float | None
+        self,
+        ready: WeightVersionReady,
+        seconds: float | None,
+        excluded: tuple[Failure, ...] = (),
     ) -> list[Action]:
         self.completed = ready.version
-        event = RefitCompleted(
+        self._last = ready
+        event = self._completed(ready, seconds, excluded)
+        return [Publish(event), *self._end(ready, "completed", "")]
+
+    def _completed(
+        self,
+        ready: WeightVersionReady,
+        seconds: float | None,
+        excluded: tuple[Failure, ...],
+        *,
+        catch_up: bool = False,
+    ) -> RefitCompleted:
+        return RefitCompleted(
             model=ready.model,
             version=ready.version,
             announcement=ready.announcement,
             weights=ready.weights,
             workers=tuple(w for w, v in self.serving() if v == ready.version),
+            excluded=excluded,
             seconds=seconds,
+            catch_up=catch_up,
         )
-        return [Publish(event), *self._end(ready, "completed", "")]
 
     def _give_up(self, now: float) -> list[Action]:
-        transaction = self.transaction
-        aborts = []
-        if transaction.phase == "preparing":
-            aborts = self._aborts(str(transaction.failures[0]))
-        return [*aborts, *self._report_failure()]
+        dropped = self._drop_stages(str(self.transaction.failure))
+        return [*dropped, *self._report_failure(now)]
 
-    def _report_failure(self) -> list[Action]:
+    def _report_failure(self, now: float) -> list[Action]:
         transaction, self.transaction = self.transaction, None
-        failure = transaction.failures[0]
+        failure, ready = transaction.failure, transaction.ready
         event = RefitFailed(
-            version=transaction.ready.version, failure=failure, serving=self.serving()
+            version=ready.version, failure=failure, serving=self.serving()
         )
-        return [
-            Publish(event),
-            *self._end(transaction.ready, "failed", str(failure)),
-        ]
+        actions: list[Action] = [Publish(event)]
+        if transaction.catch_up:
+            self._retry_at = now + self._backoff
+            self._backoff = min(2 * self._backoff, CATCH_UP_SECONDS[1])
+            refused = transaction.commit.refused if transaction.commit else {}
+            failures = {**transaction.excluded, **refused}
+            for worker, why in sorted(failures.items()):
+                actions += self._failed_to_catch_up(worker, ready.version, why)
+        return [*actions, *self._give_back(transaction, "failed", str(failure))]
 
-    def _fail(self, worker: int | None, error: RefitError) -> None:
+    def _give_back(
+        self, transaction: Transaction, outcome: ReleaseOutcome, detail: str = ""
+    ) -> list[Action]:
+        """The trainer need not keep the version for it any more."""
+        if not transaction.catch_up:
+            return self._end(transaction.ready, outcome, detail)
+        if transaction.phase == "leasing" or transaction.staging.from_trainer:
+            return [GiveBackLease(transaction.ready, outcome, detail)]
+        return []
+
+    def _failure(self, error: RefitError, worker: int | None) -> Failure:
         transaction = self.transaction
-        transaction.failures.append(
-            failure_from(
-                error,
-                stage=transaction.phase,
-                worker=worker,
-                version=transaction.ready.version,
-            )
+        return failure_from(
+            error,
+            stage=transaction.phase,
+            worker=worker,
+            version=transaction.ready.version,
         )
 
     def _outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:

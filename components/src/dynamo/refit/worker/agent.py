@@ -11,7 +11,8 @@ The agent answers the coordinator's calls and decides no version. Its states:
                                                                               |
     fenced <---- neither installed nor put back: the process ends ------------+
 
-A commit, once begun, runs to its end whether or not anyone still listens.
+A commit, once begun, runs to its end whether or not anyone still listens; at a barrier
+it waits for the others, and not for long.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -43,16 +45,23 @@ from dynamo.refit.events import (
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
+    Admit,
     Commit,
     Committed,
+    Done,
+    Fence,
+    GetFingerprints,
+    GetManifest,
     GetStatus,
-    InFlightPolicy,
     Message,
     Prepare,
     RankReply,
     RankRequest,
     Refused,
+    ReleaseLease,
+    ServeWeights,
     StagingChoice,
+    Stepped,
     VerifyWeights,
     Vote,
     WeightsVerified,
@@ -60,10 +69,14 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.worker.barrier import Barrier
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
+
+#: How long a worker that is told to leave lets running requests come to their end.
+LEAVE_SECONDS = 30.0
 
 
 @dataclass
@@ -75,8 +88,24 @@ class Transaction:
     work: asyncio.Task[Message]
     began: float
     phase: WorkerPhase = "staging"
+    barrier: Barrier | None = None
     expiry: asyncio.TimerHandle | None = None
     ending: asyncio.Task[None] | None = None
+
+
+class Routing(Protocol):
+    """This worker's place in routing; see :class:`worker.routing.WorkerRouting`."""
+
+    admitted: bool
+
+    def admit(self) -> None: ...
+    async def label(self, version: int) -> None: ...
+    async def withdraw(self) -> None: ...
+    async def restore(self) -> None: ...
+
+
+class FencedByCoordinator(RefitError):
+    """The fleet serves a version that this worker could not take."""
 
 
 class RefitAgent:
@@ -86,6 +115,7 @@ class RefitAgent:
         engine: the replica's engine.
         trainers: reaches the trainer's endpoint.
         publish: sends an event.
+        routing: lets routers see this worker, or not.
         fence: takes this worker out of service and ends the process.
         model: the served model's name.
         worker: this worker's instance id.
@@ -97,6 +127,7 @@ class RefitAgent:
         engine: Engine,
         trainers: Trainers,
         publish: Callable[[Event], object],
+        routing: Routing,
         fence: Callable[[], None],
         *,
         model: str,
@@ -107,6 +138,7 @@ class RefitAgent:
         self._ranks = Ranks(self, trainers, staging)
         self._switch = Switch(engine, self._ranks, self._now_serving)
         self._publish = publish
+        self._routing = routing
         self._fence = fence
         self._model = model
         self._worker = worker
@@ -117,6 +149,7 @@ class RefitAgent:
         self._fenced = False
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
         # A stage waits for a check that somebody asked for: ranks do one thing.
         self._verifying = asyncio.Lock()
@@ -157,6 +190,22 @@ class RefitAgent:
             case Abort():
                 self._check_epoch(request.epoch)
                 return await self._abort(request)
+            case Admit():
+                self._check_epoch(request.epoch)
+                self._routing.admit()
+                return Done()
+            case Fence():
+                self._check_epoch(request.epoch)
+                return self._leave(request)
+            case ServeWeights():
+                self._check_epoch(request.epoch)
+                return await self._peer.serve(request)
+            case GetManifest():
+                return await self._peer.manifest(request)
+            case GetFingerprints():
+                return await self._peer.fingerprints(request)
+            case ReleaseLease():
+                return await self._peer.release(request)
             case VerifyWeights():
                 self._check_not_fenced()
                 # The ranks go on with it if whoever asked is gone.
@@ -174,6 +223,7 @@ class RefitAgent:
             epoch=self._epoch,
             kv_epoch=self._engine.kv_epoch,
             ranks=self._size,
+            admitted=self._routing.admitted,
         )
 
     def _check_not_fenced(self) -> None:
@@ -234,7 +284,7 @@ class RefitAgent:
         transaction.phase = "staged"
         # Others may take until the stage's deadline, and the commit comes after that.
         transaction.expiry = asyncio.get_running_loop().call_at(
-            transaction.began + request.stage_seconds + request.commit_seconds,
+            transaction.began + request.stage_seconds + request.keep_seconds,
             self._expire,
             transaction,
         )
@@ -274,7 +324,7 @@ class RefitAgent:
         request = transaction.request
         await self._give_up(transaction)
         error = StagingCancelled(
-            f"no commit within {request.commit_seconds:g} s of the stage's deadline: "
+            f"no commit within {request.keep_seconds:g} s of the stage's deadline: "
             f"coordinator epoch {request.epoch} is gone; the next one prepares again"
         )
         self._publish(
@@ -289,9 +339,16 @@ class RefitAgent:
         current = self._transaction
         if current is not None and current.request.version == request.version:
             if current.phase == "committing":
-                raise RefitError(f"version {request.version} is being committed")
+                return await self._send_back(current, request)
             logger.info("version %d aborted: %s", request.version, request.reason)
             await self._give_up(current)
+        return Aborted(version=request.version)
+
+    async def _send_back(self, current: Transaction, request: Abort) -> Message:
+        """From the barrier to the old weights."""
+        if current.barrier is None or not current.barrier.abort(request.reason):
+            raise RefitError(f"version {request.version} is being committed")
+        await asyncio.shield(asyncio.wait([current.work]))
         return Aborted(version=request.version)
 
     # --- commit ---------------------------------------------------------------
@@ -310,16 +367,46 @@ class RefitAgent:
             how = "being given up" if current.ending else "still being staged"
             raise NothingStaged(f"version {request.version} is {how}")
         if current.phase == "staged":
+            if request.step in ("install", "resume"):
+                raise NothingStaged(f"not paused for version {request.version}")
             current.expiry.cancel()
             current.phase = "committing"
-            install = self._install(current.request, request.in_flight)
+            if request.step == "pause":
+                current.barrier = Barrier(request.hold_seconds)
+            install = self._install(current, request)
             current.work = asyncio.create_task(install)
-        return await asyncio.shield(current.work)
+        if request.step in ("install", "resume"):
+            if current.barrier is None:
+                raise NothingStaged("it goes to the end without a barrier")
+            current.barrier.order(request.step)
+        if current.barrier is None or request.step in ("all", "resume"):
+            return await asyncio.shield(current.work)
+        return await self._step(current, request)
 
-    async def _install(self, staged: Prepare, in_flight: InFlightPolicy) -> Message:
-        version = staged.version
+    async def _step(self, current: Transaction, request: Commit) -> Message:
+        """Answer when the step is taken, or the whole commit has ended."""
+        step = asyncio.ensure_future(current.barrier.reached(request.step))
         try:
-            committed = await self._switch.run(staged, in_flight)
+            await asyncio.wait(
+                [step, current.work], return_when=asyncio.FIRST_COMPLETED
+            )
+            if step.done():
+                return Stepped(version=request.version, step=request.step)
+            return await asyncio.shield(current.work)
+        finally:
+            step.cancel()
+
+    async def _install(self, current: Transaction, request: Commit) -> Message:
+        staged, version = current.request, request.version
+        try:
+            async with self._withdrawn(request.withdraw):
+                left = 0
+                if request.in_flight == "drain":
+                    left = await self._engine.drain(request.drain_seconds)
+                committed = await self._switch.run(
+                    staged, request.in_flight, current.barrier
+                )
+                await self._routing.label(version)
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -330,6 +417,7 @@ class RefitAgent:
             return self._fence_off(version, error)
         finally:
             self._transaction = None
+        self._routing.admit()
         self._last_commit = (staged.epoch, committed)
         self._publish(
             WorkerRefitted(
@@ -338,11 +426,26 @@ class RefitAgent:
                 weights=committed.weights,
                 unchecked=committed.unchecked,
                 kv_epoch=committed.kv_epoch,
-                in_flight=in_flight,
+                in_flight=request.in_flight,
                 timings=committed.timings,
+                carried_over=left,
             )
         )
         return committed
+
+    @contextlib.asynccontextmanager
+    async def _withdrawn(self, withdraw: bool) -> AsyncIterator[None]:
+        """Unseen by routers, if asked for; seen again unless it is fenced."""
+        if not withdraw:
+            yield
+            return
+        await self._routing.withdraw()
+        try:
+            yield
+        except RanksFailed:
+            await self._routing.restore()
+            raise
+        await self._routing.restore()
 
     def _now_serving(self, staged: Prepare) -> None:
         self._version, self._weights = staged.version, staged.weights
@@ -361,6 +464,33 @@ class RefitAgent:
             except RanksFailed as error:
                 return Refused(failure=self._failure(error, "verify", version))
         return WeightsVerified(version=version, weights=weights, unchecked=unchecked)
+
+    def _leave(self, request: Fence) -> Message:
+        """Its weights are whole, but not the fleet's: no new requests, and when the
+        running ones have ended, the end."""
+        current = self._transaction
+        if current is not None and current.phase == "committing":
+            raise RefitError(f"version {current.request.version} is being committed")
+        self._fenced = True
+        error = FencedByCoordinator(
+            f"this worker could not take version {request.version}, which the fleet "
+            f"serves ({request.reason}): restart it"
+        )
+        failure = self._failure(error, "commit", request.version)
+        logger.critical("fencing worker %d: %s", self._worker, failure)
+        event = WorkerFenced(
+            worker=self._worker, version=request.version, failure=failure
+        )
+        self._publish(event)
+        self._leaving = asyncio.create_task(self._drain_and_leave())
+        return Done()
+
+    async def _drain_and_leave(self) -> None:
+        try:
+            await self._routing.withdraw()
+            await self._engine.drain(LEAVE_SECONDS)
+        finally:
+            self._fence()
 
     def _fence_off(self, version: int | None, error: BaseException) -> Refused:
         """Leave the engine as it is (paused, in a commit), tell everyone, and go."""

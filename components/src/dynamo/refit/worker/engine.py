@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 PROBE_SECONDS = 2.0
 
 
+#: How long an engine must have had no request to be drained.
+IDLE_SECONDS = 0.1
+
+
 class RefitEngine:
     """One vLLM engine and the Dynamo handler that serves with it.
 
@@ -114,6 +118,25 @@ class RefitEngine:
 
     async def resume(self) -> None:
         await self._llm.engine_core.resume_scheduler_async()
+
+    async def drain(self, seconds: float) -> int:
+        """Wait until no request runs; returns how many still do after ``seconds``.
+
+        Only for an engine that routers do not send to. A request that left the router
+        before that may still be on its way: none must have come for a moment.
+        """
+        running = self._llm.output_processor.get_num_unfinished_requests
+        loop = asyncio.get_running_loop()
+        end, idle_since = loop.time() + seconds, None
+        while (now := loop.time()) < end:
+            if running():
+                idle_since = None
+            elif idle_since is None:
+                idle_since = now
+            elif now - idle_since > IDLE_SECONDS:
+                return 0
+            await asyncio.sleep(IDLE_SECONDS / 10)
+        return running()
 
     def begin_epoch(self, version: int) -> str:
         """From here on admitted requests share KV with each other only.

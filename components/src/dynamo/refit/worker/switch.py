@@ -13,10 +13,10 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from dynamo.refit.errors import RefitError, failure_from
+from dynamo.refit.errors import RefitError, StagingCancelled, failure_from
 from dynamo.refit.protocol import (
     Committed,
     CommitTimings,
@@ -25,6 +25,7 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
 )
+from dynamo.refit.worker.barrier import Barrier
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, WeightsUnknown
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Engine(Protocol):
     def begin_epoch(self, version: int) -> str: ...
     async def declare_version(self, version: int) -> None: ...
     async def probe(self) -> None: ...
+    async def drain(self, seconds: float) -> int: ...
 
 
 class Switch:
@@ -67,8 +69,15 @@ class Switch:
         self._ranks = ranks
         self._now_serving = now_serving
 
-    async def run(self, staged: Prepare, in_flight: InFlightPolicy) -> Committed:
+    async def run(
+        self,
+        staged: Prepare,
+        in_flight: InFlightPolicy,
+        barrier: Barrier | None = None,
+    ) -> Committed:
         """Install on every rank, new KV epoch, probe, verify.
+
+        With a ``barrier``, in a pause and together with other replicas.
 
         Raises:
             RanksFailed: the install failed and the old weights are back, serving.
@@ -77,10 +86,12 @@ class Switch:
         engine, version = self._engine, staged.version
         async with engine.admin_lock:
             clock = [time.perf_counter()]
-            if self._may_go_on(in_flight):
+            if barrier is None and self._may_go_on(in_flight):
                 retries = await self._install_in_step(staged, clock)
             else:
-                retries = await self._install_in_pause(staged, in_flight, clock)
+                retries = await self._install_in_pause(
+                    staged, in_flight, barrier, clock
+                )
             # Still under the lock: a pause of the user's would look like a death, and
             # a sleep takes the weights away that are read here.
             try:
@@ -117,7 +128,7 @@ class Switch:
         and it reaches all ranks between the same two steps."""
         engine = self._engine
         return (
-            in_flight == "continue"
+            in_flight != "recompute"
             and engine.installs_in_step
             and not self._ranks.direct
             and not engine.paused_by_user
@@ -149,20 +160,21 @@ class Switch:
         return retries
 
     async def _install_in_pause(
-        self, staged: Prepare, in_flight: InFlightPolicy, clock: list[float]
+        self,
+        staged: Prepare,
+        in_flight: InFlightPolicy,
+        barrier: Barrier | None,
+        clock: list[float],
     ) -> int:
         """Pause, install, resume; returns how often the install was repeated."""
-        engine, version = self._engine, staged.version
-        await self._pause(in_flight, version)
+        engine = self._engine
+        await self._pause(in_flight, staged.version)
         clock.append(time.perf_counter())
         failed: RanksFailed | None = None
         retries = 0
         try:
-            # Half of the time for each try.
-            seconds = staged.commit_seconds / 2
-            retries = await self._ranks.install(version, seconds)
+            retries = await self._replace(staged, barrier)
         except RanksFailed as error:
-            await self._ranks.restore(version, error)
             failed = error
         else:
             self._serve(staged)
@@ -173,6 +185,35 @@ class Switch:
         if failed is not None:
             raise failed
         return retries
+
+    async def _replace(self, staged: Prepare, barrier: Barrier | None) -> int:
+        """Install while paused; returns how often it was repeated.
+
+        Raises:
+            RanksFailed: the old weights are there, still or again.
+        """
+        version = staged.version
+        if barrier is not None:
+            with self._sent_back(version):
+                await barrier.paused()
+        try:
+            # Half of the time for each try.
+            retries = await self._ranks.install(version, staged.commit_seconds / 2)
+            if barrier is not None:
+                with self._sent_back(version):
+                    await barrier.installed()
+        except RanksFailed as error:
+            await self._ranks.restore(version, error)
+            raise
+        return retries
+
+    @contextlib.contextmanager
+    def _sent_back(self, version: int) -> Iterator[None]:
+        try:
+            yield
+        except StagingCancelled as error:
+            failure = failure_from(error, stage="barrier", version=version)
+            raise RanksFailed(failure) from error
 
     def _serve(self, staged: Prepare) -> None:
         self._now_serving(staged)
