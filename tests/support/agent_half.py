@@ -144,6 +144,7 @@ class AgentHalf:
             weights=offered.weights,
             stage_seconds=seconds,
             commit_seconds=STAGE_SECONDS,
+            keep_seconds=STAGE_SECONDS,
         )
         try:
             return list(self._runner.run(self._ranks.stage(prepare)))

@@ -64,6 +64,7 @@ from dynamo.refit.protocol import (
     Vote,
 )
 from dynamo.refit.worker.agent import RefitAgent
+from tests.support.fake_routing import FakeRouting
 
 WORKER = 7
 EPOCH = 100
@@ -310,6 +311,8 @@ class FakeEngine:
         self.requests: list[RankRequest] = []
         self.steps: list[str] = []
         self.paused = False
+        #: Requests that a drain waits for.
+        self.running = 0
         self.declared: int | None = None
         self.fail: dict[str, Exception] = {}
         #: Cleared to hold an install back.
@@ -397,6 +400,13 @@ class FakeEngine:
             await asyncio.sleep(0)
         assert not self.paused_by_user, "would wait for a token that cannot come"
 
+    async def drain(self, seconds: float) -> int:
+        self._step("drain")
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.running and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0)
+        return self.running
+
     def _step(self, name: str, *, locked: bool = False) -> None:
         self.steps.append(name)
         self.on_step(name)
@@ -466,17 +476,19 @@ class FakeTrainer:
 class Bench:
     """An agent with everything around it faked."""
 
-    def __init__(self, staging: str = "auto") -> None:
+    def __init__(self, staging: str = "auto", *, admitted: bool = True) -> None:
         self.engine = FakeEngine()
         self.manifest = manifest()
         self.other_manifest = manifest(address=0x2000)
         self.trainer = FakeTrainer(self.manifest, self.other_manifest)
         self.events: list[Event] = []
         self.fences = 0
+        self.routing = FakeRouting(admitted=admitted)
         self.agent = RefitAgent(
             self.engine,
             self.trainer,
             self.events.append,
+            self.routing,
             self._fence,
             model="tiny",
             worker=WORKER,
@@ -498,6 +510,7 @@ class Bench:
             "weights": weights_of(version),
             "stage_seconds": 60.0,
             "commit_seconds": 60.0,
+            "keep_seconds": 60.0,
         }
         return Prepare(**(fields | changes))
 
@@ -560,8 +573,10 @@ class Bench:
         return event.failure
 
 
-def commit(version: int, epoch: int = EPOCH, in_flight: str = "continue") -> Commit:
-    return Commit(version=version, epoch=epoch, in_flight=in_flight)
+def commit(
+    version: int, epoch: int = EPOCH, in_flight: str = "continue", **fields: Any
+) -> Commit:
+    return Commit(version=version, epoch=epoch, in_flight=in_flight, **fields)
 
 
 def abort(version: int, epoch: int = EPOCH) -> Abort:

@@ -32,6 +32,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import RefitEngine
+from tests.support.fake_routing import FakeRouting
 
 
 class FakeHandler:
@@ -113,6 +114,7 @@ class Replica:
             self.engine,
             self.trainers,
             self.events.append,
+            FakeRouting(),
             self._fence,
             model="model",
             worker=1,
@@ -147,6 +149,7 @@ class Replica:
             weights=version_fingerprint(published),
             stage_seconds=60,
             commit_seconds=60,
+            keep_seconds=60,
         )
         vote = await self.agent.answer(prepare)
         assert isinstance(vote, Vote), vote

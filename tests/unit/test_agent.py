@@ -1063,7 +1063,7 @@ async def test_a_newer_prepare_supersedes_an_older_stage(
 async def test_the_expiry_of_a_superseded_stage_does_not_touch_the_newer_one(
     bench: Bench,
 ) -> None:
-    await bench.staged(5, stage_seconds=0.0, commit_seconds=0.03)
+    await bench.staged(5, stage_seconds=0.0, keep_seconds=0.03)
     await bench.staged(6)
     await asyncio.sleep(0.06)
     assert bench.agent.status().pending == 6
@@ -1130,7 +1130,7 @@ async def test_a_version_that_is_announced_anew_while_the_ranks_let_go(
 async def test_no_commit_in_time_gives_the_version_up(bench: Bench) -> None:
     await bench.committed(4)
     bench.events.clear()
-    await bench.staged(5, stage_seconds=0.0, commit_seconds=0.02)
+    await bench.staged(5, stage_seconds=0.0, keep_seconds=0.02)
     await until(lambda: len(bench.events) == 2)
     assert bench.engine.jobs() == [None, None]
     bench.assert_serving(4)
@@ -1151,7 +1151,7 @@ async def test_no_commit_in_time_gives_the_version_up(bench: Bench) -> None:
 
 
 async def test_no_commit_comes_between_an_expiry_and_its_end(bench: Bench) -> None:
-    await bench.staged(5, stage_seconds=0.0, commit_seconds=0.02)
+    await bench.staged(5, stage_seconds=0.0, keep_seconds=0.02)
     bench.engine.ranks[1].letting_go = 20
     await until(lambda: bench.engine.jobs() == [None, 5])
     with pytest.raises(NothingStaged):

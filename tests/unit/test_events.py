@@ -22,6 +22,7 @@ from dynamo.refit.events import (
     RefitStarted,
     RefitSuperseded,
     WeightVersionReady,
+    WorkerAdmitted,
     WorkerFenced,
     WorkerJoined,
     WorkerRefitted,
@@ -126,6 +127,7 @@ EVENTS = [
     ),
     WorkerFenced(worker=1, version=5, failure=FAILURE, **STAMP),
     WorkerJoined(worker=3, version=None, **STAMP),
+    WorkerAdmitted(worker=3, version=5, **STAMP),
 ]
 
 
@@ -192,7 +194,7 @@ def test_another_schema_is_refused(schema: int) -> None:
         (msgspec.msgpack.encode({"version": 1}), "missing required field `event`"),
         (changed(READY, event="Rebooted"), "'Rebooted'"),
         (changed(READY, version="5"), r"Expected `int`, got `str` - at `\$.version`"),
-        (changed(READY, in_flight="drain"), r"'drain' - at `\$.in_flight`"),
+        (changed(READY, in_flight="abort"), r"'abort' - at `\$.in_flight`"),
         (changed(EVENTS[7], reason="bored"), r"'bored' - at `\$.reason`"),
     ],
 )

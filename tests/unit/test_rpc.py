@@ -64,6 +64,7 @@ PREPARE = Prepare(
     slot=1,
     stage_seconds=300.0,
     commit_seconds=0.5,
+    keep_seconds=0.5,
 )
 
 

@@ -1,0 +1,271 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What an agent does as one of several: barriers, drains, admission, fences. The
+engine, its ranks and routing are fakes; see ``tests/support/fake_replica.py``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dynamo.refit.errors import NothingStaged, RefitError, StaleEpoch
+from dynamo.refit.events import WorkerFenced, WorkerRefitted
+from dynamo.refit.protocol import (
+    Aborted,
+    Admit,
+    Committed,
+    Done,
+    Fence,
+    Install,
+    Refused,
+    Restore,
+    Stepped,
+)
+from tests.support.fake_replica import EPOCH, WORKER, Bench, abort, commit, refusal
+from tests.support.fake_replica import until as happens
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+HOLD = 30.0
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def step(bench: Bench, name: str, hold: float = HOLD) -> Any:
+    return await bench.agent.answer(commit(6, step=name, hold_seconds=hold))
+
+
+async def at(bench: Bench, name: str, hold: float = HOLD) -> None:
+    """Version 5 serves, 6 waits at the barrier's ``name``."""
+    await bench.committed(5)
+    bench.engine.steps.clear()
+    await bench.staged(6)
+    assert await step(bench, "pause", hold) == Stepped(version=6, step="pause")
+    if name == "install":
+        assert await step(bench, "install") == Stepped(version=6, step="install")
+
+
+def refitted(bench: Bench) -> list[int]:
+    return [e.version for e in bench.events if isinstance(e, WorkerRefitted)]
+
+
+def no_install(bench: Bench) -> None:
+    """One rank cannot install, at the first try and at the second."""
+    bench.engine.ranks[1].fail[Install] = [RefitError("no memory")] * 2
+
+
+# --- the barrier --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+async def test_it_pauses_installs_and_resumes_as_it_is_told(
+    bench: Bench, in_step: bool
+) -> None:
+    bench.engine.installs_in_step = in_step
+    await at(bench, "pause")
+    assert (bench.engine.paused, bench.engine.live()) == (True, [5, 5])
+    assert await step(bench, "install") == Stepped(version=6, step="install")
+    assert (bench.engine.paused, bench.engine.live()) == (True, [6, 6])
+    assert refitted(bench) == [5]
+    reply = await step(bench, "resume")
+    assert isinstance(reply, Committed)
+    assert bench.engine.steps == [
+        "pause", "install", "epoch", "resume", "probe", "verify",
+    ]  # fmt: skip
+    bench.assert_serving(6)
+    assert bench.routing.labelled == [5, 6]
+    # The last call may be repeated, and is answered alike.
+    assert await step(bench, "resume") == reply
+
+
+@pytest.mark.parametrize("name", ["pause", "install"])
+async def test_a_repeated_step_is_answered_alike(bench: Bench, name: str) -> None:
+    await at(bench, name)
+    assert await step(bench, name) == Stepped(version=6, step=name)
+    assert bench.engine.steps.count("pause") == 1
+    assert bench.engine.steps.count("install") == (name == "install")
+
+
+@pytest.mark.parametrize("name", ["pause", "install"])
+async def test_an_abort_at_the_barrier_leads_back(bench: Bench, name: str) -> None:
+    await at(bench, name)
+    assert await bench.agent.answer(abort(6)) == Aborted(version=6)
+    bench.assert_serving(5)
+    assert len(bench.engine.asked(Restore)) == (name == "install")
+    assert bench.routing.labelled == [5]
+    with pytest.raises(NothingStaged):
+        await step(bench, "resume")
+
+
+async def test_without_an_order_to_install_the_old_weights_serve_on(
+    bench: Bench,
+) -> None:
+    await at(bench, "pause", hold=0.03)
+    await happens(lambda: not bench.engine.paused)
+    await happens(lambda: bench.agent.status().phase == "serving")
+    bench.assert_serving(5)
+    assert bench.engine.steps == ["pause", "resume"]
+    with pytest.raises(NothingStaged):
+        await step(bench, "install")
+
+
+async def test_without_an_order_to_resume_the_new_weights_serve(bench: Bench) -> None:
+    """Others may serve them already, and the coordinator may be dead."""
+    await at(bench, "install", hold=0.05)
+    await happens(lambda: bench.agent.status().phase == "serving")
+    bench.assert_serving(6)
+    assert refitted(bench) == [5, 6]
+    # An abort that comes now does not find it, and a resume hears how it ended.
+    assert await bench.agent.answer(abort(6)) == Aborted(version=6)
+    bench.assert_serving(6)
+    assert isinstance(await step(bench, "resume"), Committed)
+
+
+async def test_an_abort_while_it_resumes_is_refused(bench: Bench) -> None:
+    await at(bench, "install")
+    resumed = asyncio.create_task(step(bench, "resume"))
+    await happens(lambda: bench.engine.kv_epoch.startswith("6-"))
+    with pytest.raises(RefitError, match="being committed"):
+        await bench.agent.answer(abort(6))
+    assert isinstance(await resumed, Committed)
+    bench.assert_serving(6)
+
+
+@pytest.mark.parametrize("name", ["install", "resume"])
+async def test_no_step_without_the_one_before_it(bench: Bench, name: str) -> None:
+    await bench.staged(6)
+    with pytest.raises(NothingStaged, match="not paused"):
+        await step(bench, name)
+    assert bench.agent.status().phase == "staged"
+    assert bench.engine.steps == []
+
+
+async def test_no_resume_before_the_install(bench: Bench) -> None:
+    await at(bench, "pause")
+    with pytest.raises(NothingStaged, match="not waiting"):
+        await step(bench, "resume")
+    assert bench.engine.live() == [5, 5]
+
+
+async def test_an_install_that_fails_at_the_barrier_leads_back(bench: Bench) -> None:
+    await at(bench, "pause")
+    no_install(bench)
+    failure = refusal(await step(bench, "install"))
+    assert failure.worker == WORKER
+    bench.assert_serving(5)
+
+
+async def test_a_pause_that_fails_leads_back(bench: Bench) -> None:
+    await bench.committed(5)
+    await bench.staged(6)
+    bench.engine.fail["pause"] = TimeoutError("scheduler busy")
+    assert refusal(await step(bench, "pause")).kind == "TimeoutError"
+    bench.assert_serving(5)
+
+
+# --- drain and withdrawal -----------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [0, 3])
+async def test_a_drain_waits_out_of_sight_and_counts_what_it_cannot(
+    bench: Bench, running: int
+) -> None:
+    await bench.staged(5)
+    bench.engine.running = running
+    seen: list[tuple[str, bool]] = []
+    bench.engine.on_step = lambda name: seen.append((name, bench.routing.seen))
+    reply = await bench.agent.answer(
+        commit(5, in_flight="drain", withdraw=True, drain_seconds=0.02)
+    )
+    assert isinstance(reply, Committed)
+    assert seen[0] == ("drain", False)
+    assert {visible for _, visible in seen} == {False}
+    assert bench.routing.seen
+    [told] = [e for e in bench.events if isinstance(e, WorkerRefitted)]
+    assert (told.in_flight, told.carried_over) == ("drain", running)
+    bench.assert_serving(5)
+
+
+async def test_it_is_seen_again_when_an_install_fails(bench: Bench) -> None:
+    await bench.committed(5)
+    await bench.staged(6)
+    no_install(bench)
+    refusal(await bench.agent.answer(commit(6, withdraw=True)))
+    assert bench.routing.seen and bench.routing.withdrawals == 1
+    bench.assert_serving(5)
+
+
+async def test_it_stays_unseen_when_nobody_knows_its_weights(bench: Bench) -> None:
+    await bench.staged(5)
+    bench.engine.fail["verify"] = OSError("engine core died")
+    refusal(await bench.agent.answer(commit(5, withdraw=True)))
+    bench.assert_fenced(5, "OSError")
+    assert not bench.routing.seen
+
+
+# --- admission and fence --------------------------------------------------------
+
+
+async def test_a_joiner_is_admitted_by_its_first_commit() -> None:
+    bench = Bench(admitted=False)
+    assert not bench.agent.status().admitted
+    await bench.staged(5)
+    assert not bench.routing.admitted
+    await bench.agent.answer(commit(5))
+    assert bench.agent.status().admitted
+    assert bench.routing.labelled == [5]
+
+
+async def test_a_joiner_whose_commit_fails_is_not_admitted() -> None:
+    bench = Bench(admitted=False)
+    await bench.staged(5)
+    no_install(bench)
+    refusal(await bench.agent.answer(commit(5)))
+    assert not bench.agent.status().admitted
+
+
+async def test_the_coordinator_admits_start_up_weights() -> None:
+    bench = Bench(admitted=False)
+    assert await bench.agent.answer(Admit(epoch=EPOCH)) == Done()
+    assert bench.agent.status().admitted
+    with pytest.raises(StaleEpoch):
+        await bench.agent.answer(Admit(epoch=EPOCH - 1))
+
+
+async def test_a_fence_lets_running_requests_end_and_then_leaves(bench: Bench) -> None:
+    await bench.committed(5)
+    bench.engine.running = 2
+    reply = await bench.agent.answer(Fence(epoch=EPOCH, version=6, reason="no memory"))
+    assert reply == Done()
+    [event] = [e for e in bench.events if isinstance(e, WorkerFenced)]
+    assert (event.worker, event.version) == (WORKER, 6)
+    assert event.failure.kind == "FencedByCoordinator"
+    assert "no memory" in event.failure.message
+    await happens(lambda: "drain" in bench.engine.steps)
+    assert not bench.routing.seen and bench.fences == 0
+    bench.engine.running = 0
+    await happens(lambda: bench.fences == 1)
+    assert bench.agent.status().phase == "fenced"
+    assert isinstance(await answer_or_refusal(bench, bench.prepare(7)), Exception)
+
+
+async def test_no_fence_in_the_middle_of_a_commit(bench: Bench) -> None:
+    going = await bench.committing(5)
+    with pytest.raises(RefitError, match="being committed"):
+        await bench.agent.answer(Fence(epoch=EPOCH, version=5, reason="slow"))
+    bench.engine.may_install.set()
+    assert isinstance(await going, Committed)
+
+
+async def answer_or_refusal(bench: Bench, request: Any) -> Any:
+    try:
+        reply = await bench.agent.answer(request)
+    except RefitError as error:
+        return error
+    assert not isinstance(reply, Refused)
+    return reply
