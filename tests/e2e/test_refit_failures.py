@@ -315,10 +315,11 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
         restore={"rank": 0, "error": "cannot undo"},
     )
     async with Client(bench.graph.url, bench.graph.name) as client:
-        straddling = asyncio.create_task(
-            client.complete(bench.asked[0], 1500, ignore_eos=True)
-        )
         with Trainer(bench.graph, bench.models["A"]) as trainer:
+            straddling = asyncio.create_task(
+                client.complete(bench.asked[0], 1500, ignore_eos=True)
+            )
+            await asyncio.sleep(0.5)
             version = next(bench.versions)
             trainer.publish(version, bench.models[other(bench)], "recompute")
             fenced = await asyncio.to_thread(
@@ -345,13 +346,19 @@ async def assert_ends(worker: Process) -> None:
     worker.kill()
 
 
-async def bring_a_worker(bench: Bench, client: Client) -> None:
-    """The one before is gone: wait until another one answers."""
+async def bring_a_worker(bench: Bench, trainer: Trainer) -> None:
+    """The one before is gone, and with it the last copy of what was served: another
+    one serves nothing before it has a version."""
     bench.graph.start_worker()
-    deadline = time.monotonic() + 240
-    while (await client.complete(bench.asked[0], 1)).error is not None:
-        assert time.monotonic() < deadline, "no worker answers"
-        await asyncio.sleep(1.0)
+    bench.graph.wait_for_worker()
+    lost = await asyncio.to_thread(
+        bench.events.wait_for, RefitFailed, lambda e: e.failure.kind == "NoSource"
+    )
+    assert "publish a new version" in lost.failure.message
+    async with Client(bench.graph.url, bench.graph.name) as client:
+        assert (await client.complete(bench.asked[0], 1)).error is not None
+    await asyncio.to_thread(bench.refit, trainer, "A")
+    await bench.assert_serves("A")
 
 
 async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
@@ -359,22 +366,23 @@ async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
     Dynamo ends the process, perhaps before the agent can say why. The coordinator
     says that it is gone. The last test.
     """
-    async with Client(bench.graph.url, bench.graph.name) as client:
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
         if "worker0" not in bench.graph.processes:
-            await bring_a_worker(bench, client)
+            await bring_a_worker(bench, trainer)
         bench.order(
             install={"rank": 0, "error": "cannot write"},
             restore={"rank": 0, "error": "cannot undo"},
         )
-        straddling = asyncio.create_task(
-            client.complete(bench.asked[0], 1500, ignore_eos=True)
-        )
-        with Trainer(bench.graph, bench.models["A"]) as trainer:
+        async with Client(bench.graph.url, bench.graph.name) as client:
+            straddling = asyncio.create_task(
+                client.complete(bench.asked[0], 1500, ignore_eos=True)
+            )
+            await asyncio.sleep(0.5)
             version = next(bench.versions)
             trainer.publish(version, bench.models["B"], "continue")
             failed = await asyncio.to_thread(bench.events.find, RefitFailed, version)
             assert trainer.released()["outcome"] == "failed"
-        cut_off = await straddling
+            cut_off = await straddling
     assert failed.failure.worker is not None
     assert failed.failure.stage in ("commit", "committing", "install")
     assert bench.events.of(WorkerRefitted, version) == []
