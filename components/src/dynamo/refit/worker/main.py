@@ -11,18 +11,23 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import Any, get_args
 
+from dynamo.common.utils import graceful_shutdown
 from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
+from dynamo.vllm.main import shutdown_endpoints
 
 from dynamo.refit.bus import EventPublisher
 from dynamo.refit.events import REFIT_EVENTS
-from dynamo.refit.protocol import StagingChoice, WorkerRequest
-from dynamo.refit.rpc import Caller, unary
+from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
+from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import RefitEngine
-from dynamo.refit.worker.hook import on_worker_ready
+from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
+from dynamo.refit.worker.routing import Admission, WorkerRouting
 
 logger = logging.getLogger(__name__)
 
@@ -31,47 +36,94 @@ EXTENSION = "dynamo.refit.rank.extension.RefitWorkerExtension"
 #: Time for the last events of a fenced worker to leave.
 FENCE_SECONDS = 1.0
 
-_agents: set[asyncio.Task] = set()
+#: Dynamo's: endpoints whose health makes the process healthy, instead of all.
+HEALTHY_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
+
+_tasks: set[asyncio.Task] = set()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Our own arguments."""
+
+    staging: StagingChoice
+    admission: Admission
 
 
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
-    staging = _take_staging_argument()
+    options = _take_own_arguments()
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
         sys.argv += ["--worker-extension-cls", EXTENSION]
-    on_worker_ready(functools.partial(_start_agent, staging))
+    if options.admission == "coordinator":
+        _be_healthy_before_admission()
+    on_worker_ready(functools.partial(_start_agent, options))
     dynamo_vllm()
 
 
-def _take_staging_argument() -> StagingChoice:
-    """Our own argument, taken out of what dynamo.vllm will parse."""
+def _take_own_arguments() -> Options:
+    """Our own arguments, taken out of what dynamo.vllm will parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--refit-staging",
-        choices=get_args(StagingChoice),
-        default=os.environ.get("DYN_REFIT_STAGING", "auto"),
-    )
-    options, rest = parser.parse_known_args()
+    taken = {
+        "staging": ("auto", get_args(StagingChoice)),
+        "admission": ("coordinator", get_args(Admission)),
+    }
+    for name, (default, choices) in taken.items():
+        variable = f"DYN_REFIT_{name.upper()}"
+        value = os.environ.get(variable, default)
+        if value not in choices:
+            parser.error(f"{variable}={value!r} is none of {', '.join(choices)}")
+        parser.add_argument(
+            f"--refit-{name}", dest=name, choices=choices, default=value
+        )
+    own, rest = parser.parse_known_args()
     sys.argv = [sys.argv[0], *rest]
-    if options.refit_staging not in get_args(StagingChoice):
-        parser.error(f"DYN_REFIT_STAGING={options.refit_staging!r} is no staging mode")
-    return options.refit_staging
+    return Options(**vars(own))
+
+
+def _be_healthy_before_admission() -> None:
+    """Let a worker that waits be ready on Kubernetes, where only ready pods are found.
+
+    Dynamo takes the health of all endpoints that have a health check, as ``refit`` has
+    from the start and ``generate`` from the admission on; unless it is told which.
+    """
+    if "generate" in os.environ.get(HEALTHY_ENDPOINTS, ""):
+        logger.info("%s is not used: the admission comes first", HEALTHY_ENDPOINTS)
+        del os.environ[HEALTHY_ENDPOINTS]
 
 
 def _start_agent(
-    staging: StagingChoice,
+    options: Options,
     runtime: DistributedRuntime,
     generate_endpoint: Endpoint,
     handler: Any,
-) -> None:
-    run = _run_agent(staging, runtime, generate_endpoint, handler)
+) -> Registration:
+    config = handler.config
+    engine = RefitEngine(handler)
+    commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
+    routing = WorkerRouting(
+        runtime,
+        generate_endpoint,
+        commands,
+        others=shutdown_endpoints,
+        admission=options.admission,
+        # The sleep route holds the lock from before it leaves routing.
+        asleep=lambda: engine.asleep or engine.admin_lock.locked(),
+        stopping=graceful_shutdown._shutdown_started,
+    )
+    on_user_taints(routing.set_user_taints)
+    _start(_run_agent(options, runtime, commands, engine, routing, handler.config))
+    return routing.register
+
+
+def _start(run: Coroutine[Any, Any, None]) -> None:
     task = asyncio.create_task(run)
-    _agents.add(task)
-    task.add_done_callback(_agent_ended)
+    _tasks.add(task)
+    task.add_done_callback(_ended)
 
 
-def _agent_ended(task: asyncio.Task) -> None:
-    _agents.discard(task)
+def _ended(task: asyncio.Task) -> None:
+    _tasks.discard(task)
     if not task.cancelled() and task.exception() is not None:
         # A worker that was started to be refitted and cannot be is of no use.
         logger.critical("the refit agent ended", exc_info=task.exception())
@@ -79,41 +131,44 @@ def _agent_ended(task: asyncio.Task) -> None:
 
 
 async def _run_agent(
-    staging: StagingChoice,
+    options: Options,
     runtime: DistributedRuntime,
-    generate_endpoint: Endpoint,
-    handler: Any,
+    commands: Endpoint,
+    engine: RefitEngine,
+    routing: WorkerRouting,
+    config: Any,
 ) -> None:
-    config = handler.config
-    worker = generate_endpoint.connection_id()
+    worker = commands.connection_id()
     topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
-    commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
     async with EventPublisher(topic, f"worker-{worker}") as events:
-
-        def fence() -> None:
-            task = asyncio.create_task(_leave(generate_endpoint, events))
-            _agents.add(task)
-
         agent = RefitAgent(
-            RefitEngine(handler),
+            engine,
             Caller(runtime),
             events.publish,
-            fence,
+            routing,
+            lambda: _start(_leave(routing, events)),
             model=config.served_model_name or config.model,
             worker=worker,
-            staging=staging,
+            staging=options.staging,
         )
         await agent.start()
-        await commands.serve_endpoint(unary(WorkerRequest, agent.answer, "worker"))
+        _start(routing.watch())
+        await serve(
+            commands,
+            unary(WorkerRequest, agent.answer, "worker"),
+            health_check=GetStatus(),
+        )
 
 
-async def _leave(endpoint: Endpoint, events: EventPublisher) -> None:
+async def _leave(routing: WorkerRouting, events: EventPublisher) -> None:
     """Take a worker whose weights are unknown out of routing, then end it.
 
     Its engine stays paused, so no stream gets a token of a mixture; the streams
     end in an error, which lets Dynamo migrate them.
     """
-    await endpoint.unregister_endpoint_instance()
-    await asyncio.sleep(FENCE_SECONDS)
-    events.close()
-    os._exit(1)
+    try:
+        await routing.fence()
+        await asyncio.sleep(FENCE_SECONDS)
+        events.close()
+    finally:
+        os._exit(1)

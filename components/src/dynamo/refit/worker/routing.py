@@ -1,0 +1,323 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's place in routing: whether routers see it, and under which labels.
+
+Owns the worker's ``generate`` instance in discovery, the ``weights=`` taint on its
+model card, and the admission before both. It holds what should be so (admitted,
+withdrawn, the label), and :meth:`WorkerRouting.watch` keeps discovery at it: a process
+that stalls for longer than its lease (10 s with files and etcd) loses every record it
+had, and Dynamo puts none of them back.
+
+It never looks at weights: the agent says when they are the fleet's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Literal
+
+from dynamo.llm import update_model_taints
+from dynamo.runtime import Client, DistributedRuntime, Endpoint
+
+logger = logging.getLogger(__name__)
+
+Admission = Literal["coordinator", "immediate"]
+"""Who lets a worker that starts serve: the coordinator, or nobody need."""
+
+#: The taint that names the version, and its value when nobody knows it.
+LABEL = "weights="
+UNKNOWN = "unknown"
+
+#: How often a worker that waits for its admission says so.
+REMIND_SECONDS = 10.0
+
+#: The bounds on one call of discovery, on registering a model, which reads files, and
+#: on a change's arrival in what this process sees of discovery.
+CALL_SECONDS = 3.0
+MODEL_SECONDS = 30.0
+SEEN_SECONDS = 1.0
+
+#: How often discovery is compared with what should be there, for how long a record must
+#: be missing to be put back, and for how long to make it a matter for a person.
+WATCH_SECONDS = 0.5
+MISSING_SECONDS = 2.0
+LOST_SECONDS = 15.0
+
+
+class WorkerRouting:
+    """Shows this worker to routers, or not.
+
+    Args:
+        runtime: whose health a worker that is fenced or lost sets.
+        generate: the endpoint that routers send requests to.
+        commands: the agent's endpoint, which is in discovery from the start.
+        others: what else the worker serves once admitted; read when needed.
+        admission: ``immediate`` to serve without being admitted.
+        asleep: whether Dynamo's sleep route has taken the worker out of routing.
+        stopping: set when the process is told to end.
+    """
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        generate: Endpoint,
+        commands: Endpoint,
+        *,
+        others: Sequence[Endpoint],
+        admission: Admission,
+        asleep: Callable[[], bool],
+        stopping: asyncio.Event,
+    ) -> None:
+        self._runtime = runtime
+        self._generate = generate
+        self._commands = commands
+        self._others = others
+        self._asleep = asleep
+        self._stopping = stopping
+        self._own = generate.connection_id()
+        self._admitted = admission == "immediate"
+        self._withdrawn = False
+        self._fenced = False
+        self._may_register = asyncio.Event()
+        self._register: Callable[[], Awaitable[None]] | None = None
+        self._label: str | None = None
+        self._user_taints: frozenset[str] = frozenset()
+        self._taints_due = False
+        self._clients: dict[Endpoint, Client] = {}
+        # One change of discovery at a time.
+        self._changing = asyncio.Lock()
+        self._open_or_close()
+
+    # --- admission ------------------------------------------------------------
+
+    @property
+    def admitted(self) -> bool:
+        """It may serve. Stays so: a worker that was let in is withdrawn, or fenced."""
+        return self._admitted
+
+    def admit(self) -> None:
+        """Let it register its model and serve; once is enough."""
+        if not self._admitted:
+            logger.info("admitted: this worker registers its model and serves")
+        self._admitted = True
+        self._open_or_close()
+
+    def _open_or_close(self) -> None:
+        if self._admitted and not self._withdrawn and not self._fenced:
+            self._may_register.set()
+        else:
+            self._may_register.clear()
+
+    async def register(self, register: Callable[[], Awaitable[None]]) -> None:
+        """Register the model once the worker is admitted, with its labels.
+
+        Returns before ``generate`` is served, so no router sees it unlabelled.
+
+        Raises:
+            SystemExit: the process was told to end before.
+        """
+        await self._admission()
+        await register()
+        self._register = register
+        if self._taints():
+            await self._apply_taints()
+
+    async def _admission(self) -> None:
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        allowed = asyncio.ensure_future(self._may_register.wait())
+        try:
+            while not allowed.done() and not stopping.done():
+                if not self._admitted:
+                    self._say_who_is_waited_for()
+                await asyncio.wait(
+                    [allowed, stopping],
+                    timeout=REMIND_SECONDS,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            stopping.cancel()
+            allowed.cancel()
+        if self._stopping.is_set():
+            # There are no requests to wait for, and no endpoints yet to shut down.
+            logger.info("told to end before it was admitted")
+            await self._call(
+                self._commands.unregister_endpoint_instance(), "leave discovery"
+            )
+            raise SystemExit(0)
+
+    def _say_who_is_waited_for(self) -> None:
+        logger.info(
+            "not admitted: this worker serves nobody until the coordinator (python -m "
+            "dynamo.refit, in the same namespace) has seen that its weights are the "
+            "fleet's, or has brought it up to date. To serve the weights that it "
+            "started with at once: --refit-admission immediate"
+        )
+
+    # --- labels ---------------------------------------------------------------
+
+    async def label(self, version: int) -> None:
+        """Put ``weights=<version>`` on the model card, beside the user's own taints.
+
+        Before the registration: as soon as there is a card. When discovery does not
+        take it, :meth:`watch` tries again: a fleet must not fall with its discovery.
+        """
+        self._label = str(version)
+        if self._register is not None:
+            await self._apply_taints()
+
+    async def set_user_taints(self, endpoint: Endpoint, taints: Iterable[str]) -> None:
+        """Stands in for Dynamo's ``update_model_taints``, which replaces the whole set.
+
+        All of a worker's taints are written through it by its own process, so that
+        what the user wants is known here, and there is nothing to read back.
+
+        Raises:
+            Exception: Dynamo's, if the card was not updated now.
+        """
+        own = {taint for taint in taints if taint.startswith(LABEL)}
+        if own:
+            logger.warning("%s: taints %s* are the worker's own", sorted(own), LABEL)
+        self._user_taints = frozenset(taints) - own
+        if self._register is not None:
+            await update_model_taints(endpoint, self._taints())
+
+    def _taints(self) -> set[str]:
+        label = {f"{LABEL}{self._label}"} if self._label is not None else set()
+        return set(self._user_taints) | label
+
+    async def _apply_taints(self) -> None:
+        self._taints_due = not await self._call(
+            update_model_taints(self._generate, self._taints()), "label the model card"
+        )
+
+    # --- in and out of routing ------------------------------------------------
+
+    async def withdraw(self) -> None:
+        """Let routers send nothing new; running requests go on."""
+        if self._withdrawn:
+            return
+        self._withdrawn = True
+        self._open_or_close()
+        if self._register is None:
+            return
+        async with self._changing:
+            await self._leave_routing()
+        await self._until_seen(False)
+
+    async def restore(self) -> None:
+        """Let routers send again; not to a worker that is fenced."""
+        if self._fenced or not self._withdrawn:
+            return
+        self._withdrawn = False
+        self._open_or_close()
+        if self._register is None or self._asleep():
+            return
+        async with self._changing:
+            await self._call(
+                self._generate.register_endpoint_instance(), "return to routing"
+            )
+        await self._until_seen(True)
+
+    async def fence(self) -> None:
+        """Leave for good: within a few seconds, whatever hangs."""
+        self._fenced = True
+        self._withdrawn = True
+        self._label = UNKNOWN
+        self._open_or_close()
+        self._runtime.set_health_status(False)
+        if self._register is not None:
+            await asyncio.gather(self._leave_routing(), self._apply_taints())
+
+    async def _leave_routing(self) -> None:
+        await self._call(self._generate.unregister_endpoint_instance(), "leave routing")
+
+    # --- what is in discovery -------------------------------------------------
+
+    async def watch(self) -> None:
+        """Keep discovery as it should be, until the process is told to end."""
+        loop = asyncio.get_running_loop()
+        complete = tried = loop.time()
+        while not await self._ends_within(WATCH_SECONDS):
+            if self._withdrawn and await self._seen(self._generate):
+                # It was withdrawn just before it was served for the first time.
+                await self._leave_routing()
+            now = loop.time()
+            if not await self._missing():
+                complete = now
+            elif now - max(complete, tried) >= MISSING_SECONDS:
+                if now - complete >= LOST_SECONDS:
+                    self._report_lost(now - complete)
+                await self._put_back()
+                tried = loop.time()
+
+    async def _ends_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        return self._stopping.is_set()
+
+    def _report_lost(self, seconds: float) -> None:
+        self._runtime.set_health_status(False)
+        logger.critical(
+            "this worker has been missing in discovery for %.0f s and cannot be put "
+            "back: nobody finds it. Check the discovery service, or restart the "
+            "worker; it goes on trying",
+            seconds,
+        )
+
+    async def _missing(self) -> bool:
+        if not await self._seen(self._commands) or self._taints_due:
+            return True
+        should_serve = self._register is not None and not self._withdrawn
+        return (
+            should_serve and not self._asleep() and not await self._seen(self._generate)
+        )
+
+    async def _put_back(self) -> None:
+        """Register all that should be there, the card before routers see the worker."""
+        logger.warning("missing in discovery (stalled?): registering again")
+        async with self._changing:
+            await self._call(self._commands.register_endpoint_instance(), "register")
+            if self._register is None:
+                return
+            await self._apply_taints()
+            if self._taints_due:
+                # The card is gone too.
+                await self._call(self._register(), "register the model", MODEL_SECONDS)
+                await self._apply_taints()
+            for endpoint in self._others:
+                if endpoint is not self._generate:
+                    await self._call(endpoint.register_endpoint_instance(), "register")
+            if not self._withdrawn and not self._asleep():
+                await self._call(
+                    self._generate.register_endpoint_instance(), "return to routing"
+                )
+
+    async def _seen(self, endpoint: Endpoint) -> bool:
+        """Whether this worker's instance is in discovery, as others find it there."""
+        if endpoint not in self._clients:
+            self._clients[endpoint] = await endpoint.client()
+        return self._own in self._clients[endpoint].instance_ids()
+
+    async def _until_seen(self, seen: bool) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SEEN_SECONDS):
+                while await self._seen(self._generate) != seen:
+                    await asyncio.sleep(0.005)
+
+    async def _call(
+        self, call: Awaitable[None], purpose: str, seconds: float = CALL_SECONDS
+    ) -> bool:
+        """Whether discovery did it; :meth:`watch` sees to what it did not do."""
+        try:
+            async with asyncio.timeout(seconds):
+                await call
+        # Dynamo raises plain Exceptions for a record that is not there, a service that
+        # does not answer, and all else.
+        except Exception as error:
+            logger.warning("cannot %s: %s", purpose, str(error) or repr(error))
+            return False
+        return True
