@@ -9,18 +9,18 @@ from dynamo.runtime import DistributedRuntime, dynamo_worker
 from dynamo.runtime.logging import configure_dynamo_logging
 
 from dynamo.refit.args import CoordinatorConfig, parse_args
-from dynamo.refit.coordinator.component import Coordinator
+from dynamo.refit.coordinator.component import coordinate
 
 configure_dynamo_logging()
 
 
 @dynamo_worker()
-async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> None:
-    await Coordinator(runtime, config).run()
+async def worker(runtime: DistributedRuntime, config: CoordinatorConfig) -> None:
+    await coordinate(runtime, config)
 
 
 def main() -> None:
-    uvloop.run(coordinate(parse_args()))
+    uvloop.run(worker(parse_args()))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
             member.component,
             str(view.ranks),
             _show(view.version),
-            view.phase,
+            view.phase if view.admitted else f"{view.phase}, not admitted",
             view.kv_epoch or "-",
         )
     Console().print(table)

@@ -13,8 +13,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 import msgspec
 from dynamo.runtime import DistributedRuntime
@@ -24,6 +24,7 @@ from dynamo.refit.bus import EventPublisher, EventSubscriber, RejectedPayload
 from dynamo.refit.coordinator.actions import (
     Action,
     CommitAnswered,
+    FleetSeen,
     GiveBackLease,
     Input,
     LeaseTaken,
@@ -47,6 +48,7 @@ from dynamo.refit.errors import RefitError, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
     WEIGHT_VERSIONS,
+    Event,
     RefitRefused,
     WeightVersionReady,
 )
@@ -80,79 +82,118 @@ SHORT_CALL_SECONDS = 10.0
 TICK_SECONDS = 0.25
 
 
-class Coordinator:
-    """Refits the workers of one namespace; see the module."""
+class Calls(Protocol):
+    """Reaches endpoints; see :class:`dynamo.refit.rpc.Caller`."""
 
-    def __init__(self, runtime: DistributedRuntime, config: CoordinatorConfig) -> None:
-        self._runtime = runtime
+    async def call(
+        self, path: str, instance: int, request: Message, expected: Any, seconds: float
+    ) -> Any: ...
+
+
+async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> None:
+    """Refit the workers of one namespace until the runtime shuts down or a part of
+    this fails."""
+    prefix = f"{config.namespace}.refit"
+    status = runtime.endpoint(f"{prefix}.status")
+    caller = Caller(runtime)
+    fleet = FleetWatch(caller, config)
+    seen = await fleet.look()
+    epoch = next_epoch(seen)
+    topic = runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
+    versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
+    name = f"coordinator-{status.connection_id()}"
+    async with (
+        EventPublisher(topic, name, epoch) as events,
+        EventSubscriber(versions) as announcements,
+    ):
+        coordinator = Coordinator(config, caller, events.publish, epoch)
+        coordinator.hear(seen)
+        logger.info(
+            "refit coordinator: namespace %s, epoch %d, %d workers",
+            config.namespace,
+            epoch,
+            len(seen.members),
+        )
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(coordinator.run())
+            tasks.create_task(_listen(announcements, coordinator, events))
+            tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(
+                serve(
+                    status,
+                    unary(GetStatus, coordinator.status, "status"),
+                    health_check=GetStatus(),
+                )
+            )
+
+
+def next_epoch(seen: FleetSeen) -> int:
+    """Above every epoch a worker has seen, whatever this machine's clock says."""
+    highest = max((m.status.epoch for m in seen.members), default=0)
+    return max(int(time.time() * 1e3), highest + 1)
+
+
+async def _listen(
+    announcements: EventSubscriber, coordinator: Coordinator, events: EventPublisher
+) -> None:
+    async for event in announcements:
+        match event:
+            case WeightVersionReady():
+                coordinator.hear(event)
+            case RejectedPayload(reason=reason, detail=detail):
+                logger.warning("refused an event: %s", detail)
+                events.publish(RefitRefused(reason=reason, detail=detail))
+            case _:
+                logger.warning("%s does not belong here", type(event).__name__)
+
+
+class Coordinator:
+    """Feeds a reconciler and does as it says.
+
+    Args:
+        caller: reaches workers and trainers.
+        publish: sends an event.
+        epoch: above those of all coordinators before it.
+    """
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        caller: Calls,
+        publish: Callable[[Event], object],
+        epoch: int,
+    ) -> None:
         self._config = config
-        self._caller = Caller(runtime)
+        self._caller = caller
+        self._publish = publish
+        self._epoch = epoch
         self._reconciler = Reconciler(config.model, config.policy)
         self._inputs: asyncio.Queue[Input] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
         # A lease is taken and given back in the order that was decided.
         self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._epoch = 0
+
+    def hear(self, what: Input) -> None:
+        """Take ``what`` into account, after what was heard before."""
+        self._inputs.put_nowait(what)
 
     async def run(self) -> None:
-        """Serve until the runtime shuts down or a part of it fails."""
-        prefix = f"{self._config.namespace}.refit"
-        status = self._runtime.endpoint(f"{prefix}.status")
-        fleet = FleetWatch(self._caller, self._config)
-        seen = await fleet.look()
-        # Above every epoch a worker has seen, whatever this machine's clock says.
-        highest = max((m.status.epoch for m in seen.members), default=0)
-        self._epoch = max(int(time.time() * 1e3), highest + 1)
-        topic = self._runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
-        versions = self._runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
-        name = f"coordinator-{status.connection_id()}"
-        async with (
-            EventPublisher(topic, name, self._epoch) as self._events,
-            EventSubscriber(versions) as announcements,
-        ):
-            self._inputs.put_nowait(seen)
-            logger.info(
-                "refit coordinator: namespace %s, epoch %d, %d workers",
-                self._config.namespace,
-                self._epoch,
-                len(seen.members),
-            )
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._decide())
-                tasks.create_task(self._listen(announcements))
-                tasks.create_task(fleet.watch(self._inputs))
-                tasks.create_task(self._tick())
-                tasks.create_task(
-                    serve(
-                        status,
-                        unary(GetStatus, self._status, "status"),
-                        health_check=GetStatus(),
-                    )
-                )
+        """Decide and act until cancelled; what was begun is then given up."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(TICK_SECONDS):
+                        what = await self._inputs.get()
+                except TimeoutError:
+                    what = Tick()
+                for action in self._reconciler.handle(what, loop.time()):
+                    self._perform(action)
+        finally:
+            for call in self._calls:
+                call.cancel()
 
-    async def _decide(self) -> None:
-        while True:
-            what = await self._inputs.get()
-            for action in self._reconciler.handle(what, time.monotonic()):
-                self._perform(action)
-
-    async def _listen(self, announcements: EventSubscriber) -> None:
-        async for event in announcements:
-            match event:
-                case WeightVersionReady():
-                    self._inputs.put_nowait(event)
-                case RejectedPayload(reason=reason, detail=detail):
-                    logger.warning("refused an event: %s", detail)
-                    self._events.publish(RefitRefused(reason=reason, detail=detail))
-                case _:
-                    logger.warning("%s does not belong here", type(event).__name__)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self._inputs.put_nowait(Tick())
-
-    async def _status(self, request: GetStatus) -> Message:
+    async def status(self, request: GetStatus) -> Message:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(
@@ -170,7 +211,7 @@ class Coordinator:
         match action:
             case Publish(event=event):
                 logger.info("%s", event)
-                self._events.publish(event)
+                self._publish(event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
             case GiveBackLease():

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.coordinator.actions import FleetSeen, Input
+from dynamo.refit.coordinator.actions import FleetSeen
 from dynamo.refit.errors import RefitError
 from dynamo.refit.protocol import FleetMember, GetStatus, Refused, WorkerStatus
 from dynamo.refit.rpc import Caller
@@ -33,11 +34,11 @@ class FleetWatch:
         self._config = config
         self._known: dict[int, FleetMember] = {}
 
-    async def watch(self, inputs: asyncio.Queue[Input]) -> None:
-        """Put the fleet into ``inputs`` every ``fleet_poll_seconds``."""
+    async def watch(self, hear: Callable[[FleetSeen], None]) -> None:
+        """Tell of the fleet every ``fleet_poll_seconds``."""
         while True:
             await asyncio.sleep(self._config.fleet_poll_seconds)
-            inputs.put_nowait(await self.look())
+            hear(await self.look())
 
     async def look(self) -> FleetSeen:
         """The fleet now. A worker that is registered but does not answer keeps the
