@@ -13,6 +13,7 @@ import asyncio
 import importlib
 import inspect
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,10 @@ from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 
 stand_in_if_missing()
 
+from dynamo.common import model_taints  # noqa: E402
+from dynamo.common.utils import graceful_shutdown  # noqa: E402
 from dynamo.runtime import Endpoint  # noqa: E402
+from dynamo.vllm import main as vllm_main  # noqa: E402
 from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
 from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
@@ -51,7 +55,7 @@ from vllm.v1.worker import worker_base  # noqa: E402
 
 from dynamo.refit.rank import cpu_layout  # noqa: E402
 from dynamo.refit.rank.extension import RefitWorkerExtension  # noqa: E402
-from dynamo.refit.worker.hook import on_worker_ready  # noqa: E402
+from dynamo.refit.worker.hook import on_user_taints, on_worker_ready  # noqa: E402
 from dynamo.refit.worker.main import EXTENSION  # noqa: E402
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -125,8 +129,33 @@ def test_the_hook_comes_before_the_model_is_registered(path: str) -> None:
     assert all(hooked.lineno < call.lineno for call in registering)
 
 
+@pytest.mark.parametrize("path", ["_run_decode_worker", "_run_prefill_worker"])
+def test_the_model_is_registered_and_then_everything_is_served(path: str) -> None:
+    """So a registration that waits keeps all of it out of discovery."""
+    method = getattr(WorkerFactory, path)
+    [registering] = calls_of("register_vllm_model", method)
+    assert ast.unparse(registering.func) == "self.register_vllm_model"
+    assert f"await {ast.unparse(registering)}" in ast.unparse(tree(method))
+    assert "register_vllm_model" in assigned_to_self(WorkerFactory.__init__)
+    serving = calls_of("serve_endpoint", method)
+    served = {ast.unparse(call.func.value) for call in serving}
+    assert {"generate_endpoint", "clear_endpoint", "perf_endpoint"} <= served
+    assert all(registering.lineno < call.lineno for call in serving)
+
+
+def test_what_a_worker_serves_is_listed_before_it_is_registered() -> None:
+    """The list is read when a worker that stalled is put back."""
+    assert isinstance(vllm_main.shutdown_endpoints, list)
+    [creating] = calls_of("create", vllm_main.worker)
+    assert "shutdown_endpoints" in map(ast.unparse, creating.args)
+    for path in ("_run_decode_worker", "_run_prefill_worker"):
+        source = ast.unparse(tree(getattr(WorkerFactory, path)))
+        listed = source.index("shutdown_endpoints[:] = [generate_endpoint,")
+        assert listed < source.index("self.register_vllm_model(")
+
+
 @pytest.mark.parametrize("by_name", [False, True])
-def test_the_hook_wraps_and_calls_back(
+async def test_the_hook_wraps_and_calls_back(
     monkeypatch: pytest.MonkeyPatch, by_name: bool
 ) -> None:
     calls: list[Any] = []
@@ -141,13 +170,25 @@ def test_the_hook_wraps_and_calls_back(
         """Upstream's."""
         calls.append((self, runtime, generate_endpoint, handler, lora_enabled))
 
+    async def register(*args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    async def registration(register: Any) -> None:
+        calls.append("admitted")
+        await register()
+
+    def callback(*seen: Any) -> Any:
+        calls.append(seen)
+        return registration
+
     # Also puts the real one back afterwards.
     monkeypatch.setattr(WorkerFactory, "register_engine_routes", original)
-    on_worker_ready(lambda *seen: calls.append(seen))
+    on_worker_ready(callback)
     hooked = WorkerFactory.register_engine_routes
     assert (hooked.__name__, hooked.__doc__) == ("original", "Upstream's.")
 
     factory = object.__new__(WorkerFactory)
+    factory.register_vllm_model = register
     if by_name:
         factory.register_engine_routes(
             runtime="runtime",
@@ -157,9 +198,12 @@ def test_the_hook_wraps_and_calls_back(
         )
     else:
         factory.register_engine_routes("runtime", "endpoint", "handler", True)
+    await factory.register_vllm_model("tokens", needs=[])
     assert calls == [
         (factory, "runtime", "endpoint", "handler", True),
         ("runtime", "endpoint", "handler"),
+        "admitted",
+        (("tokens",), {"needs": []}),
     ]
 
 
@@ -173,6 +217,59 @@ def test_the_hook_does_not_call_back_when_upstream_fails(
     on_worker_ready(lambda *seen: pytest.fail("called back"))
     with pytest.raises(RuntimeError, match="routes"):
         object.__new__(WorkerFactory).register_engine_routes(1, 2, 3)
+
+
+# --- Dynamo: worker/routing.py --------------------------------------------------
+
+
+async def test_the_taints_route_goes_through_the_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Also puts the real one back afterwards.
+    monkeypatch.setattr(
+        model_taints, "update_model_taints", model_taints.update_model_taints
+    )
+    written: list[Any] = []
+
+    async def merged(endpoint: Any, taints: set[str]) -> None:
+        written.append((endpoint, taints))
+
+    on_user_taints(merged)
+    routes: dict[str, Any] = {}
+    runtime = SimpleNamespace(register_engine_route=routes.__setitem__)
+    model_taints.register_model_taint_route(runtime, "endpoint")
+    [(name, route)] = routes.items()
+    assert name == "update/model_taints"
+    assert (await route({"taints": ["a", "b", "a"]}))["status"] == "ok"
+    assert written == [("endpoint", {"a", "b"})]
+
+
+def test_dynamo_vllm_writes_no_taints_besides_that_route() -> None:
+    """What the user wants is what came through it; nothing is read back."""
+    package = Path(inspect.getfile(WorkerFactory)).parent
+    # Its multimodal twin in omni/ is another program.
+    sources = list(package.glob("*.py"))
+    assert len(sources) > 20
+    naming = [path.name for path in sources if "taints" in path.read_text()]
+    assert naming == ["worker_factory.py"]
+    routes = ast.unparse(tree(WorkerFactory.register_engine_routes))
+    assert "register_model_taint_route(runtime, generate_endpoint)" in routes
+
+
+def test_an_ending_process_says_so_first() -> None:
+    """A worker that waits for its admission ends at once, and none is put back."""
+    assert isinstance(graceful_shutdown._shutdown_started, asyncio.Event)
+    ending = ast.unparse(tree(graceful_shutdown.graceful_shutdown_with_discovery))
+    started = ending.index("_shutdown_started.set()")
+    assert started < ending.index("await _unregister_endpoints(")
+
+
+def test_sleep_holds_the_lock_from_before_it_leaves_routing() -> None:
+    """So that a sleeping worker is not taken for a lost one."""
+    for method in (BaseWorkerHandler.sleep, BaseWorkerHandler.wake_up):
+        source = ast.unparse(tree(method))
+        locked = source.index("async with self._pause_lock:")
+        assert locked < source.index("self.generate_endpoint.")
 
 
 # --- dynamo.vllm: worker/engine.py, worker/main.py ----------------------------
@@ -234,7 +331,13 @@ def test_the_handlers_generate_through_the_engine_client() -> None:
 
 
 def test_an_endpoint_can_be_taken_out_of_routing() -> None:
-    for name in ("unregister_endpoint_instance", "connection_id", "serve_endpoint"):
+    for name in (
+        "unregister_endpoint_instance",
+        "register_endpoint_instance",
+        "connection_id",
+        "serve_endpoint",
+        "client",
+    ):
         assert callable(getattr(Endpoint, name))
 
 

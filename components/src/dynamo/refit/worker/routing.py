@@ -261,7 +261,8 @@ class WorkerRouting:
 
     def _report_lost(self, seconds: float) -> None:
         self._runtime.set_health_status(False)
-        logger.critical(
+        # Dynamo's log shows CRITICAL as INFO.
+        logger.error(
             "this worker has been missing in discovery for %.0f s and cannot be put "
             "back: nobody finds it. Check the discovery service, or restart the "
             "worker; it goes on trying",

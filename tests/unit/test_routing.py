@@ -1,0 +1,425 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's place in routing, over a discovery that is a set of names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import pytest
+
+from dynamo.refit.worker import routing as module
+from dynamo.refit.worker.routing import WorkerRouting
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+OWN = 7
+
+
+class Discovery:
+    """The records of one worker, as everyone sees them; ``down`` refuses all calls,
+    ``hangs`` answers none."""
+
+    def __init__(self) -> None:
+        self.instances: set[str] = set()
+        self.card: set[str] | None = None
+        self.changes: list[str] = []
+        self.down = False
+        self.hangs = False
+
+    async def change(self, what: str) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.down:
+            raise Exception("discovery is down")
+        self.changes.append(what)
+
+    async def update_model_taints(self, endpoint: FakeEndpoint, taints: set) -> None:
+        await self.change(f"taints {sorted(taints)}")
+        if self.card is None:
+            raise Exception("Could not find key")
+        self.card = set(taints)
+
+    async def register_model(self) -> None:
+        await self.change("model")
+        self.card = set()
+
+    def lose_everything(self) -> None:
+        self.instances.clear()
+        self.card = None
+        self.changes.clear()
+
+
+class FakeEndpoint:
+    def __init__(self, discovery: Discovery, name: str) -> None:
+        self.discovery = discovery
+        self.name = name
+
+    def connection_id(self) -> int:
+        return OWN
+
+    async def register_endpoint_instance(self) -> None:
+        await self.discovery.change(f"+{self.name}")
+        self.discovery.instances.add(self.name)
+
+    async def unregister_endpoint_instance(self) -> None:
+        await self.discovery.change(f"-{self.name}")
+        if self.name not in self.discovery.instances:
+            raise Exception("Unable to unregister endpoint instance from discovery")
+        self.discovery.instances.remove(self.name)
+
+    async def client(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            instance_ids=lambda: [OWN] * (self.name in self.discovery.instances)
+        )
+
+
+class Worker:
+    """A worker that starts: what dynamo.vllm does around its WorkerRouting."""
+
+    def __init__(self, discovery: Discovery, admission: str = "coordinator") -> None:
+        self.discovery = discovery
+        self.health: list[bool] = []
+        self.asleep = False
+        self.stopping = asyncio.Event()
+        self.generate, commands, clear = (
+            FakeEndpoint(discovery, name) for name in ("generate", "refit", "clear")
+        )
+        self.routing = WorkerRouting(
+            SimpleNamespace(set_health_status=self.health.append),
+            self.generate,
+            commands,
+            others=[self.generate, clear],
+            admission=admission,
+            asleep=lambda: self.asleep,
+            stopping=self.stopping,
+        )
+        discovery.instances.add("refit")
+        self.starting = asyncio.create_task(self.start())
+
+    async def start(self) -> None:
+        await self.routing.register(self.discovery.register_model)
+        self.discovery.changes.append("served")
+        self.discovery.instances |= {"generate", "clear"}
+
+    async def admitted(self) -> Worker:
+        self.routing.admit()
+        await self.starting
+        self.discovery.changes.clear()
+        return self
+
+
+@pytest.fixture
+def discovery(monkeypatch: pytest.MonkeyPatch) -> Discovery:
+    discovery = Discovery()
+    monkeypatch.setattr(module, "update_model_taints", discovery.update_model_taints)
+    for name, seconds in (
+        ("WATCH_SECONDS", 0.01),
+        ("MISSING_SECONDS", 0.05),
+        ("LOST_SECONDS", 0.2),
+        ("SEEN_SECONDS", 0.05),
+    ):
+        monkeypatch.setattr(module, name, seconds)
+    return discovery
+
+
+@pytest.fixture
+async def worker(discovery: Discovery) -> AsyncIterator[Worker]:
+    worker = Worker(discovery)
+    watching = asyncio.create_task(worker.routing.watch())
+    yield worker
+    worker.starting.cancel()
+    await asyncio.wait([worker.starting])
+    worker.stopping.set()
+    await asyncio.wait_for(watching, 5)
+
+
+async def until(condition: object, seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def settle() -> None:
+    """Long enough for the watch to have acted."""
+    await asyncio.sleep(0.15)
+
+
+# --- admission ----------------------------------------------------------------
+
+
+async def test_nothing_is_in_discovery_before_the_admission(worker: Worker) -> None:
+    await settle()
+    assert not worker.routing.admitted
+    assert worker.discovery.instances == {"refit"}
+    assert worker.discovery.changes == []
+    worker.routing.admit()
+    await worker.starting
+    assert worker.routing.admitted
+    assert worker.discovery.changes == ["model", "served"]
+    assert worker.discovery.instances == {"refit", "generate", "clear"}
+
+
+async def test_admitting_twice_is_admitting_once(worker: Worker) -> None:
+    worker.routing.admit()
+    await worker.starting
+    worker.routing.admit()
+    await settle()
+    assert worker.discovery.changes == ["model", "served"]
+
+
+async def test_immediate_admission_waits_for_nobody(discovery: Discovery) -> None:
+    worker = Worker(discovery, "immediate")
+    assert worker.routing.admitted
+    await asyncio.wait_for(worker.starting, 5)
+    assert discovery.changes == ["model", "served"]
+
+
+async def test_it_says_who_it_waits_for_and_the_way_out(
+    discovery: Discovery,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "REMIND_SECONDS", 0.02)
+    caplog.set_level(logging.INFO, logger=module.__name__)
+    worker = Worker(discovery)
+    await until(lambda: len(caplog.records) >= 3)
+    worker.routing.admit()
+    await worker.starting
+    assert "python -m dynamo.refit" in caplog.messages[0]
+    assert "--refit-admission immediate" in caplog.messages[0]
+    said = len(caplog.records)
+    await asyncio.sleep(0.1)
+    assert len(caplog.records) == said
+
+
+async def test_a_process_that_is_told_to_end_waits_no_longer(worker: Worker) -> None:
+    worker.starting.cancel()
+    worker.stopping.set()
+    with pytest.raises(SystemExit) as ended:
+        await worker.routing.register(worker.discovery.register_model)
+    assert ended.value.code == 0
+    assert worker.discovery.instances == set()
+    assert worker.discovery.changes == ["-refit"]
+
+
+async def test_a_withdrawn_worker_that_is_admitted_waits_for_its_return(
+    worker: Worker,
+) -> None:
+    await worker.routing.withdraw()
+    worker.routing.admit()
+    await settle()
+    assert worker.discovery.changes == []
+    await worker.routing.restore()
+    await worker.starting
+    assert worker.discovery.changes == ["model", "served"]
+
+
+# --- labels -------------------------------------------------------------------
+
+
+async def test_a_label_from_before_the_registration_is_there_before_routers_see_it(
+    worker: Worker,
+) -> None:
+    await worker.routing.label(3)
+    assert worker.discovery.changes == []
+    worker.routing.admit()
+    await worker.starting
+    assert worker.discovery.changes == ["model", "taints ['weights=3']", "served"]
+
+
+async def test_a_label_replaces_ours_and_keeps_the_user_s(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.label(3)
+    await worker.routing.set_user_taints(worker.generate, {"gpu=h100", "fast"})
+    assert worker.discovery.card == {"gpu=h100", "fast", "weights=3"}
+    await worker.routing.label(4)
+    assert worker.discovery.card == {"gpu=h100", "fast", "weights=4"}
+
+
+async def test_a_user_cannot_drop_or_forge_the_label(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    await worker.admitted()
+    await worker.routing.label(3)
+    await worker.routing.set_user_taints(worker.generate, {"weights=9", "a"})
+    assert worker.discovery.card == {"weights=3", "a"}
+    assert "weights=9" in caplog.text
+    await worker.routing.set_user_taints(worker.generate, set())
+    assert worker.discovery.card == {"weights=3"}
+
+
+async def test_a_user_s_taints_from_before_the_registration_are_kept(
+    worker: Worker,
+) -> None:
+    await worker.routing.set_user_taints(worker.generate, {"a"})
+    await worker.admitted()
+    assert worker.discovery.card == {"a"}
+
+
+async def test_a_user_hears_that_discovery_did_not_take_the_taints(
+    worker: Worker,
+) -> None:
+    await worker.admitted()
+    worker.discovery.down = True
+    with pytest.raises(Exception, match="discovery is down"):
+        await worker.routing.set_user_taints(worker.generate, {"a"})
+
+
+async def test_a_label_that_discovery_does_not_take_follows(worker: Worker) -> None:
+    """A discovery that is down must not fail the refit."""
+    await worker.admitted()
+    worker.discovery.down = True
+    await worker.routing.label(3)
+    assert worker.discovery.card == set()
+    worker.discovery.down = False
+    await until(lambda: worker.discovery.card == {"weights=3"})
+    assert "model" not in worker.discovery.changes
+
+
+# --- in and out ---------------------------------------------------------------
+
+
+async def test_out_of_routing_and_back(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.withdraw()
+    assert worker.discovery.instances == {"refit", "clear"}
+    await worker.routing.withdraw()
+    await settle()
+    assert worker.discovery.changes == ["-generate"]
+    await worker.routing.restore()
+    assert worker.discovery.instances == {"refit", "clear", "generate"}
+    await worker.routing.restore()
+    await settle()
+    assert worker.discovery.changes == ["-generate", "+generate"]
+
+
+async def test_one_that_was_withdrawn_just_before_it_was_served_is_taken_out(
+    worker: Worker,
+) -> None:
+    await worker.admitted()
+    worker.discovery.instances.discard("generate")
+    await worker.routing.withdraw()
+    worker.discovery.instances.add("generate")
+    await until(lambda: "generate" not in worker.discovery.instances)
+
+
+async def test_a_return_that_discovery_did_not_take_follows(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.withdraw()
+    worker.discovery.down = True
+    await worker.routing.restore()
+    worker.discovery.down = False
+    await until(lambda: "generate" in worker.discovery.instances)
+
+
+async def test_a_fenced_worker_is_out_labelled_unknown_and_does_not_return(
+    worker: Worker,
+) -> None:
+    await worker.admitted()
+    await worker.routing.set_user_taints(worker.generate, {"a"})
+    await worker.routing.label(3)
+    await worker.routing.fence()
+    assert worker.discovery.instances == {"refit", "clear"}
+    assert worker.discovery.card == {"a", "weights=unknown"}
+    assert worker.health == [False]
+    await worker.routing.restore()
+    await settle()
+    assert "generate" not in worker.discovery.instances
+
+
+async def test_a_worker_that_is_fenced_before_its_admission_never_registers(
+    worker: Worker,
+) -> None:
+    await worker.routing.fence()
+    worker.routing.admit()
+    await settle()
+    assert worker.discovery.changes == []
+    assert not worker.starting.done()
+
+
+async def test_a_fence_ends_whatever_hangs(worker: Worker) -> None:
+    await worker.admitted()
+    worker.discovery.hangs = True
+    async with asyncio.timeout(module.CALL_SECONDS + 1):
+        await worker.routing.fence()
+    assert worker.health[0] is False
+    worker.discovery.hangs = False
+
+
+# --- what is lost -------------------------------------------------------------
+
+
+async def test_all_that_a_stall_lost_is_put_back_the_card_first(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.set_user_taints(worker.generate, {"a"})
+    await worker.routing.label(3)
+    worker.discovery.lose_everything()
+    await until(lambda: "generate" in worker.discovery.instances)
+    assert worker.discovery.instances == {"refit", "generate", "clear"}
+    assert worker.discovery.card == {"a", "weights=3"}
+    taints = "taints ['a', 'weights=3']"
+    order = ["+refit", taints, "model", taints, "+clear", "+generate"]
+    assert worker.discovery.changes == order
+    assert worker.health == []
+
+
+async def test_a_withdrawn_worker_that_stalled_stays_out(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.withdraw()
+    worker.discovery.lose_everything()
+    await until(lambda: worker.discovery.instances == {"refit", "clear"})
+    await settle()
+    assert "generate" not in worker.discovery.instances
+
+
+async def test_a_worker_that_waits_can_still_be_found_after_a_stall(
+    worker: Worker,
+) -> None:
+    worker.discovery.lose_everything()
+    await until(lambda: worker.discovery.instances == {"refit"})
+    await settle()
+    assert worker.discovery.changes == ["+refit"]
+
+
+async def test_one_that_dynamo_put_to_sleep_is_left_asleep(worker: Worker) -> None:
+    await worker.admitted()
+    worker.asleep = True
+    worker.discovery.instances.discard("generate")
+    await settle()
+    assert worker.discovery.changes == []
+
+
+async def test_one_that_leaves_is_not_put_back(worker: Worker) -> None:
+    await worker.admitted()
+    worker.stopping.set()
+    worker.discovery.lose_everything()
+    await settle()
+    assert worker.discovery.changes == []
+
+
+async def test_a_short_gap_is_left_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MISSING_SECONDS", 5.0)
+    await worker.admitted()
+    worker.discovery.instances.discard("generate")
+    await settle()
+    assert worker.discovery.changes == []
+
+
+async def test_a_worker_that_cannot_be_put_back_says_so_and_goes_on_trying(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    await worker.admitted()
+    worker.discovery.lose_everything()
+    worker.discovery.down = True
+    await until(lambda: worker.health)
+    assert worker.health[0] is False
+    [first, *_] = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert "nobody finds it" in first.getMessage()
+    worker.discovery.down = False
+    await until(lambda: "generate" in worker.discovery.instances)
