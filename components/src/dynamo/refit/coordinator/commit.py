@@ -6,6 +6,7 @@ one of them does not."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 from dynamo.refit.coordinator.actions import Action, SendAbort, SendCommit
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
@@ -43,7 +44,8 @@ class CommitRound:
         policy: the order.
         direct: some install straight from their source: they cannot be undone, so
             there is no barrier, and their pause is long.
-        spare: other workers that routers may send to meanwhile.
+        catch_up: the fleet serves it already: each goes alone, and there is no way
+            back from the start.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class CommitRound:
         policy: Policy,
         *,
         direct: bool,
-        spare: int,
+        catch_up: bool = False,
     ) -> None:
         self.changed: set[int] = set()
         #: Which did not change, and why; and those that are gone.
@@ -61,54 +63,89 @@ class CommitRound:
         self.lost: dict[int, Failure] = {}
         self._ready = ready
         self._policy = policy
-        self._waiting = sorted(workers)
-        self._members = list(self._waiting)
+        self._catch_up = catch_up
+        # In order; the values count for nothing.
+        self._members = dict.fromkeys(sorted(workers))
+        self._waiting = dict(self._members)
         self._busy: dict[int, float] = {}
+        self._withdrawn: set[int] = set()
         self._in_flight = ready.in_flight or policy.in_flight
-        barrier = policy.commit == "barrier" and len(self._members) > 1 and not direct
+        barrier = policy.commit == "barrier" and len(self._members) > 1
+        barrier = barrier and not direct and not catch_up
         self._step: CommitStep = "pause" if barrier else "all"
-        # Routers must always have somebody to send to.
-        able = len(self._members) + spare > 1 and not barrier
-        self._withdraw = able and (direct or self._in_flight == "drain")
-        self._most = len(self._members) + spare - 1 if self._withdraw else None
+        self._withdraw = direct or (self._in_flight == "drain" and not barrier)
 
     @property
     def ended(self) -> bool:
         """Nobody is under way, and nobody will be."""
         return not self._busy and not self._waiting
 
-    def advance(self, now: float) -> list[Action]:
-        """What to do next; after :attr:`ended`, nothing."""
+    def advance(self, now: float, routable: AbstractSet[int]) -> list[Action]:
+        """What to do next; after :attr:`ended`, nothing.
+
+        Args:
+            now: monotonic seconds.
+            routable: the workers of the fleet that routers may send to, apart from
+                what this round does.
+        """
         for worker in [w for w, deadline in self._busy.items() if now > deadline]:
             self._refuse(worker, NoAnswer(f"no answer to {self._step!r} of its commit"))
         if self._step in ("pause", "install"):
             return self._advance_barrier(now)
-        if self.refused and not self.changed:
+        if self.refused and not self.changed and not self._catch_up:
             # Nobody has changed: wait for those under way, and tell nobody else.
             if self._busy:
                 return []
-            back, self._waiting = self._waiting, []
+            back, self._waiting = self._waiting, {}
             return self._aborts(back)
-        room = self._policy.at_a_time(len(self._members), len(self.changed))
-        room = min(room, self._most or room) - len(self._busy)
-        chosen = self._waiting[: max(0, room)]
-        del self._waiting[: len(chosen)]
-        return self._send(chosen, now)
+        # In a catch-up there are some that have changed before.
+        changed = len(self.changed) + self._catch_up
+        room = self._policy.at_a_time(len(self._members), changed)
+        return self._send(self._next(room - len(self._busy), routable), now)
+
+    def _next(self, room: int, routable: AbstractSet[int]) -> dict[int, bool]:
+        """Who is to change now, and whether it is withdrawn meanwhile."""
+        if not self._withdraw:
+            chosen = dict.fromkeys(list(self._waiting)[: max(0, room)], False)
+        else:
+            chosen = self._spared(room, set(routable) - set(self.refused))
+        for worker in chosen:
+            del self._waiting[worker]
+        return chosen
+
+    def _spared(self, room: int, routable: set[int]) -> dict[int, bool]:
+        """As :meth:`_next`: routers always have somebody to send to."""
+        left = routable - self._withdrawn
+        chosen: dict[int, bool] = {}
+        for worker in self._waiting:
+            if len(chosen) >= room:
+                break
+            if worker not in routable:
+                chosen[worker] = False
+            elif len(left) > 1:
+                left.discard(worker)
+                chosen[worker] = True
+        if not chosen and not self._busy and self._waiting:
+            # Nobody else will ever serve meanwhile.
+            chosen[next(iter(self._waiting))] = False
+        return chosen
 
     def _advance_barrier(self, now: float) -> list[Action]:
-        if self.refused or self.changed:
+        if self.refused and not self.changed:
             # One cannot, or could not wait: those that still can go back.
-            self._busy, self._waiting = {}, []
+            self._busy, self._waiting = {}, {}
             return self._aborts(self._members)
         if self._waiting:
-            chosen, self._waiting = self._waiting, []
-            return self._send(chosen, now)
+            chosen, self._waiting = self._waiting, {}
+            return self._send(dict.fromkeys(chosen, False), now)
         if self._busy:
             return []
         self._step = "install" if self._step == "pause" else "resume"
-        return self._send(self._members, now)
+        ended = self.changed | set(self.refused)
+        going_on = [w for w in self._members if w not in ended]
+        return self._send(dict.fromkeys(going_on, False), now)
 
-    def _send(self, workers: list[int], now: float) -> list[Action]:
+    def _send(self, workers: dict[int, bool], now: float) -> list[Action]:
         if self._step in ("pause", "install"):
             seconds = HOLD_SHARE / 2 * self._policy.hold_seconds
         else:
@@ -116,46 +153,57 @@ class CommitRound:
             if self._in_flight == "drain":
                 seconds += self._policy.drain_seconds
         self._busy |= dict.fromkeys(workers, now + seconds)
+        self._withdrawn |= {w for w, withdraw in workers.items() if withdraw}
         return [
-            SendCommit(w, self._ready, self._in_flight, self._step, self._withdraw)
-            for w in workers
+            SendCommit(worker, self._ready, self._in_flight, self._step, withdraw)
+            for worker, withdraw in workers.items()
         ]
 
     def _aborts(self, workers: Iterable[int]) -> list[Action]:
         cause = next(iter(self.refused.values()), None)
         reason = str(cause) if cause else "another worker did not wait"
-        return [SendAbort(w, self._ready.version, reason) for w in sorted(workers)]
+        return [SendAbort(w, self._ready.version, reason) for w in workers]
 
     def answered(self, worker: int, reply: Committed | Stepped | Refused) -> None:
-        if worker not in self._busy:
+        if isinstance(reply, Committed) and reply.weights == self._ready.weights:
+            # Better late than fenced.
+            if worker in self._busy or worker in self.refused:
+                self._done(worker)
+                self.refused.pop(worker, None)
+                self.changed.add(worker)
+        elif worker not in self._busy:
             return
-        if isinstance(reply, Refused):
+        elif isinstance(reply, Refused):
             self._refuse(worker, reply.failure)
-        elif isinstance(reply, Stepped):
-            if reply.step == self._step:
-                del self._busy[worker]
-        elif reply.weights != self._ready.weights:
+        elif isinstance(reply, Committed):
             error = FingerprintMismatch(
                 f"the worker speaks of weights {reply.weights}, announced were "
                 f"{self._ready.weights}"
             )
             self._refuse(worker, error)
-        else:
-            del self._busy[worker]
-            self.changed.add(worker)
+        elif reply.step == self._step:
+            self._done(worker)
 
     def left(self, worker: int) -> None:
         """The worker is gone from discovery: it serves nobody, so the others go on."""
-        if worker not in self._members or worker in self.changed:
+        if worker not in self._members:
             return
-        self._members.remove(worker)
+        del self._members[worker]
+        self._waiting.pop(worker, None)
+        self._done(worker)
+        if worker in self.changed:
+            # If it was the only one, there is a way back again.
+            self.changed.remove(worker)
+        elif worker not in self.refused:
+            error = WorkerLeft("left during its commit")
+            self.lost[worker] = self._failure(worker, error)
+
+    def _done(self, worker: int) -> None:
         self._busy.pop(worker, None)
-        if worker in self._waiting:
-            self._waiting.remove(worker)
-        self.lost[worker] = self._failure(worker, WorkerLeft("left during its commit"))
+        self._withdrawn.discard(worker)
 
     def _refuse(self, worker: int, why: Failure | RefitError) -> None:
-        self._busy.pop(worker, None)
+        self._done(worker)
         if isinstance(why, RefitError):
             why = self._failure(worker, why)
         self.refused[worker] = why

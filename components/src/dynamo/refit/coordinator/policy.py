@@ -38,7 +38,7 @@ class Policy:
             fenced when it is committed. 1: all, or nothing is committed.
         direct_readers: how many workers read from the trainer at a time; the others
             read from those that hold the version already. 0: all.
-        peer_readers: how many read from one worker at a time.
+        peer_readers: how many read from one worker at a time. 0: all.
         settle_seconds: after its start, the coordinator lets nobody serve start-up
             weights for so long: workers that know a version may not be seen yet.
     """
@@ -62,13 +62,17 @@ class Policy:
 
     def needed(self, workers: int) -> int:
         """How many of ``workers`` must stage a version."""
-        return max(1, math.ceil(self.quorum * workers))
+        # 0.55 * 100 is a little more than 55.
+        return max(1, math.ceil(self.quorum * workers - 1e-9))
 
     def keep_seconds(self, workers: int) -> float:
         """How long a worker may have to wait for its turn to commit."""
         if self.commit == "barrier":
-            return self.commit_seconds
-        return workers * (self.commit_seconds + self.drain_seconds)
+            # The second for the last of those that cannot take part in a barrier.
+            rounds = 2
+        else:
+            rounds = math.ceil(workers / (self.max_unavailable or workers or 1)) + 1
+        return rounds * (self.commit_seconds + self.drain_seconds + GRACE_SECONDS)
 
     def at_a_time(self, workers: int, changed: int) -> int:
         """How many of ``workers`` may change together when ``changed`` have."""

@@ -8,6 +8,7 @@ others, so that a large fleet fills as a tree does.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from typing import Literal
 from dynamo.refit.coordinator.actions import (
     Action,
     ReleasePeer,
+    SendAbort,
     SendPrepare,
     SendServe,
     ServeAnswered,
@@ -33,13 +35,18 @@ class NoSource(RefitError):
 
 @dataclass
 class Reader:
-    """A worker that needs the version; ``peer`` is where it reads, ``None`` the
-    trainer, and ``lease`` what that peer calls it."""
+    """A worker that needs the version.
+
+    ``peer`` is where it reads, ``None`` the trainer, and ``lease`` what that peer calls
+    it. ``refused`` is why it could not read from its last peer, ``unserved`` why a peer
+    did not let it. A ``direct`` one holds nothing: it reads again in its commit.
+    """
 
     state: Literal["waiting", "asking", "reading", "staged"] = "waiting"
     peer: int | None = None
     lease: str | None = None
     refused: Failure | None = None
+    unserved: Failure | None = None
     direct: bool = False
 
 
@@ -68,13 +75,8 @@ class Staging:
         self._ready = ready
         self._policy = policy
         self._bad: set[int] = set()
-
-    @property
-    def asked(self) -> set[int]:
-        """The workers that may have something of it staged."""
-        readers = self.readers.items()
-        reading = {w for w, r in readers if r.state in ("reading", "staged")}
-        return reading | set(self.failures)
+        #: May have something of it staged.
+        self._asked: set[int] = set()
 
     @property
     def done(self) -> bool:
@@ -87,23 +89,30 @@ class Staging:
 
     def assign(self) -> list[Action]:
         """Send every waiting reader to a source that has room for it."""
+        waiting = [w for w, r in self.readers.items() if r.state == "waiting"]
+        if not waiting:
+            return []
         actions: list[Action] = []
         room = self._room()
-        for worker, reader in list(self.readers.items()):
-            if reader.state != "waiting":
-                continue
-            if room.get(None, 0) > 0:
-                source = None
+        direct = room.get(None, 0)
+        # Those with the most room first.
+        peers = [(-n, peer) for peer, n in room.items() if peer is not None and n > 0]
+        heapq.heapify(peers)
+        for worker in waiting:
+            reader = self.readers[worker]
+            if direct > 0:
+                direct -= 1
                 reader.state = "reading"
+                self._asked.add(worker)
                 actions.append(SendPrepare(worker, self._ready))
-            else:
-                peers = [peer for peer in room if peer is not None and room[peer] > 0]
-                if not peers:
-                    break
-                source = max(peers, key=lambda peer: (room[peer], -peer))
-                reader.state, reader.peer = "asking", source
-                actions.append(SendServe(source, worker, self._ready))
-            room[source] -= 1
+            elif peers:
+                taken, peer = peers[0]
+                if taken < -1:
+                    heapq.heapreplace(peers, (taken + 1, peer))
+                else:
+                    heapq.heappop(peers)
+                reader.state, reader.peer = "asking", peer
+                actions.append(SendServe(peer, worker, self._ready))
         under_way = any(r.state in ("asking", "reading") for r in self.readers.values())
         if not under_way and not room:
             self._out_of_sources()
@@ -115,18 +124,20 @@ class Staging:
         room: dict[int | None, float] = {}
         if self.from_trainer:
             room[None] = self._policy.direct_readers or math.inf
-        staged = {w for w, r in self.readers.items() if r.state == "staged"}
-        for peer in sorted((self.holders | staged) - self._bad):
-            room[peer] = self._policy.peer_readers
+        hold = {w for w, r in self.readers.items() if r.state == "staged"}
+        hold -= {w for w in hold if self.readers[w].direct}
+        for peer in sorted((self.holders | hold) - self._bad):
+            room[peer] = self._policy.peer_readers or math.inf
         busy = Counter(r.peer for r in readers if r.state in ("asking", "reading"))
         return {source: room[source] - busy[source] for source in room}
 
     def _out_of_sources(self) -> None:
         for worker, reader in list(self.readers.items()):
             if reader.state == "waiting":
+                why = f" ({reader.unserved})" if reader.unserved else ""
                 error = NoSource(
                     "the trainer does not keep it any more, and no worker can serve "
-                    "it: publish a new version"
+                    f"it{why}: publish a new version"
                 )
                 self.fail(worker, reader.refused or self._failure(error, worker))
 
@@ -139,11 +150,17 @@ class Staging:
         )
         if isinstance(answer.reply, Refused):
             if wanted:
-                self._wait_for_another(reader, answer.reply.failure)
+                reader.unserved = answer.reply.failure
+                self._wait_for_another(reader)
+            return []
+        lease = answer.reply.announcement
+        if reader is not None and (reader.peer, reader.lease) == (answer.peer, lease):
+            # A repeat.
             return []
         if not wanted:
-            return [ReleasePeer(answer.peer, answer.reply.announcement)]
-        reader.state, reader.lease = "reading", answer.reply.announcement
+            return [ReleasePeer(answer.peer, lease)]
+        reader.state, reader.lease = "reading", lease
+        self._asked.add(answer.reader)
         return [SendPrepare(answer.reader, self._ready, answer.peer, answer.reply)]
 
     def answered(self, worker: int, reply: Vote | Refused) -> list[Action]:
@@ -151,37 +168,54 @@ class Staging:
         reader = self.readers.get(worker)
         if reader is None or reader.state != "reading":
             return []
-        released = self._release(reader)
         if isinstance(reply, Vote):
             reader.state = "staged"
             reader.direct = any(rank.memory.mode == "direct" for rank in reply.ranks)
-        elif reader.peer is None:
+            return [] if reader.direct else self._release(reader)
+        released = self._release(reader)
+        if reader.peer is None:
             self.fail(worker, reply.failure)
         else:
-            self._wait_for_another(reader, reply.failure)
+            reader.refused = reply.failure
+            self._wait_for_another(reader)
         return released
 
-    def _wait_for_another(self, reader: Reader, failure: Failure) -> None:
+    def _wait_for_another(self, reader: Reader) -> None:
         """Its peer may be at fault: nobody reads from there any more."""
         self._bad.add(reader.peer)
-        reader.state, reader.peer, reader.refused = "waiting", None, failure
+        reader.state, reader.peer = "waiting", None
 
     def fail(self, worker: int, failure: Failure) -> None:
         """The worker will not hold the version."""
         self.failures[worker] = failure
-        self.readers.pop(worker)
+        del self.readers[worker]
 
     def forget(self, worker: int) -> list[Action]:
         """The worker is gone."""
         self.holders.discard(worker)
+        self._asked.discard(worker)
         reader = self.readers.pop(worker, None)
         return self._release(reader) if reader is not None else []
 
-    def late(self) -> list[int]:
-        """Those that have not voted."""
-        return [w for w, reader in self.readers.items() if reader.state != "staged"]
+    def end(self, error: RefitError) -> list[Action]:
+        """Those that have not voted by now give up."""
+        actions: list[Action] = []
+        for worker, reader in list(self.readers.items()):
+            if reader.state != "staged":
+                actions += self._release(reader)
+                self.fail(worker, self._failure(error, worker))
+        return actions + self._abort(self._asked & set(self.failures), str(error))
+
+    def drop(self, reason: str) -> list[Action]:
+        """Nobody is to hold the version."""
+        return [*self._abort(self._asked, reason), *self.release_all()]
+
+    def _abort(self, workers: set[int], reason: str) -> list[Action]:
+        self._asked = self._asked - workers
+        return [SendAbort(w, self._ready.version, reason) for w in sorted(workers)]
 
     def release_all(self) -> list[Action]:
+        """Nobody reads any more."""
         return [a for reader in self.readers.values() for a in self._release(reader)]
 
     def _release(self, reader: Reader) -> list[Action]:

@@ -1,0 +1,139 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Which version is wanted, which announcements must not be followed, and how each one
+ended: a trainer that has not heard it announces again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+
+from dynamo.refit.coordinator.actions import Action, GiveBackLease, Publish
+from dynamo.refit.coordinator.policy import Policy
+from dynamo.refit.events import RefitRefused, RefusalReason, WeightVersionReady
+from dynamo.refit.protocol import FleetMember, ReleaseOutcome
+
+#: Announcements whose end is remembered, so that a repeat of one starts nothing.
+REMEMBERED = 256
+
+
+class Announcements:
+    """What was announced; the newest is desired."""
+
+    def __init__(self) -> None:
+        self.desired: WeightVersionReady | None = None
+        #: When the desired one was heard of, in monotonic seconds.
+        self.heard = 0.0
+        self._outcome: ReleaseOutcome | None = None
+        self._ended: OrderedDict[str, ReleaseOutcome] = OrderedDict()
+
+    @property
+    def open(self) -> WeightVersionReady | None:
+        """The desired version, unless its announcement has ended."""
+        return self.desired if self._outcome is None else None
+
+    def want(self, ready: WeightVersionReady, now: float) -> None:
+        self.desired, self.heard, self._outcome = ready, now, None
+
+    def is_desired(self, ready: WeightVersionReady) -> bool:
+        desired = self.desired
+        return desired is not None and ready.announcement == desired.announcement
+
+    def outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:
+        """How an announcement ended, if it did; the desired one is not forgotten."""
+        if self.is_desired(ready):
+            return self._outcome
+        return self._ended.get(ready.announcement)
+
+    def end(
+        self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
+    ) -> list[Action]:
+        if self.is_desired(ready):
+            self._outcome = outcome
+        self._ended[ready.announcement] = outcome
+        while len(self._ended) > REMEMBERED:
+            self._ended.popitem(last=False)
+        return [GiveBackLease(ready, outcome, detail)]
+
+    def refuse(
+        self,
+        ready: WeightVersionReady,
+        model: str | None,
+        fleet: Mapping[int, FleetMember],
+        policy: Policy,
+    ) -> list[Action]:
+        """What to do about a version that must not be installed; empty if it may."""
+        found = (
+            _other_model(ready, model)
+            or self._stale(ready, fleet.values())
+            or _unsafe(ready, fleet.values(), policy)
+        )
+        if found is None:
+            return []
+        reason, detail = found
+        event = RefitRefused(
+            reason=reason,
+            detail=detail,
+            version=ready.version,
+            announcement=ready.announcement,
+        )
+        return [Publish(event), *self.end(ready, "refused", detail)]
+
+    def _stale(
+        self, ready: WeightVersionReady, members: Collection[FleetMember]
+    ) -> tuple[RefusalReason, str] | None:
+        desired = self.desired
+        newest = ready.version
+        if desired is not None and desired.model == ready.model:
+            newest = max(newest, desired.version)
+        for member in members:
+            newest = max(newest, member.status.version or newest)
+        if newest > ready.version:
+            return (
+                "stale",
+                f"version {ready.version} is older than {newest}: versions must grow; "
+                "publish old weights under a new number to go back",
+            )
+        for member in members:
+            status = member.status
+            if status.version == ready.version and status.weights != ready.weights:
+                return (
+                    "stale",
+                    f"worker {member.worker} serves other weights as version "
+                    f"{ready.version}: publish these under a new number",
+                )
+        return None
+
+
+def _other_model(
+    ready: WeightVersionReady, model: str | None
+) -> tuple[RefusalReason, str] | None:
+    if model is None or ready.model == model:
+        return None
+    return (
+        "unknown_model",
+        f"model {ready.model!r} is not served here (served: {model!r})",
+    )
+
+
+def _unsafe(
+    ready: WeightVersionReady, members: Collection[FleetMember], policy: Policy
+) -> tuple[RefusalReason, str] | None:
+    """A worker that drains is not routed to: somebody else has to be."""
+    if (ready.in_flight or policy.in_flight) != "drain":
+        return None
+    if policy.commit == "barrier":
+        why = "with commit policy barrier nobody would be left to serve"
+    elif members and sum(_is_routable(m) for m in members) < 2:
+        why = "one worker alone cannot be spared"
+    else:
+        return None
+    return (
+        "unsafe_policy",
+        f"in-flight policy drain takes workers out of routing, and {why}: use "
+        "continue or recompute, or rolling with two workers",
+    )
+
+
+def _is_routable(member: FleetMember) -> bool:
+    return member.status.admitted and member.status.phase != "fenced"

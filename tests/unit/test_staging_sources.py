@@ -1,0 +1,280 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Who reads a version from whom, and that whoever served it hears of the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from dynamo.refit.coordinator.actions import (
+    Action,
+    GiveBackLease,
+    ReleasePeer,
+    SendCommit,
+    SendPrepare,
+    SendServe,
+    ServeAnswered,
+    Tick,
+)
+from dynamo.refit.coordinator.policy import Policy
+from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.events import RefitFailed, WeightVersionReady
+from dynamo.refit.protocol import Refused, WeightsServed
+from tests.support.fleet import (
+    POLICY,
+    STAGE_DEADLINE,
+    V5,
+    V6,
+    aborts,
+    commits,
+    committed,
+    events,
+    failure,
+    fleet,
+    joiner,
+    leased,
+    member,
+    new,
+    of_type,
+    prepares,
+    released,
+    serves,
+    serves_not,
+    vote_refused,
+    voted,
+)
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+
+#: One reader of the trainer at a time, and two of each worker.
+TREE = replace(POLICY, direct_readers=1, peer_readers=2)
+
+
+def asked(actions: list[Action]) -> dict[int, int]:
+    """Which reader is to read from which worker."""
+    return {a.reader: a.peer for a in of_type(actions, SendServe)}
+
+
+def served(peer: int, reader: int) -> WeightsServed:
+    return serves(peer, reader, V5).reply
+
+
+# --- from workers ---------------------------------------------------------------
+
+
+def test_by_default_all_read_from_the_trainer() -> None:
+    reconciler = new(*range(1, 51))
+    reconciler.handle(V5, 0.0)
+    assert reconciler.handle(leased(V5), 1.0) == prepares(V5, *range(1, 51))
+
+
+def test_a_fleet_fills_as_a_tree_does() -> None:
+    reconciler = new(1, 2, 3, 4, 5, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    assert reconciler.handle(leased(V5), 1.0) == prepares(V5, 1)
+    # The trainer is free again, and 1 takes two.
+    actions = reconciler.handle(voted(1, V5), 2.0)
+    assert of_type(actions, SendPrepare) == prepares(V5, 2)
+    assert asked(actions) == {3: 1, 4: 1}
+    # The peer agrees; 5 is the next that there is room for.
+    actions = reconciler.handle(serves(1, 3, V5), 3.0)
+    assert actions == [SendPrepare(3, V5, peer=1, served=served(1, 3))]
+    assert reconciler.handle(serves(1, 4, V5), 3.0) == [
+        SendPrepare(4, V5, peer=1, served=served(1, 4))
+    ]
+    actions = reconciler.handle(voted(3, V5), 4.0)
+    assert actions == [ReleasePeer(1, "at 1 for 3"), SendServe(3, 5, V5)]
+    assert reconciler.handle(serves(3, 5, V5), 4.0) == [
+        SendPrepare(5, V5, peer=3, served=served(3, 5))
+    ]
+    assert reconciler.handle(voted(4, V5), 5.0) == [ReleasePeer(1, "at 1 for 4")]
+    assert reconciler.handle(voted(2, V5), 6.0) == []
+    release, *rest = reconciler.handle(voted(5, V5), 7.0)
+    assert release == ReleasePeer(3, "at 3 for 5")
+    assert rest == commits(V5, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(("trainer", "peer"), [(1, 1), (1, 2), (4, 3), (2, 0)])
+def test_no_source_has_more_readers_than_it_may(trainer: int, peer: int) -> None:
+    policy = replace(POLICY, direct_readers=trainer, peer_readers=peer)
+    everyone = range(1, 61)
+    reconciler = new(*everyone, policy=policy)
+    reconciler.handle(V5, 0.0)
+    actions = reconciler.handle(leased(V5), 1.0)
+    reading: dict[int, int | None] = {}
+    rounds = 0
+    while not of_type(actions, SendCommit):
+        rounds += 1
+        for prepare in of_type(actions, SendPrepare):
+            reading[prepare.worker] = prepare.peer
+        answers = [serves(p, r, V5) for r, p in asked(actions).items()]
+        many = Counter(reading.values()) + Counter(a.peer for a in answers)
+        assert many.pop(None, 0) <= trainer
+        assert max(many.values(), default=0) <= (peer or 60)
+        answers += [voted(worker, V5) for worker in reading]
+        reading = {}
+        actions = [a for what in answers for a in reconciler.handle(what, 2.0)]
+        assert rounds < 60
+    # Those that hold it multiply: it is not one after the other.
+    assert rounds <= 16
+
+
+def test_a_worker_that_installs_straight_holds_nothing_for_others() -> None:
+    reconciler = new(1, 2, 3, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    actions = reconciler.handle(voted(1, V5, mode="direct"), 2.0)
+    assert actions == prepares(V5, 2)
+
+
+def test_who_installs_straight_from_a_peer_reads_it_again_in_the_commit() -> None:
+    """Its peer must keep it until then."""
+    reconciler = new(1, 2, 3, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    reconciler.handle(voted(1, V5), 2.0)
+    reconciler.handle(serves(1, 3, V5), 3.0)
+    assert reconciler.handle(voted(3, V5, mode="direct"), 4.0) == []
+    actions = reconciler.handle(voted(2, V5), 5.0)
+    assert [a.worker for a in of_type(actions, SendCommit)] == [1, 2]
+    assert released(actions) == []
+    reconciler.handle(committed(1, V5), 6.0)
+    reconciler.handle(committed(2, V5), 6.0)
+    assert released(reconciler.handle(committed(3, V5), 7.0)) == [(1, "at 1 for 3")]
+
+
+# --- when a source does not work -------------------------------------------------
+
+
+def behind_two_peers() -> Reconciler:
+    """3 is behind what 1 and 2 serve, and asks 1."""
+    reconciler = new(member(1, 5), member(2, 5), joiner(3))
+    assert reconciler.transaction is not None
+    return reconciler
+
+
+def catching_up(reconciler: Reconciler) -> WeightVersionReady:
+    return reconciler.transaction.ready
+
+
+def test_a_peer_that_cannot_serve_is_not_asked_again() -> None:
+    reconciler = behind_two_peers()
+    what = catching_up(reconciler)
+    actions = reconciler.handle(serves_not(1, 3, what), 1.0)
+    assert actions == [SendServe(2, 3, what)]
+
+
+def test_a_peer_that_cannot_be_read_from_is_released_and_not_asked_again() -> None:
+    reconciler = behind_two_peers()
+    what = catching_up(reconciler)
+    reconciler.handle(serves(1, 3, what), 1.0)
+    actions = reconciler.handle(vote_refused(3, what), 2.0)
+    assert actions == [ReleasePeer(1, "at 1 for 3"), SendServe(2, 3, what)]
+
+
+def test_no_source_names_what_the_last_peer_said() -> None:
+    """It is not the reader's fault: NoSource fences nobody."""
+    reconciler = behind_two_peers()
+    what = catching_up(reconciler)
+    reconciler.handle(serves_not(1, 3, what), 1.0)
+    [event] = events(reconciler.handle(serves_not(2, 3, what), 2.0))
+    assert isinstance(event, RefitFailed)
+    assert (event.failure.kind, event.failure.worker) == ("NoSource", 3)
+    assert "PeerUnsuitable: packed (worker 2)" in event.failure.message
+    assert "publish" in event.failure.message
+
+
+def test_who_could_read_from_no_peer_says_why_itself() -> None:
+    reconciler = behind_two_peers()
+    what = catching_up(reconciler)
+    for peer in (1, 2):
+        reconciler.handle(serves(peer, 3, what), 1.0)
+        actions = reconciler.handle(vote_refused(3, what), 2.0)
+    [event] = events(actions)
+    assert event.failure == failure(3)
+
+
+def test_readers_of_a_bad_peer_go_back_to_the_trainer() -> None:
+    reconciler = new(1, 2, 3, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    reconciler.handle(voted(1, V5), 2.0)
+    assert reconciler.handle(serves_not(1, 3, V5), 3.0) == []
+    assert asked(reconciler.handle(voted(2, V5), 4.0)) == {}
+    assert reconciler.transaction.staging.readers[3].state == "reading"
+
+
+def test_who_cannot_read_from_the_trainer_is_not_sent_elsewhere() -> None:
+    reconciler = new(1, 2, 3, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    actions = reconciler.handle(vote_refused(1, V5), 2.0)
+    assert of_type(actions, GiveBackLease)[0].outcome == "failed"
+    assert not of_type(actions, SendPrepare)
+
+
+# --- leases of peers end ----------------------------------------------------------
+
+
+def reading_from_a_peer(policy: Policy = TREE) -> Reconciler:
+    """1 has staged from the trainer, 2 reads from there, 3 from 1; 4 has asked 1."""
+    reconciler = new(1, 2, 3, 4, policy=policy)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    assert asked(reconciler.handle(voted(1, V5), 2.0)) == {3: 1, 4: 1}
+    assert of_type(reconciler.handle(serves(1, 3, V5), 3.0), SendPrepare)
+    return reconciler
+
+
+def test_a_newer_version_releases_what_is_being_read() -> None:
+    reconciler = reading_from_a_peer()
+    actions = reconciler.handle(V6, 4.0)
+    assert aborts(actions) == {1: 5, 2: 5, 3: 5}
+    assert released(actions) == [(1, "at 1 for 3")]
+    # This one had not been answered yet.
+    actions = reconciler.handle(serves(1, 4, V5), 5.0)
+    assert actions == [ReleasePeer(1, "at 1 for 4")]
+
+
+def test_a_failure_releases_what_is_being_read() -> None:
+    reconciler = reading_from_a_peer()
+    actions = reconciler.handle(vote_refused(2, V5), 4.0)
+    assert released(actions) == [(1, "at 1 for 3")]
+    assert released(reconciler.handle(serves(1, 4, V5), 5.0)) == [(1, "at 1 for 4")]
+
+
+def test_the_deadline_releases_what_is_being_read() -> None:
+    reconciler = reading_from_a_peer(replace(TREE, quorum=0.25))
+    actions = reconciler.handle(Tick(), STAGE_DEADLINE + 1)
+    assert released(actions) == [(1, "at 1 for 3")]
+    assert aborts(actions) == {2: 5, 3: 5}
+    assert of_type(actions, SendCommit) == commits(V5, 1)
+
+
+def test_a_reader_that_leaves_is_released() -> None:
+    reconciler = reading_from_a_peer()
+    actions = reconciler.handle(fleet(1, 2, 4), 4.0)
+    assert released(actions) == [(1, "at 1 for 3")]
+
+
+def test_a_repeat_of_a_peer_s_answer_does_not_end_the_reading() -> None:
+    reconciler = reading_from_a_peer()
+    assert reconciler.handle(serves(1, 3, V5), 4.0) == []
+    assert released(reconciler.handle(voted(3, V5), 5.0)) == [(1, "at 1 for 3")]
+
+
+def test_nobody_is_sent_to_a_worker_that_has_left() -> None:
+    reconciler = reading_from_a_peer()
+    actions = reconciler.handle(fleet(2, 3, 4), 4.0)
+    assert asked(actions) == {}
+    refused = ServeAnswered(1, 4, "a5", Refused(failure=failure(1, "gone")))
+    reconciler.handle(refused, 5.0)
+    actions = reconciler.handle(voted(2, V5), 6.0)
+    assert of_type(actions, SendPrepare) == prepares(V5, 4)
+    # Those that read from it find somebody else.
+    actions = reconciler.handle(vote_refused(3, V5), 7.0)
+    assert asked(actions) == {3: 2}
