@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynamo.refit.protocol import CacheCounters, MemoryUse
 from dynamo.refit.rank.buffers import Arena
@@ -177,3 +179,49 @@ def test_a_first_version_that_is_given_up_leaves_no_way_back_for_the_next() -> N
 
     assert engine.arena.old is None
     assert _version(engine.arena.staged) == 2
+
+
+@given(
+    steps=st.lists(st.sampled_from(["stage", "install", "restore"]), max_size=12),
+    processed=st.sampled_from([(), ("packed",)]),
+)
+def test_only_what_is_expendable_ever_changes(
+    steps: list[str], processed: tuple[str, ...]
+) -> None:
+    """What others may read of the live version stays as it is, whatever comes next;
+    neither an install nor its undoing changes any shadow."""
+    engine = Engine(*processed)
+    engine.stage(1)
+    held = 1
+    for version, step in enumerate(steps, 2):
+        before = [shadow.buffer.bytes.clone() for shadow in engine.arena.shadows]
+        kept = {0, 1} - (engine.arena.expendable if step == "stage" else set())
+        if step == "stage":
+            engine.stage(version)
+            held = version
+        elif step == "install":
+            engine.install()
+            assert _version(engine.arena.shadows[engine.arena.live].staged) == held
+        elif engine.arena.old is not None:
+            engine.restore()
+        for number in kept:
+            assert torch.equal(
+                engine.arena.shadows[number].buffer.bytes, before[number]
+            )
+
+
+def test_on_a_device_there_is_one_shadow_and_it_is_always_expendable() -> None:
+    """On torch's meta device, which has no bytes."""
+    manifest = one_slice((4,), whole((4,))).manifest
+    memory = MemoryUse(mode="device", device_nbytes=0, host_nbytes=0)
+    arena = Arena(
+        FakeNixlAgent(manifest), LAYOUT, memory, torch.device("meta"), Cycle()
+    )
+    assert (len(arena.shadows), arena.live, arena.expendable) == (1, None, {0})
+    for _ in range(2):
+        arena.begin(())
+        assert (arena.live, arena.target, arena.expendable) == (None, 0, {0})
+        arena.installed()
+        assert (arena.live, arena.expendable) == (0, {0})
+    arena.restored()
+    assert arena.live is None

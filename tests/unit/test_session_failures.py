@@ -197,6 +197,20 @@ def test_an_abandoned_session_is_kept_until_its_reads_have_ended(
     assert not rank.agent.connected
 
 
+def test_an_abandoned_arena_that_others_read_is_kept(follower: Submit) -> None:
+    rank, abandoned = layer(), AbandonedSessions()
+    _give_up(rank, follower)
+    abandoned.add(rank.session)
+    rank.agent.late = 0
+    abandoned.sweep(lambda arena: arena is rank.arena)
+    assert len(abandoned) == 1
+    assert len(rank.agent.registered) == 3
+
+    abandoned.sweep(lambda arena: arena is None)
+    assert len(abandoned) == 0
+    assert rank.agent.registered == {}
+
+
 def test_an_abandoned_session_without_an_arena_is_freed_too(follower: Submit) -> None:
     rank, abandoned = layer(direct=True), AbandonedSessions()
     _give_up(rank, follower)

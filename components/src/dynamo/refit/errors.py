@@ -100,6 +100,10 @@ class PointerMoved(RefitError):
     """A live parameter is no longer at the address the session was built for."""
 
 
+class PeerUnsuitable(RefitError):
+    """A replica cannot serve its copy of a version to others."""
+
+
 class NothingStaged(RefitError):
     """An install was asked for a version that is not staged on this rank."""
 

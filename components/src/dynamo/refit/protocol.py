@@ -9,7 +9,8 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
   ``(version, epoch)``.
 - anyone to trainer, ``<ns>.<trainer>.weights``: manifest, fingerprints, lease, release;
   and a trainer's ranks to its rank 0: join, take a slot, written, await the release.
-- worker to its ranks: describe, stage, poll, install, restore, discard, offer, withdraw.
+- worker to its ranks: describe, stage, poll, install, restore, discard, and offer and
+  withdraw what they hold.
 """
 
 from __future__ import annotations

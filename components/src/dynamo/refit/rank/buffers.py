@@ -77,6 +77,7 @@ class Arena:
         cycle: Cycle,
     ) -> None:
         self.memory = memory
+        self.layout = layout
         on_host = memory.mode == "host" or device.type == "cpu"
         where = torch.device("cpu") if on_host else device
         count = 2 if on_host else 1
@@ -99,6 +100,17 @@ class Arena:
     def staged(self) -> list[torch.Tensor]:
         """The parameters of the version that came last, in the layout's order."""
         return self.shadows[self.target].staged
+
+    @property
+    def live(self) -> int | None:
+        """The shadow that has what is live, as it was loaded; ``None``: none has."""
+        return self._live
+
+    @property
+    def expendable(self) -> frozenset[int]:
+        """The shadows that the next version may overwrite."""
+        every = frozenset(range(len(self.shadows)))
+        return every if self._backup is not None else every - {self._live}
 
     @property
     def old(self) -> list[torch.Tensor] | None:

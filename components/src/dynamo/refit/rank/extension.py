@@ -45,6 +45,7 @@ from dynamo.refit.protocol import (
     Done,
     Install,
     Installed,
+    Offer,
     Poll,
     RankAnswer,
     RankCall,
@@ -56,6 +57,7 @@ from dynamo.refit.protocol import (
     Stage,
     Verified,
     Verify,
+    Withdraw,
 )
 from dynamo.refit.rank.capture import build_twin
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
@@ -140,6 +142,12 @@ class RefitRank:
                 )
             case Discard(version=version):
                 return self._discard(version)
+            # Whatever else is under way: others read while this rank stages.
+            case Offer():
+                return self._stager.offer(request) or Running()
+            case Withdraw(version=version):
+                self._stager.withdraw(version)
+                return Done()
 
     def _describe(self, request: Describe) -> RankReply:
         return Described(

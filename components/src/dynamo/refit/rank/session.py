@@ -9,7 +9,7 @@ nothing. It writes live weights only in ``direct`` staging, when it is told to.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -271,13 +271,16 @@ class AbandonedSessions:
     def add(self, session: Session) -> None:
         self._sessions.append(session)
 
-    def sweep(self) -> None:
-        """Give back those that have ended.
+    def sweep(self, offered: Callable[[Arena | None], bool] = lambda _: False) -> None:
+        """Give back those that have ended, but for an arena that is ``offered``: others
+        still read the version before from it.
 
         Raises:
             TransferFailed: too many are still waiting for a source.
         """
         for session in [s for s in self._sessions if not s.poll_active()]:
+            if offered(session.arena):
+                continue
             self._sessions.remove(session)
             session.close()
             if session.arena is not None:

@@ -23,6 +23,7 @@ from dynamo.refit.errors import (
     FingerprintMismatch,
     NothingStaged,
     NoWayBack,
+    PeerUnsuitable,
     StagingCancelled,
     UnsupportedConfiguration,
 )
@@ -30,6 +31,8 @@ from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     MemoryUse,
+    Offer,
+    Offered,
     RankVote,
     SessionUse,
     Stage,
@@ -42,7 +45,8 @@ from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
-from dynamo.refit.rank.plan import Limits, make_plan
+from dynamo.refit.rank.offer import Offers
+from dynamo.refit.rank.plan import Limits, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
 from dynamo.refit.transport.nixl import NixlAgent
@@ -72,6 +76,7 @@ class _Live:
     version: int
     parts: LiveParts
     landed: np.ndarray
+    plan: Plan
 
 
 class RankStager:
@@ -102,8 +107,7 @@ class RankStager:
         layers = ProcessedLayers(model, twin, config)
         self._live = LiveParameters(model, self._layout, layers)
         self._plain = {name: p.detach() for name, p in layers.plain.items()}
-        # Half a second, so before the first refit; later calls come from one thread
-        # at a time.
+        # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
         self._session: Session | None = None
@@ -117,6 +121,7 @@ class RankStager:
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
         )
+        self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
 
     @property
@@ -159,8 +164,14 @@ class RankStager:
         """
         cycle = Cycle()
         self._staged = None
+        with self._offers.overwriting(self._arena, limit), self._offers.agent_use:
+            return self._stage(request, manifest, limit, cycle)
+
+    def _stage(
+        self, request: Stage, manifest: Manifest, limit: Limit, cycle: Cycle
+    ) -> Staged:
         self._use_own_stream()
-        self._abandoned.sweep()
+        self._abandoned.sweep(self._offers.holds)
         self._evict()
         session, use = self._find_session(manifest, request, cycle)
         if use != "warm":
@@ -222,7 +233,9 @@ class RankStager:
             self._install_direct(session, staged, limit)
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
-        self._installed = _Live(version, session.live_parts, session.landed)
+        self._installed = _Live(
+            version, session.live_parts, session.landed, session.plan
+        )
         self._proven = session
         return (time.perf_counter() - start) * 1e3
 
@@ -263,13 +276,62 @@ class RankStager:
                 f"({live.version if live else 'nothing'})"
             )
         self._use_own_stream()
-        self._evict()
+        with self._offers.agent_use:
+            self._evict()
         live.parts.check(live.landed, self._rank)
         return live.parts.unchecked
 
     def discard(self) -> None:
-        """Forget what is staged; the session stays."""
+        """Forget what is staged; the session stays. Others may not read it any more,
+        unless it is live."""
+        if self._staged is not None and self._arena is not None:
+            live = self._arena, self._arena.live
+            self._offers.end(self._staged.version, besides=live)
         self._staged = None
+
+    # --- peers ------------------------------------------------------------------
+
+    def offer(self, request: Offer) -> Offered | None:
+        """Let others read a version from the shadow that has it; ``None``: ask again.
+
+        Raises:
+            PeerUnsuitable: no shadow has it, or not as it was published.
+        """
+        arena, shadow, plan = self._find_copy(request)
+        blocks = self._offers.find_blocks(plan, arena)
+        if blocks is None:
+            return None
+        source = self._offers.add(request.version, arena, shadow, request.seconds)
+        return Offered(
+            rank=self._rank,
+            slot=shadow,
+            source=source,
+            blocks=blocks if request.want_blocks else (),
+        )
+
+    def withdraw(self, version: int) -> None:
+        """Nobody reads ``version`` here any more."""
+        self._offers.end(version)
+
+    def _find_copy(self, request: Offer) -> tuple[Arena, int, Plan]:
+        """The shadow with the version, and the plan that says what it holds."""
+        if self.direct:
+            raise PeerUnsuitable(
+                "direct staging keeps no copy that others could read: give this worker "
+                "room for a shadow of its weights, or read from another replica"
+            )
+        held: _Staged | _Live | None = self._staged
+        arena, plan = self._arena, self._session and self._session.plan
+        shadow = arena and arena.target
+        if request.live:
+            held, shadow = self._installed, arena and arena.live
+            plan = held and held.plan
+        if held is None or held.version != request.version or shadow is None:
+            raise PeerUnsuitable(
+                f"this rank's staging buffers do not have version {request.version} "
+                "any more: read the one that is served now, or from another replica"
+            )
+        return arena, shadow, plan
 
     # --- staging ----------------------------------------------------------------
 
@@ -324,6 +386,7 @@ class RankStager:
         )
         if memory.mode != "direct" and self._arena is None:
             self._arena = Arena(self._agent, self._layout, memory, self._device, cycle)
+            self._offers.know(self._arena)
         arena = None if memory.mode == "direct" else self._arena
         scratch = torch.device("cpu") if memory.mode == "host" else self._device
         return Session(
@@ -366,7 +429,8 @@ class RankStager:
         self._use_own_stream()
         self._live.check_addresses()
         submit = self._follower.submit
-        parts = session.pull(staged.slot, limit, submit, Cycle(), land=True)
+        with self._offers.agent_use:
+            parts = session.pull(staged.slot, limit, submit, Cycle(), land=True)
         wrong = np.flatnonzero(parts != staged.parts)
         if len(wrong):
             raise FingerprintMismatch(

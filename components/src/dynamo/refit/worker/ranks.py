@@ -22,6 +22,7 @@ from dynamo.refit.errors import (
     FingerprintMismatch,
     InstallUndone,
     ManifestInvalid,
+    PeerUnsuitable,
     RefitError,
 )
 from dynamo.refit.fingerprint import version_fingerprint
@@ -38,6 +39,8 @@ from dynamo.refit.protocol import (
     Installed,
     ManifestReply,
     Message,
+    Offer,
+    Offered,
     Poll,
     Prepare,
     RankReply,
@@ -51,6 +54,7 @@ from dynamo.refit.protocol import (
     StagingChoice,
     StagingMode,
     Verify,
+    Withdraw,
 )
 from dynamo.refit.worker.proof import Proof, Reads
 
@@ -70,6 +74,9 @@ HANG_SECONDS = 60.0
 
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
+
+#: How long ranks may take to work out what they hold.
+OFFER_SECONDS = 60.0
 
 
 class RanksFailed(RefitError):
@@ -109,6 +116,17 @@ class HeldManifest:
 
 
 @dataclass(frozen=True)
+class HeldVersion:
+    """A version that was proven here: its fingerprint, the manifest it came with, and
+    the trainer's fingerprint of every tensor, uint64."""
+
+    version: int
+    weights: str
+    manifest: HeldManifest
+    tensors: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Proven:
     """What each rank reads of a layout, and the proof that rests on it."""
 
@@ -136,6 +154,9 @@ class Ranks:
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
         self._proven: _Proven | None = None
+        self._staged: HeldVersion | None = None
+        self._live: HeldVersion | None = None
+        self._previous: HeldVersion | None = None
         #: An install of what was staged last is a transfer, and cannot be undone.
         self.direct = False
 
@@ -159,6 +180,7 @@ class Ranks:
                 hold other bytes than were published. The others may still be
                 staging: :meth:`discard` follows.
         """
+        self._staged = None
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
         proven = self._proven is not None and self._proven.layout == held.layout
@@ -181,6 +203,7 @@ class Ranks:
         self.direct = any(reply.vote.memory.mode == "direct" for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
+        self._staged = HeldVersion(request.version, request.weights, held, published)
         return tuple(reply.vote for reply in staged)
 
     def _prove(self, held: HeldManifest, staged: list[Staged]) -> _Proven:
@@ -265,6 +288,8 @@ class Ranks:
         Raises:
             RefitError: a rank does not let go.
         """
+        if self._staged is not None and self._staged.version == version:
+            self._staged = None
         deadline = time.monotonic() + DISCARD_SECONDS
         while True:
             replies = await self._caller.call_ranks(Discard(version=version))
@@ -290,7 +315,9 @@ class Ranks:
         except RanksFailed as error:
             logger.warning("installing version %d again: %s", version, error.failure)
             await self._call_to_the_end(request)
+            self._now_live()
             return 1
+        self._now_live()
         return 0
 
     async def install_in_step(self, version: int) -> int:
@@ -305,8 +332,14 @@ class Ranks:
         except RanksFailed as error:
             logger.warning("installing version %d again: %s", version, error.failure)
             await self._call(request)
+            self._now_live()
             return 1
+        self._now_live()
         return 0
+
+    def _now_live(self) -> None:
+        if self._live is not self._staged:
+            self._previous, self._live = self._live, self._staged
 
     async def verify(self, version: int) -> int:
         """Compare the live weights of every rank with ``version``, while serving.
@@ -349,6 +382,61 @@ class Ranks:
                     f"version {version} was installed on some ranks only "
                     f"({cause.failure}) and could not be undone ({reply})"
                 ) from cause
+        if self._live is not None and self._live is self._staged:
+            self._live = self._previous
+
+    # --- what others read ----------------------------------------------------
+
+    def held(self, version: int, weights: str) -> HeldVersion:
+        """The version with the fingerprint ``weights``, live or staged here.
+
+        Raises:
+            PeerUnsuitable: it is neither.
+        """
+        for held in (self._live, self._staged):
+            if held is not None and (held.version, held.weights) == (version, weights):
+                return held
+        here = [
+            f"version {held.version} is {how} ({held.weights})"
+            for held, how in ((self._live, "live"), (self._staged, "staged"))
+            if held is not None
+        ]
+        raise PeerUnsuitable(
+            f"version {version} with the fingerprint {weights} is not held here: "
+            f"{' and '.join(here) or 'nothing was staged since the start'}; read from "
+            "another replica, or from the trainer"
+        )
+
+    async def offer(
+        self, held: HeldVersion, seconds: float, *, want_blocks: bool
+    ) -> list[Offered]:
+        """Let others read ``held`` from every rank for ``seconds``, while serving.
+
+        Raises:
+            RanksFailed: a rank cannot; the others may still be read:
+                :meth:`withdraw` follows.
+        """
+        request = Offer(
+            version=held.version,
+            live=held is self._live,
+            seconds=seconds,
+            want_blocks=want_blocks,
+        )
+        deadline = time.monotonic() + OFFER_SECONDS
+        while True:
+            replies = await self._call(request)
+            if not any(isinstance(reply, Running) for reply in replies):
+                return replies
+            if time.monotonic() > deadline:
+                raise PeerUnsuitable(
+                    f"the ranks did not say within {OFFER_SECONDS:g} s what they hold "
+                    f"of version {held.version}: ask again"
+                )
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def withdraw(self, version: int) -> None:
+        """Nobody reads ``version`` from the ranks any more."""
+        await self._call(Withdraw(version=version))
 
     async def _call(self, request: RankRequest) -> list:
         return _all_or_raise(await self._caller.call_ranks(request))

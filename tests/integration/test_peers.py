@@ -1,0 +1,416 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A replica that reads from another replica instead of from the trainer: its live bytes
+are those of the golden load, whatever the two are made of and whatever happens to the
+one that is read. Real ranks without engines, real NIXL.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dynamo.refit.errors import Failure, PeerUnsuitable, SourceLost
+from dynamo.refit.protocol import Discard, Withdraw
+from dynamo.refit.worker.ranks import RanksFailed
+from graphs.tiny_model import make_checkpoint
+from tests.support.agent_half import built, offer
+from tests.support.counted_rank import CountedRanks
+from tests.support.peers import MortalRanks, PeerHalf
+from tests.support.raw_sources import Held, RawSources
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+    pytest.mark.timeout(240),
+]
+
+MODELS = Path(__file__).resolve().parents[2] / ".cache" / "models"
+SEEDS = {"A": 1, "B": 2, "C": 3}
+
+#: Fused and row-parallel weights; a tied embedding; experts; a vocabulary that does not
+#: divide, so that the last rank's part is padded.
+SERVED = {
+    "qwen3": ("qwen3", {}),
+    "qwen3-tied": ("qwen3-tied", {}),
+    "qwen3moe": ("qwen3moe", {}),
+    "uneven-vocabulary": ("qwen3", {"vocab_size": 4100}),
+}
+
+WARM = ("warm", 0, 0, 0)
+
+
+def checkpoint(served: str, weights: str) -> Path:
+    architecture, changes = SERVED[served]
+    seed = SEEDS[weights]
+    directory = MODELS / f"layouts-{served}-{seed}"
+    return make_checkpoint(directory, seed=seed, architecture=architecture, **changes)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawSources]:
+    with RawSources(2, tmp_path_factory.mktemp("trainer")) as sources:
+        yield sources
+
+
+@pytest.fixture(scope="module")
+def groups(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, CountedRanks]]:
+    """One replica to read from, and two of different sizes that read."""
+    sizes = {"source": 2, "narrow": 1, "wide": 2}
+    groups = {
+        name: CountedRanks(ranks, tmp_path_factory.mktemp(name))
+        for name, ranks in sizes.items()
+    }
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+def begin(groups: dict[str, CountedRanks], served: str, *names: str) -> list[PeerHalf]:
+    """Replicas that have just loaded checkpoint A."""
+    for name in names:
+        groups[name].load(checkpoint(served, "A"))
+    return [PeerHalf(groups[name]) for name in names]
+
+
+def assert_serves(half: PeerHalf, golden: Path) -> None:
+    assert half.group.digests() == half.group.golden(golden)
+
+
+@pytest.mark.parametrize("served", SERVED)
+@pytest.mark.parametrize("reader", ["narrow", "wide"])
+def test_what_a_replica_reads_from_another_is_the_golden_load(
+    groups: dict[str, CountedRanks], trainer: RawSources, served: str, reader: str
+) -> None:
+    """Versions in turn through both slots, from a copy that is only staged and from one
+    that is live: built once, and then warm."""
+    a, b = begin(groups, served, "source", reader)
+    held = trainer.hold(checkpoint(served, "A"), 2)
+    slots = []
+    for cycle, weights in enumerate("BCABC"):
+        golden = checkpoint(served, weights)
+        a.stage(offer(held.write(cycle % 2, golden)))
+        if cycle % 2:
+            a.install()
+        offered = a.serve()
+        slots.append(offered.slot)
+        votes = b.refit(offered)
+        assert_serves(b, golden)
+        a.release()
+        if cycle == 0:
+            assert {vote.session for vote in votes} == {"cold"}
+        else:
+            assert built(votes) == [WARM] * len(votes)
+        if not cycle % 2:
+            a.install()
+        assert a.verify() == 0
+        assert_serves(a, golden)
+    assert set(slots) == {0, 1}
+    assert b.trainer.manifests_sent == 1
+    held.release()
+
+
+def test_versions_go_on_from_reader_to_reader_when_the_trainer_is_gone(
+    groups: dict[str, CountedRanks], trainer: RawSources
+) -> None:
+    """What came from a peer is a source like any other: trainer, two ranks, one rank,
+    two ranks."""
+    served = "qwen3"
+    a, b = begin(groups, served, "source", "narrow")
+    golden = checkpoint(served, "B")
+    held = trainer.hold(golden, 2)
+    a.refit(offer(held.write(0, golden)))
+    held.release()
+    b.refit(a.serve())
+    a.release()
+
+    (c,) = begin(groups, served, "wide")
+    offered = b.serve()
+    assert offered.weights == a.serve().weights
+    a.release()
+    c.refit(offered)
+    b.release()
+    assert_serves(c, golden)
+
+
+def test_a_trainer_that_is_cut_otherwise_leaves_readers_warm(
+    groups: dict[str, CountedRanks], trainer: RawSources
+) -> None:
+    """What a replica holds does not depend on how it came."""
+    served = "qwen3moe"
+    a, b = begin(groups, served, "source", "narrow")
+    for shards, weights, expected in ((2, "B", "cold"), (1, "C", "warm")):
+        golden = checkpoint(served, weights)
+        held = trainer.hold(golden, shards)
+        a.refit(offer(held.write(0, golden)))
+        votes = b.refit(a.serve())
+        assert [vote.session for vote in votes] == [expected]
+        assert_serves(b, golden)
+        a.release()
+        held.release()
+
+
+def test_two_versions_are_read_at_a_time(
+    groups: dict[str, CountedRanks], trainer: RawSources
+) -> None:
+    """The live one by a joiner, the staged one by a replica that is to follow: each
+    from its own shadow, and an install in between changes neither."""
+    served = "qwen3"
+    a, b = begin(groups, served, "source", "narrow")
+    held = trainer.hold(checkpoint(served, "A"), 2)
+    old, new = checkpoint(served, "B"), checkpoint(served, "C")
+    a.refit(offer(held.write(0, old)))
+    live = a.serve()
+    a.stage(offer(held.write(1, new)))
+    staged = a.serve()
+    assert (live.announced, {live.slot, staged.slot}) == (staged.announced, {0, 1})
+
+    for turn in range(2):
+        for offered, golden in ((live, old), (staged, new)):
+            b.refit(offered)
+            assert_serves(b, golden)
+        if turn == 0:
+            a.install()
+            assert_serves(a, new)
+    for announcement in list(a.announcements):
+        a.release(announcement)
+    held.release()
+
+
+# --- nothing that is read changes ---------------------------------------------
+
+
+def while_staging(half: PeerHalf, act: Callable[[], None], polls: int = 3) -> None:
+    """Have ``act`` called once while ``half`` stages, after some polls of its ranks."""
+    left = iter(range(polls))
+
+    def look() -> None:
+        if next(left, None) is None:
+            half.caller.on_poll = lambda: None
+            act()
+
+    half.caller.on_poll = look
+
+
+@pytest.fixture
+def pair(groups: dict[str, CountedRanks]) -> tuple[PeerHalf, PeerHalf]:
+    return tuple(begin(groups, "qwen3", "source", "narrow"))
+
+
+@pytest.fixture
+def held(trainer: RawSources) -> Iterator[Held]:
+    held = trainer.hold(checkpoint("qwen3", "A"), 2)
+    yield held
+    held.release()
+
+
+OLD, NEW, NEXT = (checkpoint("qwen3", weights) for weights in "BCA")
+
+
+def test_the_live_copy_stays_when_the_next_versions_come(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    """The next version comes beside it at once. The one after that needs its memory,
+    and waits until the reader is gone."""
+    a, b = pair
+    a.refit(offer(held.write(0, OLD)))
+    offered, version = a.serve(), a.version
+    a.stage(offer(held.write(1, NEW)))
+    b.refit(offered)
+    assert_serves(b, OLD)
+    a.install()
+
+    seen = []
+
+    def read_and_go() -> None:
+        b.refit(offered)
+        seen.append(b.group.digests())
+        a.group.call(Withdraw(version=version))
+
+    while_staging(a, read_and_go)
+    a.refit(offer(held.write(0, NEXT)))
+    assert seen == [b.group.golden(OLD)]
+    assert_serves(a, NEXT)
+
+
+def test_a_staged_copy_that_is_read_is_not_overwritten(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    """Staged, not live: another version would come where it is. It waits, in bounds."""
+    a, b = pair
+    a.stage(offer(held.write(0, OLD)))
+    offered = a.serve()
+    failure = a.refuse(offer(held.write(1, NEW)), seconds=1.0)
+    assert failure.kind == "LeaseHeld"
+    assert "release their leases, or prepare again in 5" in failure.message
+    b.refit(offered)
+    assert_serves(b, OLD)
+
+    a.release()
+    a.refit(offer(held.write(1, NEW)))
+    assert_serves(a, NEW)
+
+
+def test_a_lease_that_expires_holds_nobody_up(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    a, _ = pair
+    a.stage(offer(held.write(0, OLD)))
+    a.serve(seconds=2.0)
+    began = time.monotonic()
+    a.refit(offer(held.write(1, NEW)))
+    assert 1.0 < time.monotonic() - began < 20.0
+    assert_serves(a, NEW)
+    with pytest.raises(SourceLost, match="has ended here"):
+        a.fingerprints(a.announcements[-1])
+
+
+def test_a_stage_that_waits_for_readers_can_be_given_up(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    a, _ = pair
+    a.stage(offer(held.write(0, OLD)))
+    a.serve()
+    while_staging(a, lambda: a.group.call(Discard(version=a.version)))
+    failure = a.refuse(offer(held.write(1, NEW)))
+    assert (failure.kind, failure.message) == (
+        "StagingCancelled",
+        "cancelled while waiting for the readers of version 1",
+    )
+
+
+def test_a_version_that_is_given_up_is_not_read(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    """Nobody waits for its readers, and one that is late finds out."""
+    a, b = pair
+    b.refit(offer(held.write(1, NEXT)))
+    a.stage(offer(held.write(0, OLD)))
+    offered, version = a.serve(), a.version
+    a.discard()
+    with pytest.raises(PeerUnsuitable, match="nothing was staged"):
+        a.fingerprints(a.announcements[-1])
+    assert a.unserved(version)[0] == "PeerUnsuitable"
+
+    began = time.monotonic()
+    a.stage(offer(held.write(1, NEW)))
+    assert time.monotonic() - began < 10.0
+    failure = b.refuse(offered)
+    assert failure.kind == "FingerprintMismatch"
+    assert_serves(b, NEXT)
+    a.release()
+
+
+def test_an_install_that_is_undone(pair: tuple[PeerHalf, PeerHalf], held: Held) -> None:
+    """It only reads the shadows: both versions can be read before and after."""
+    a, b = pair
+    a.refit(offer(held.write(0, OLD)))
+    first = a.version
+    a.stage(offer(held.write(1, NEW)))
+    staged = a.serve()
+    a.install()
+    assert a.unserved(first)[0] == "PeerUnsuitable"
+    a.restore(RanksFailed(Failure(kind="-", message="-", stage="install")))
+    assert_serves(a, OLD)
+    for offered, golden in ((a.serve(first), OLD), (staged, NEW)):
+        b.refit(offered)
+        assert_serves(b, golden)
+    for announcement in a.announcements:
+        a.release(announcement)
+
+
+def test_the_last_reader_ends_it(pair: tuple[PeerHalf, PeerHalf], held: Held) -> None:
+    a, _ = pair
+    a.stage(offer(held.write(0, OLD)))
+    assert a.serve().announced == a.serve().announced
+    one, other = a.announcements
+    assert one != other
+    a.release(one)
+    with pytest.raises(SourceLost):
+        a.fingerprints(one)
+    assert a.fingerprints(other)
+    assert a.refuse(offer(held.write(1, NEW)), seconds=0.5).kind == "LeaseHeld"
+    a.release(other)
+    a.release(other)
+    a.stage(offer(held.write(1, NEW)))
+
+
+# --- what cannot be served, and who is gone -----------------------------------
+
+
+def test_a_replica_without_a_copy_says_so(
+    groups: dict[str, CountedRanks], held: Held
+) -> None:
+    groups["source"].load(checkpoint("qwen3", "A"), "direct")
+    a = PeerHalf(groups["source"], "direct")
+    a.stage(offer(held.write(0, OLD)))
+    kind, message = a.unserved()
+    assert (kind, "direct staging keeps no copy" in message) == ("PeerUnsuitable", True)
+
+
+def test_a_replica_that_holds_other_bytes_than_the_published_ones_says_so(
+    groups: dict[str, CountedRanks], trainer: RawSources
+) -> None:
+    """Published in float32, held in bfloat16."""
+    wide = make_checkpoint(MODELS / "peers-float32", seed=2)
+    file = wide / "model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    (a,) = begin(groups, "qwen3", "source")
+    held = trainer.hold(wide, 1)
+    a.refit(offer(held.write(0, wide)))
+    kind, message = a.unserved()
+    assert kind == "PeerUnsuitable"
+    assert "published as float32 and held in another dtype" in message
+    held.release()
+
+
+def test_a_replica_that_has_another_version_says_which(
+    pair: tuple[PeerHalf, PeerHalf], held: Held
+) -> None:
+    a, _ = pair
+    offered = offer(held.write(0, OLD))
+    a.stage(offered)
+    with pytest.raises(PeerUnsuitable, match="version 1 is staged"):
+        a.ask(version=1, weights="0" * 64)
+    with pytest.raises(PeerUnsuitable, match=r"version 7 .* is not held here"):
+        a.ask(version=7, weights=offered.weights)
+
+
+@pytest.mark.faults
+def test_a_peer_that_dies_while_it_is_read(
+    groups: dict[str, CountedRanks], held: Held, tmp_path: Path
+) -> None:
+    """Stopped before the readers can connect, and killed while they try."""
+    (b,) = begin(groups, "qwen3", "wide")
+    b.refit(offer(held.write(0, OLD)))
+    with MortalRanks(1, tmp_path) as group:
+        group.load(checkpoint("qwen3", "A"))
+        a = PeerHalf(group)
+        a.refit(offer(held.write(1, NEW)))
+        offered = a.serve()
+        group.stop()
+        killed = []
+
+        def kill_when_reading() -> None:
+            if not killed and all(use.active for use in groups["wide"].nixl()):
+                killed.append(group.kill())
+
+        b.caller.on_poll = kill_when_reading
+        failure = b.refuse(offered)
+        b.caller.on_poll = lambda: None
+    assert killed
+    assert failure.kind == "TransferFailed"
+    assert re.search("the read from 'refit-0-.*' (broke off|ended in)", failure.message)
+    assert_serves(b, OLD)
+    b.refit(offer(held.write(1, NEXT)))
+    assert_serves(b, NEXT)

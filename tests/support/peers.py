@@ -1,0 +1,147 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Replicas without engines that read from each other: the product's ``Ranks`` and
+``PeerSource`` over a :class:`RankGroup`.
+
+    a, b = PeerHalf(first), PeerHalf(second)
+    a.refit(offer(held.write(0, checkpoint)))
+    b.refit(a.serve())
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from dynamo.refit.errors import RefitError
+from dynamo.refit.manifest import Manifest, Region, Source
+from dynamo.refit.protocol import (
+    GetFingerprints,
+    GetManifest,
+    HeldBlock,
+    Offered,
+    RankVote,
+    ReleaseLease,
+    ServeWeights,
+    StagingChoice,
+    WeightsServed,
+)
+from dynamo.refit.worker.peer import PeerSource, as_sources, compose
+from dynamo.refit.worker.ranks import RanksFailed
+from tests.support.agent_half import AgentHalf, Offer
+from tests.support.rank import Rank
+from tests.support.rank_group import STAGE_SECONDS, RankGroup
+
+#: A reader's lease.
+LEASE_SECONDS = 60.0
+
+
+class MortalRanks(RankGroup):
+    """A :class:`RankGroup` of processes that can be stopped in their tracks."""
+
+    def stop(self) -> None:
+        for child in self._children:
+            os.kill(child.process.pid, signal.SIGSTOP)
+
+    def kill(self) -> None:
+        for child in self._children:
+            child.kill()
+
+
+class PeerHalf(AgentHalf):
+    """A replica that others can read from. ``announcements`` are those it was asked to
+    serve, the newest last."""
+
+    def __init__(self, group: RankGroup, staging: StagingChoice = "auto") -> None:
+        super().__init__(group, staging)
+        self.peer = PeerSource(self._ranks)
+        self.announcements: list[str] = []
+        self._weights: dict[int, str] = {}
+
+    @property
+    def version(self) -> int:
+        """The number of the version that was staged last."""
+        return self._version
+
+    def stage(self, offered: Offer, seconds: float = STAGE_SECONDS) -> list[RankVote]:
+        self._weights[self._version + 1] = offered.weights
+        return super().stage(offered, seconds)
+
+    def serve(
+        self, version: int | None = None, seconds: float = LEASE_SECONDS
+    ) -> Offer:
+        """What this replica says of ``version`` (the newest) to somebody who asks."""
+        version = self._version if version is None else version
+        served = self.ask(version, self._weights[version], seconds)
+        self.announcements.append(served.announcement)
+        manifest = self.peer.manifest(GetManifest(manifest=served.manifest))
+        return Offer(
+            announced=served.manifest,
+            slot=served.slot,
+            weights=self._weights[version],
+            manifest=manifest.payload,
+            fingerprints=self.fingerprints(served.announcement),
+        )
+
+    def ask(
+        self, version: int, weights: str, seconds: float = LEASE_SECONDS
+    ) -> WeightsServed:
+        request = ServeWeights(
+            version=version, weights=weights, epoch=1, seconds=seconds
+        )
+        return self._runner.run(self.peer.serve(request))
+
+    def fingerprints(self, announcement: str) -> bytes:
+        request = GetFingerprints(announcement=announcement)
+        return self.peer.fingerprints(request).payload
+
+    def release(self, announcement: str | None = None) -> None:
+        """A reader (the newest) has ended."""
+        announcement = announcement or self.announcements[-1]
+        request = ReleaseLease(announcement=announcement, outcome="completed")
+        self._runner.run(self.peer.release(request))
+
+    def unserved(self, version: int | None = None) -> tuple[str, str]:
+        """The error (its kind and its words) of a serve, which must fail."""
+        try:
+            self.serve(version)
+        except RanksFailed as error:
+            return error.failure.kind, error.failure.message
+        except RefitError as error:
+            return type(error).__name__, str(error)
+        raise AssertionError("it was served")
+
+    def discard(self) -> None:
+        """The coordinator has given the newest version up."""
+        self._runner.run(self._ranks.discard(self._version))
+
+    def restore(self, cause: RanksFailed) -> None:
+        """Undo the newest install."""
+        self._runner.run(self._ranks.restore(self._version, cause))
+
+
+def composed(
+    manifest: Manifest, ranks: Sequence[Rank], held: Sequence[Sequence[HeldBlock]]
+) -> Manifest:
+    """What ``ranks`` together say that they hold, of a manifest that they staged."""
+    offered = [
+        Offered(
+            rank=number,
+            slot=rank.arena.target,
+            source=Source(
+                agent=f"refit-{number}",
+                metadata=f"refit-{number}".encode(),
+                memory="DRAM",
+                device=0,
+                slots=tuple(
+                    (Region(s.buffer.bytes.data_ptr(), s.buffer.bytes.numel()),)
+                    for s in rank.arena.shadows
+                ),
+            ),
+            blocks=tuple(blocks),
+        )
+        for number, (rank, blocks) in enumerate(zip(ranks, held, strict=True))
+    ]
+    _, sources = as_sources(offered)
+    return compose(manifest, offered, sources)

@@ -1,0 +1,331 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A replica as a source: what it tells readers, how long, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import pytest
+
+from dynamo.refit.errors import Failure, PeerUnsuitable, SourceLost
+from dynamo.refit.fingerprint import version_fingerprint
+from dynamo.refit.manifest import Manifest, Region, Source, decode_manifest
+from dynamo.refit.protocol import (
+    Done,
+    GetFingerprints,
+    GetManifest,
+    HeldBlock,
+    Offered,
+    ReleaseLease,
+    ServeWeights,
+    WeightsServed,
+)
+from dynamo.refit.worker import peer
+from dynamo.refit.worker.peer import PeerSource, as_sources
+from dynamo.refit.worker.ranks import HeldManifest, HeldVersion, RanksFailed
+from tests.support.layouts import SourceMemory, make_manifest, make_tensor
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+ROWS = ((0, 4), (0, 3)), ((4, 8), (0, 3))
+TENSORS = np.array([11, 22], dtype=np.uint64)
+
+
+def trained() -> Manifest:
+    """A tensor that two ranks have half of each, and one that both have."""
+    memory = SourceMemory()
+    split = make_tensor(memory, "split", (8, 3), dtype="float32")
+    both = make_tensor(memory, "both", (5,), dtype="float32")
+    return make_manifest(split, both, memory=memory)
+
+
+def source(rank: int, address: int = 0, slots: int = 2) -> Source:
+    first = (1 << 30) * (rank + 1) + address
+    return Source(
+        agent=f"refit-{rank}",
+        metadata=b"m",
+        memory="DRAM",
+        device=0,
+        slots=tuple((Region(first + (slot << 20), 4096),) for slot in range(slots)),
+    )
+
+
+def held_by(rank: int) -> tuple[HeldBlock, ...]:
+    return HeldBlock(0, ROWS[rank], 256), HeldBlock(1, ((0, 5),), 0)
+
+
+@dataclass
+class FakeRanks:
+    """A test fake of :class:`dynamo.refit.worker.ranks.Ranks` of two ranks.
+
+    ``slot`` is per rank where a version is, ``asked`` whether blocks were wanted.
+    """
+
+    versions: list[HeldVersion] = field(default_factory=list)
+    slot: list[int] = field(default_factory=lambda: [0, 0])
+    address: int = 0
+    slots: list[int] = field(default_factory=lambda: [2, 2])
+    blocks: list[tuple[HeldBlock, ...]] = field(
+        default_factory=lambda: [held_by(0), held_by(1)]
+    )
+    refusal: Exception | None = None
+    asked: list[bool] = field(default_factory=list)
+    withdrawn: list[int] = field(default_factory=list)
+
+    def hold(self, version: int, manifest: Manifest | None = None) -> ServeWeights:
+        """Hold one more version; the request for it."""
+        manifest = manifest or trained()
+        encoded = HeldManifest(
+            fingerprint=manifest.fingerprint(),
+            layout=manifest.layout_fingerprint(),
+            payload=b"",
+            manifest=manifest,
+        )
+        tensors = TENSORS + np.uint64(version)
+        weights = version_fingerprint(tensors)
+        self.versions.append(HeldVersion(version, weights, encoded, tensors))
+        return ServeWeights(version=version, weights=weights, epoch=1, seconds=30.0)
+
+    def held(self, version: int, weights: str) -> HeldVersion:
+        for held in self.versions:
+            if (held.version, held.weights) == (version, weights):
+                return held
+        raise PeerUnsuitable("not held here")
+
+    async def offer(
+        self, held: HeldVersion, seconds: float, *, want_blocks: bool
+    ) -> list[Offered]:
+        await asyncio.sleep(0)
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append(want_blocks)
+        return [
+            Offered(
+                rank=rank,
+                slot=self.slot[rank],
+                source=source(rank, self.address, self.slots[rank]),
+                blocks=self.blocks[rank] if want_blocks else (),
+            )
+            for rank in range(2)
+        ]
+
+    async def withdraw(self, version: int) -> None:
+        self.withdrawn.append(version)
+
+
+@pytest.fixture
+def ranks() -> FakeRanks:
+    return FakeRanks()
+
+
+@pytest.fixture
+def there(ranks: FakeRanks) -> PeerSource:
+    return PeerSource(ranks)
+
+
+def manifest_of(there: PeerSource, served: WeightsServed) -> Manifest:
+    reply = there.manifest(GetManifest(manifest=served.manifest))
+    manifest = decode_manifest(reply.payload)
+    assert manifest.fingerprint() == served.manifest
+    manifest.validate()
+    return manifest
+
+
+def ended(there: PeerSource, served: WeightsServed) -> ReleaseLease:
+    return ReleaseLease(announcement=served.announcement, outcome="completed")
+
+
+async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> None:
+    request = ranks.hold(3)
+    served = await there.serve(request)
+    manifest = manifest_of(there, served)
+    published = trained()
+    assert manifest.model == published.model
+    assert [(t.name, t.dtype, t.shape) for t in manifest.tensors] == [
+        (t.name, t.dtype, t.shape) for t in published.tensors
+    ]
+    split, both = (
+        [(s.source, s.region, s.byte_offset, s.box) for s in tensor.shards]
+        for tensor in manifest.tensors
+    )
+    assert split == [(0, 0, 256, ROWS[0]), (1, 0, 256, ROWS[1])]
+    assert both == [(0, 0, 0, ((0, 5),)), (1, 0, 0, ((0, 5),))]
+    assert manifest.sources == (source(0), source(1))
+    assert served.slot == 0
+    reply = there.fingerprints(GetFingerprints(announcement=served.announcement))
+    parts = np.frombuffer(reply.payload, dtype="<u8")
+    assert version_fingerprint(parts) == request.weights
+
+
+async def test_versions_take_turns_in_one_manifest(
+    ranks: FakeRanks, there: PeerSource
+) -> None:
+    """Ranks say what they hold once."""
+    seen = []
+    for version in range(4):
+        ranks.slot = [version % 2] * 2
+        seen.append(await there.serve(ranks.hold(version)))
+    assert [served.slot for served in seen] == [0, 1, 0, 1]
+    assert len({served.manifest for served in seen}) == 1
+    assert ranks.asked == [True, False, False, False]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_ranks_that_are_a_turn_apart(
+    ranks: FakeRanks, there: PeerSource, first: int
+) -> None:
+    """The slot that is announced is on every rank the one with the version."""
+    manifests = set()
+    for turn in (first, 1 - first, first):
+        ranks.slot = [turn, 1 - turn]
+        served = await there.serve(ranks.hold(turn))
+        sources = manifest_of(there, served).sources
+        assert [s.slots[served.slot] for s in sources] == [
+            source(0).slots[turn],
+            source(1).slots[1 - turn],
+        ]
+        manifests.add(served.manifest)
+    assert len(manifests) == 1
+
+
+async def test_ranks_that_keep_different_numbers_of_versions(
+    ranks: FakeRanks, there: PeerSource
+) -> None:
+    ranks.slots = [2, 1]
+    with pytest.raises(PeerUnsuitable, match=r"rank 1 keeps 1 .* rank 0 keeps 2") as no:
+        await there.serve(ranks.hold(1))
+    assert no.value.rank == 1
+    assert ranks.withdrawn == [1]
+
+
+async def test_new_memory_is_another_manifest(
+    ranks: FakeRanks, there: PeerSource
+) -> None:
+    """Readers of the old one still find it."""
+    before = await there.serve(ranks.hold(1))
+    ranks.address = 1 << 16
+    after = await there.serve(ranks.hold(2))
+    assert before.manifest != after.manifest
+    assert manifest_of(there, before).sources[0] == source(0)
+    assert manifest_of(there, after).sources[0] == source(0, 1 << 16)
+    assert ranks.asked == [True, False, True]
+
+
+async def test_a_trainer_that_is_cut_otherwise_does_not_show(
+    ranks: FakeRanks, there: PeerSource
+) -> None:
+    memory = SourceMemory(sources=2)
+    split = make_tensor(memory, "split", (8, 3), dtype="float32", parts=2)
+    both = make_tensor(memory, "both", (5,), dtype="float32")
+    other = make_manifest(split, both, memory=memory)
+    before = await there.serve(ranks.hold(1))
+    after = await there.serve(ranks.hold(2, other))
+    assert before.manifest == after.manifest
+
+
+MISSING = {
+    "a gap": ([held_by(0), held_by(1)[1:]], "split", "hold 12 of 24 elements"),
+    "a tensor": ([held_by(0)[:1], held_by(1)[:1]], "both", "hold 0 of 5 elements"),
+    "an overlap": (
+        [held_by(0), (HeldBlock(0, ((3, 8), (0, 3)), 256), *held_by(1)[1:])],
+        "split",
+        "overlap",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+async def test_ranks_that_do_not_hold_every_element(
+    ranks: FakeRanks, there: PeerSource, case: str
+) -> None:
+    ranks.blocks, tensor, says = MISSING[case]
+    with pytest.raises(PeerUnsuitable, match=says) as refused:
+        await there.serve(ranks.hold(1))
+    assert refused.value.tensor == tensor
+    assert ranks.withdrawn == [1]
+    ranks.blocks = [held_by(0), held_by(1)]
+    assert manifest_of(there, await there.serve(ranks.hold(2)))
+
+
+async def test_a_manifest_that_nobody_would_read(
+    ranks: FakeRanks, there: PeerSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(PeerUnsuitable, match="at most 100 are read"):
+        await there.serve(ranks.hold(1))
+
+
+async def test_a_rank_that_refuses(ranks: FakeRanks, there: PeerSource) -> None:
+    """What the others have promised is taken back, unless it was promised before."""
+    request = ranks.hold(1)
+    ranks.refusal = RanksFailed(Failure(kind="PeerUnsuitable", message="", stage="-"))
+    with pytest.raises(RanksFailed):
+        await there.serve(request)
+    assert ranks.withdrawn == [1]
+
+    ranks.refusal, refusal = None, ranks.refusal
+    served = await there.serve(request)
+    ranks.refusal = refusal
+    with pytest.raises(RanksFailed):
+        await there.serve(request)
+    assert ranks.withdrawn == [1]
+    assert there.fingerprints(GetFingerprints(announcement=served.announcement))
+
+
+async def test_each_version_ends_with_its_last_reader(
+    ranks: FakeRanks, there: PeerSource
+) -> None:
+    requests = [ranks.hold(1), ranks.hold(2)]
+    one, two, three = await asyncio.gather(
+        there.serve(requests[0]), there.serve(requests[0]), there.serve(requests[1])
+    )
+    assert len({one.announcement, two.announcement, three.announcement}) == 3
+    assert await there.release(ended(there, one)) == Done()
+    assert ranks.withdrawn == []
+    await there.release(ended(there, one))
+    assert ranks.withdrawn == []
+    await there.release(ended(there, three))
+    assert ranks.withdrawn == [2]
+    await there.release(ended(there, two))
+    assert ranks.withdrawn == [2, 1]
+
+
+async def test_a_lease_ends_by_itself(ranks: FakeRanks, there: PeerSource) -> None:
+    request = ranks.hold(1)
+    short = msgspec.structs.replace(request, seconds=0.05)
+    late, reader = await there.serve(short), await there.serve(request)
+    await asyncio.sleep(0.1)
+    with pytest.raises(SourceLost, match="has ended here"):
+        there.fingerprints(GetFingerprints(announcement=late.announcement))
+    await there.release(ended(there, reader))
+    assert ranks.withdrawn == [1]
+
+
+async def test_a_version_that_was_given_up(ranks: FakeRanks, there: PeerSource) -> None:
+    served = await there.serve(ranks.hold(1))
+    ranks.versions.clear()
+    with pytest.raises(PeerUnsuitable, match="not held here"):
+        there.fingerprints(GetFingerprints(announcement=served.announcement))
+
+
+async def test_what_nobody_was_promised(ranks: FakeRanks, there: PeerSource) -> None:
+    with pytest.raises(SourceLost, match="no manifest abc is served here"):
+        there.manifest(GetManifest(manifest="abc"))
+    with pytest.raises(SourceLost):
+        there.fingerprints(GetFingerprints(announcement="never"))
+    done = await there.release(ReleaseLease(announcement="never", outcome="failed"))
+    assert done == Done()
+    assert ranks.withdrawn == []
+
+
+def test_one_slot_is_one_slot() -> None:
+    """On a device there is one shadow."""
+    offered = [
+        Offered(rank=rank, slot=0, source=source(rank, slots=1), blocks=())
+        for rank in range(2)
+    ]
+    assert as_sources(offered) == (0, (source(0, slots=1), source(1, slots=1)))
