@@ -18,9 +18,16 @@ import pytest
 from dynamo.llm import FpmEventSubscriber
 from dynamo.runtime import Client, DistributedRuntime
 
+from dynamo.refit.bus import EventSubscriber
+from dynamo.refit.events import RefitSuperseded
+from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 from graphs.local import free_port
 from graphs.tiny_model import make_checkpoint
 from tests.support import routed_worker
+
+stand_in_if_missing()
+
+from dynamo.refit.worker.main import WorkerEvents  # noqa: E402
 
 pytestmark = [
     pytest.mark.integration,
@@ -222,6 +229,24 @@ async def test_a_worker_that_stalls_past_its_lease_comes_back_as_it_was(
         worker.process.send_signal(signal.SIGCONT)
     await until(lambda: (worker.seen, worker.taints) == before, 10)
     assert await worker.ask("generate" if admitted else "refit") == worker.process.pid
+
+
+async def test_events_reach_new_subscribers_after_their_record_is_lost(
+    runtime: DistributedRuntime, tmp_path: Path
+) -> None:
+    topic = runtime.endpoint("routed.refit.refit_events")
+    events = WorkerEvents(topic, 7)
+    await events.start()
+    [record] = (tmp_path / "discovery" / "v1" / "event_channels").iterdir()
+    record.unlink()
+    await events.renew()
+    async with EventSubscriber(topic) as subscriber, asyncio.timeout(SECONDS):
+        hearing = asyncio.ensure_future(anext(subscriber))
+        while not hearing.done():
+            events.publish(RefitSuperseded(version=1, by=2))
+            await asyncio.sleep(0.05)
+        assert (await hearing).publisher == "worker-7.1"
+    events.close()
 
 
 async def test_a_worker_that_waits_ends_at_once_when_it_is_told_to(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import itertools
 import logging
 import os
 import signal
@@ -20,8 +21,8 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
 from dynamo.vllm.main import shutdown_endpoints
 
-from dynamo.refit.bus import EventPublisher
-from dynamo.refit.events import REFIT_EVENTS
+from dynamo.refit.bus import EventPlaneUnavailable, EventPublisher
+from dynamo.refit.events import REFIT_EVENTS, Event
 from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
@@ -48,6 +49,41 @@ class Options:
 
     staging: StagingChoice
     admission: Admission
+
+
+class WorkerEvents:
+    """The worker's events, through one publisher after the other: one whose record in
+    discovery is lost reaches no new subscriber, and cannot be put back."""
+
+    def __init__(self, topic: Endpoint, worker: int) -> None:
+        self._topic = topic
+        self._names = (
+            f"worker-{worker}" + (f".{life}" if life else "")
+            for life in itertools.count()
+        )
+        self._publisher = self._next()
+
+    def _next(self) -> EventPublisher:
+        return EventPublisher(self._topic, next(self._names))
+
+    async def start(self) -> None:
+        await self._publisher.start()
+
+    def publish(self, event: Event) -> None:
+        self._publisher.publish(event)
+
+    async def renew(self) -> None:
+        fresh = self._next()
+        try:
+            await fresh.start()
+        except EventPlaneUnavailable as error:
+            logger.error("events of this worker reach no new subscriber: %s", error)
+            return
+        self._publisher.close()
+        self._publisher = fresh
+
+    def close(self) -> None:
+        self._publisher.close()
 
 
 def main() -> None:
@@ -100,6 +136,8 @@ def _start_agent(
 ) -> Registration:
     config = handler.config
     engine = RefitEngine(handler)
+    topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
+    events = WorkerEvents(topic, generate_endpoint.connection_id())
     commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
@@ -110,9 +148,10 @@ def _start_agent(
         # The sleep route holds the lock from before it leaves routing.
         asleep=lambda: engine.asleep or engine.admin_lock.locked(),
         stopping=graceful_shutdown._shutdown_started,
+        put_back=events.renew,
     )
     on_user_taints(routing.set_user_taints)
-    _start(_run_agent(options, runtime, commands, engine, routing, handler.config))
+    _start(_run_agent(options, runtime, commands, engine, routing, events, config))
     return routing.register
 
 
@@ -136,21 +175,21 @@ async def _run_agent(
     commands: Endpoint,
     engine: RefitEngine,
     routing: WorkerRouting,
+    events: WorkerEvents,
     config: Any,
 ) -> None:
-    worker = commands.connection_id()
-    topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
-    async with EventPublisher(topic, f"worker-{worker}") as events:
-        agent = RefitAgent(
-            engine,
-            Caller(runtime),
-            events.publish,
-            routing,
-            lambda: _start(_leave(routing, events)),
-            model=config.served_model_name or config.model,
-            worker=worker,
-            staging=options.staging,
-        )
+    await events.start()
+    agent = RefitAgent(
+        engine,
+        Caller(runtime),
+        events.publish,
+        routing,
+        lambda: _start(_leave(routing, events)),
+        model=config.served_model_name or config.model,
+        worker=commands.connection_id(),
+        staging=options.staging,
+    )
+    try:
         await agent.start()
         _start(routing.watch())
         await serve(
@@ -158,9 +197,11 @@ async def _run_agent(
             unary(WorkerRequest, agent.answer, "worker"),
             health_check=GetStatus(),
         )
+    finally:
+        events.close()
 
 
-async def _leave(routing: WorkerRouting, events: EventPublisher) -> None:
+async def _leave(routing: WorkerRouting, events: WorkerEvents) -> None:
     """Take a worker whose weights are unknown out of routing, then end it.
 
     Its engine stays paused, so no stream gets a token of a mixture; the streams

@@ -58,6 +58,8 @@ class WorkerRouting:
         admission: ``immediate`` to serve without being admitted.
         asleep: whether Dynamo's sleep route has taken the worker out of routing.
         stopping: set when the process is told to end.
+        put_back: awaited after a stall's losses were registered again, for what else
+            the process had in discovery.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class WorkerRouting:
         admission: Admission,
         asleep: Callable[[], bool],
         stopping: asyncio.Event,
+        put_back: Callable[[], Awaitable[None]],
     ) -> None:
         self._runtime = runtime
         self._generate = generate
@@ -77,6 +80,7 @@ class WorkerRouting:
         self._others = others
         self._asleep = asleep
         self._stopping = stopping
+        self._also_put_back = put_back
         self._own = generate.connection_id()
         self._admitted = admission == "immediate"
         self._withdrawn = False
@@ -251,6 +255,7 @@ class WorkerRouting:
                 if now - complete >= LOST_SECONDS:
                     self._report_lost(now - complete)
                 await self._put_back()
+                await self._also_put_back()
                 tried = loop.time()
 
     async def _ends_within(self, seconds: float) -> bool:
