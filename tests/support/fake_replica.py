@@ -20,6 +20,7 @@ from dynamo.refit.errors import (
     InstallUndone,
     NothingStaged,
     NoWayBack,
+    PeerUnsuitable,
     RefitError,
     SourceLost,
     failure_from,
@@ -41,11 +42,14 @@ from dynamo.refit.protocol import (
     Done,
     FingerprintsReply,
     GetFingerprints,
+    HeldBlock,
     Install,
     Installed,
     ManifestReply,
     MemoryUse,
     Message,
+    Offer,
+    Offered,
     Poll,
     Prepare,
     RankReply,
@@ -62,6 +66,7 @@ from dynamo.refit.protocol import (
     Verify,
     VerifyWeights,
     Vote,
+    Withdraw,
 )
 from dynamo.refit.worker.agent import RefitAgent
 from tests.support.fake_routing import FakeRouting
@@ -135,6 +140,9 @@ class FakeRank:
     names the work that does not end; ``letting_go`` is how often it answers Running
     before a discard is done; ``wrong`` is added to its parts, by their number. In
     ``direct`` mode an install is started and polled, and cannot be undone.
+
+    It has two shadows by turns, as a real one in host memory, and others read from
+    them: ``peers`` has the ranks that it can read from, by the name of their source.
     """
 
     def __init__(self, rank: int) -> None:
@@ -153,6 +161,12 @@ class FakeRank:
         self.unchecked = 0
         #: It has planned anew, and reads in another order; it says so unasked.
         self.reordered = False
+        self.name = f"rank-{rank}"
+        self.peers: dict[str, FakeRank] = {}
+        self.shadows: list[int | None] = [None, None]
+        self.live_shadow = 1
+        self.offered: set[int] = set()
+        self._sources: tuple[str, ...] = ()
 
     @property
     def job(self) -> int | None:
@@ -195,18 +209,27 @@ class FakeRank:
             case Stage():
                 if request.payload is not None:
                     self.manifest = request.manifest
+                    sent = msgspec.msgpack.decode(request.payload, type=Manifest)
+                    self._sources = tuple(source.agent for source in sent.sources)
                 if self.manifest != request.manifest:
                     raise RefitError(f"this rank has no manifest {request.manifest}")
                 self.staged = None
                 return self._start(request, "stage", self._stage)
             case Poll(version=version):
                 return self._poll(version)
+            case Offer():
+                return self._offer(request)
+            case Withdraw(version=version):
+                self.offered -= {n for n in (0, 1) if self.shadows[n] == version}
+                return Done()
             case Install():
                 return self._install(request)
             case Restore(version=version):
                 self._require(version)
                 if self.direct:
                     raise NoWayBack("direct staging keeps no copy of the old weights")
+                if self.live != self.backup:
+                    self.live_shadow = 1 - self.live_shadow
                 self.live = self.backup
                 return Installed(rank=self.rank, copy_ms=0.1)
             case Discard(version=version):
@@ -240,14 +263,20 @@ class FakeRank:
         if job is None or job.version != version:
             raise NothingStaged(f"nothing was started for version {version} here")
         if job.reply is None:
+            target = 1 - self.live_shadow
             if job.doing in self.held:
+                return Running()
+            if job.doing == "stage" and target in self.offered:
+                # Somebody reads what it would overwrite.
                 return Running()
             job.reply = job.end()
         return job.reply
 
     def _stage(self, request: Stage) -> RankReply:
+        content = self._read(request)
         self.staged, self.backup = request.version, self.live
-        parts = parts_of(request.version, self.rank)
+        self.shadows[1 - self.live_shadow] = content
+        parts = parts_of(content, self.rank)
         for number, error in self.wrong.items():
             parts[number] = (int(parts[number]) + error) % 2**64
         reads = reads_of(self.rank) if request.want_reads else ()
@@ -257,8 +286,38 @@ class FakeRank:
         vote = vote_of(self.rank, mode)
         return Staged(vote=vote, parts=parts.tobytes(), reads=reads)
 
+    def _read(self, request: Stage) -> int:
+        """What lies where it reads: a trainer has what it says, a peer perhaps not."""
+        peers = [self.peers[name] for name in self._sources if name in self.peers]
+        if not peers:
+            return request.version
+        contents = {peer.shadows[request.slot] for peer in peers}
+        return contents.pop() if len(contents) == 1 else 0
+
+    def _offer(self, request: Offer) -> RankReply:
+        shadow = self.live_shadow if request.live else 1 - self.live_shadow
+        if self.shadows[shadow] != request.version or self.direct:
+            raise PeerUnsuitable(f"version {request.version} is not in its shadows")
+        self.offered.add(shadow)
+        rows, norm = reads_of(self.rank)
+        region = Region(0x1000, 24)
+        return Offered(
+            rank=self.rank,
+            slot=shadow,
+            source=Source(
+                agent=self.name,
+                metadata=b"",
+                memory="DRAM",
+                device=0,
+                slots=((region,), (region,)),
+            ),
+            blocks=(HeldBlock(*rows, 0), HeldBlock(*norm, 16)),
+        )
+
     def _install(self, request: Install) -> RankReply:
         self._require(request.version)
+        if self.live != request.version:
+            self.live_shadow = 1 - self.live_shadow
         self.live = request.version
         return Installed(rank=self.rank, copy_ms=0.1)
 
@@ -350,6 +409,8 @@ class FakeEngine:
         if all(isinstance(reply, Installed) for reply in replies):
             return replies
         for rank in self.ranks:
+            if rank.live != rank.backup:
+                rank.live_shadow = 1 - rank.live_shadow
             rank.live = rank.backup
         undone = InstallUndone(f"another rank failed to install {request.version}")
         return [

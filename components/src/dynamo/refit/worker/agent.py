@@ -70,6 +70,7 @@ from dynamo.refit.protocol import (
     WorkerStatus,
 )
 from dynamo.refit.worker.barrier import Barrier
+from dynamo.refit.worker.peer import PeerSource
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
@@ -136,6 +137,7 @@ class RefitAgent:
     ) -> None:
         self._engine = engine
         self._ranks = Ranks(self, trainers, staging)
+        self._peer = PeerSource(self._ranks)
         self._switch = Switch(engine, self._ranks, self._now_serving)
         self._publish = publish
         self._routing = routing
@@ -199,11 +201,11 @@ class RefitAgent:
                 return self._leave(request)
             case ServeWeights():
                 self._check_epoch(request.epoch)
-                return await self._peer.serve(request)
+                return await self._serve_weights(request)
             case GetManifest():
-                return await self._peer.manifest(request)
+                return self._peer.manifest(request)
             case GetFingerprints():
-                return await self._peer.fingerprints(request)
+                return self._peer.fingerprints(request)
             case ReleaseLease():
                 return await self._peer.release(request)
             case VerifyWeights():
@@ -502,6 +504,12 @@ class RefitAgent:
             self._publish(event)
             self._fence()
         return Refused(failure=failure)
+
+    async def _serve_weights(self, request: ServeWeights) -> Message:
+        try:
+            return await self._peer.serve(request)
+        except RanksFailed as error:
+            return Refused(failure=self._failure(error, "serve", request.version))
 
     # --- shared ---------------------------------------------------------------
 

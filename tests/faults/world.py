@@ -1,0 +1,458 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet in one process and in virtual time: the product's coordinator and agents over
+a network that loses, repeats and delays; engines, ranks and trainer are fakes.
+
+What is asserted is asserted at every token: an engine makes one only if it is not
+paused, all of its ranks have one version, and that is the one its worker speaks of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from dynamo.refit.args import CoordinatorConfig
+from dynamo.refit.coordinator.component import Coordinator, next_epoch
+from dynamo.refit.coordinator.fleet import FleetWatch
+from dynamo.refit.coordinator.policy import Policy
+from dynamo.refit.errors import (
+    LeaseHeld,
+    RefitError,
+    SourceLost,
+    failure_from,
+)
+from dynamo.refit.events import Event, WeightVersionReady, WorkerRefitted
+from dynamo.refit.protocol import (
+    AcquireLease,
+    Done,
+    FingerprintsReply,
+    GetFingerprints,
+    GetManifest,
+    ManifestReply,
+    Message,
+    Refused,
+    ReleaseLease,
+    TrainerRequest,
+    WorkerRequest,
+    from_wire,
+    to_wire,
+)
+from dynamo.refit.rpc import PeerLost
+from dynamo.refit.worker.agent import RefitAgent
+from tests.support.fake_replica import (
+    FakeEngine,
+    FakeRank,
+    fingerprints_of,
+    manifest,
+    weights_of,
+)
+from tests.support.fake_routing import FakeRouting
+
+WORKERS = "sim.backend.refit"
+TRAINER = "sim.trainer.weights"
+
+#: How often a trainer says again what has not ended.
+REPEAT_SECONDS = 1.0
+
+#: How long a process takes to start.
+START_SECONDS = 8.0
+
+#: Between two tokens of the fleet.
+TOKEN_SECONDS = 0.01
+
+
+class Violated(AssertionError):
+    """Something happened that never may."""
+
+
+@dataclass
+class Network:
+    """How messages travel."""
+
+    random: random.Random
+    lossy: bool = False
+
+    def delay(self) -> float:
+        if self.lossy and self.random.random() < 0.03:
+            return self.random.uniform(0.5, 20.0)
+        return self.random.uniform(0.0002, 0.005)
+
+    def loses(self) -> bool:
+        return self.lossy and self.random.random() < 0.03
+
+    def repeats(self) -> bool:
+        return self.lossy and self.random.random() < 0.05
+
+
+class Worker:
+    """A replica: the product's agent over a fake engine."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.number = number
+        self.alive = True
+        #: Set while the process is stopped: it answers nobody, and makes no token.
+        self.stalled = False
+        self.engine = FakeEngine()
+        self.engine.installs_in_step = world.random.random() < 0.5
+        for rank in self.engine.ranks:
+            rank.name = f"worker {number} rank {rank.rank}"
+            rank.peers = world.ranks
+            world.ranks[rank.name] = rank
+        self.routing = FakeRouting(admitted=False)
+        self.began = world.now
+        self.agent = RefitAgent(
+            self.engine,
+            Caller(world, f"worker {number}"),
+            self.publish,
+            self.routing,
+            self.leave,
+            model="tiny",
+            worker=number,
+        )
+        self.tasks = [asyncio.ensure_future(self._start())]
+
+    async def _start(self) -> None:
+        await self.agent.start()
+        self.world.workers[self.number] = self
+
+    def publish(self, event: Event) -> None:
+        if self.alive:
+            self.world.deliver(event)
+
+    def leave(self) -> None:
+        """The product's fence ends here in the end of the process."""
+        self.die()
+
+    def die(self) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        self.world.workers.pop(self.number, None)
+        for rank in self.engine.ranks:
+            # Who reads from it now gets nothing that fits.
+            rank.shadows = [0, 0]
+        self.world.forget()
+        for task in self.tasks:
+            task.cancel()
+        self.world.after(START_SECONDS, self.world.start_worker)
+
+    @property
+    def generating(self) -> bool:
+        engine = self.engine
+        return self.alive and not self.stalled and not engine.paused
+
+    def make_token(self) -> None:
+        live = set(self.engine.live())
+        if len(live) > 1:
+            raise Violated(f"worker {self.number} made a token of a mixture: {live}")
+        (version,) = live
+        said = self.agent.status().version
+        if version != said:
+            raise Violated(
+                f"worker {self.number} made a token of {version}, and says {said}"
+            )
+        if version is None and self.began > self.world.served_since:
+            raise Violated(f"worker {self.number} joined and serves start-up weights")
+        self.world.tokens += 1
+
+
+class Trainer:
+    """Announces versions until each has ended, and keeps the last two."""
+
+    def __init__(self, world: World, life: int) -> None:
+        self.world = world
+        self.life = life
+        self.alive = True
+        self.stalled = False
+        self.manifest = manifest(address=0x1000 * (life + 1))
+        self.payload = msgspec.msgpack.encode(self.manifest)
+        self.held: dict[str, int] = {}
+        self.leased: dict[str, float] = {}
+        self.ended: dict[str, str] = {}
+        self.task = asyncio.ensure_future(self._repeat())
+
+    def publish(self, version: int) -> bool:
+        """Whether there is room for it: what is leased is not overwritten."""
+        name = f"a{version}"
+        while len(self.held) > 1:
+            oldest = next(iter(self.held))
+            if self.leased.get(oldest, 0.0) > self.world.now:
+                return False
+            del self.held[oldest]
+        self.held[name] = version
+        self._announce(name)
+        return True
+
+    def _announce(self, name: str) -> None:
+        version = self.held[name]
+        event = WeightVersionReady(
+            model="tiny",
+            version=version,
+            announcement=name,
+            endpoint=TRAINER,
+            instance=self.life,
+            manifest=self.manifest.fingerprint(),
+            slot=0,
+            weights=weights_of(version),
+            in_flight=self.world.in_flight(),
+        )
+        self.world.announce(event)
+
+    async def _repeat(self) -> None:
+        while self.alive:
+            await asyncio.sleep(REPEAT_SECONDS)
+            for name in self.held:
+                if name not in self.ended:
+                    self._announce(name)
+
+    async def answer(self, request: TrainerRequest) -> Message:
+        match request:
+            case GetManifest():
+                return ManifestReply(payload=self.payload)
+            case GetFingerprints(announcement=name) if name in self.held:
+                own = fingerprints_of(self.held[name])
+                return FingerprintsReply(payload=own.tobytes())
+            case AcquireLease(announcement=name) if name in self.held:
+                if name in self.ended:
+                    raise LeaseHeld(f"{name} was released")
+                self.leased[name] = self.world.now + request.seconds
+                return Done()
+            case ReleaseLease(announcement=name, outcome=outcome):
+                self.leased.pop(name, None)
+                self.ended[name] = outcome
+                return Done()
+        raise SourceLost(f"{request} is not held any more")
+
+    def die(self) -> None:
+        self.alive = False
+        self.task.cancel()
+
+
+class Caller:
+    """Calls over the network; implements :class:`dynamo.refit.rpc.Caller`."""
+
+    def __init__(self, world: World, who: str) -> None:
+        self._world = world
+        self._who = who
+        self.cut_off = False
+
+    def reconnect(self) -> None:
+        self.cut_off = False
+
+    async def instances(self, path: str) -> list[int]:
+        return sorted(self._world.workers) if path == WORKERS else []
+
+    async def call(
+        self, path: str, instance: int, request: Message, expected: Any, seconds: float
+    ) -> Any:
+        try:
+            async with asyncio.timeout(seconds):
+                return from_wire(
+                    await self._carry(path, instance, request, seconds), expected
+                )
+        except TimeoutError as error:
+            raise PeerLost(f"{path} {instance} did not answer {request}") from error
+
+    async def _carry(
+        self, path: str, instance: int, request: Message, seconds: float
+    ) -> Any:
+        network = self._world.network
+        data = to_wire(request)
+        await asyncio.sleep(network.delay())
+        if network.loses() or self.cut_off:
+            await asyncio.sleep(seconds)
+        if network.repeats():
+            self._world.spawn(self._answer(path, instance, data))
+        reply = await self._answer(path, instance, data)
+        await asyncio.sleep(network.delay())
+        if network.loses() or self.cut_off:
+            await asyncio.sleep(seconds)
+        return reply
+
+    async def _answer(self, path: str, instance: int, data: Any) -> Any:
+        target, kinds = self._world.find(path, instance)
+        while target.stalled and target.alive:
+            await asyncio.sleep(0.1)
+        if not target.alive:
+            raise PeerLost(f"{path} {instance} is gone")
+        # A request that was taken is carried out, whoever waits for its reply.
+        task = self._world.spawn(self._reply(target, from_wire(data, kinds)))
+        if isinstance(target, Worker):
+            target.tasks.append(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise PeerLost(f"{path} {instance} ended") from None
+            raise
+
+    async def _reply(self, target: Worker | Trainer, request: Any) -> Any:
+        answer = target.answer if isinstance(target, Trainer) else target.agent.answer
+        try:
+            return to_wire(await answer(request))
+        except RefitError as error:
+            return to_wire(Refused(failure=failure_from(error, stage="simulated")))
+
+
+@dataclass
+class World:
+    """Everything there is. ``policy`` is the coordinator's."""
+
+    seed: int
+    policy: Policy
+    in_flights: tuple[str | None, ...] = (None,)
+    workers: dict[int, Worker] = field(default_factory=dict)
+    ranks: dict[str, FakeRank] = field(default_factory=dict)
+    coordinators: list[tuple[Coordinator, Caller, list[asyncio.Task]]] = field(
+        default_factory=list
+    )
+    events: list[Event] = field(default_factory=list)
+    tokens: int = 0
+    #: From when on somebody knows that the fleet serves a version.
+    served_since: float = math.inf
+    versions: int = 0
+    #: No two workers may serve different versions: a barrier, and nothing goes wrong.
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.network = Network(self.random)
+        self.loop = asyncio.get_running_loop()
+        self.tasks: set[asyncio.Task] = set()
+        self.broken: BaseException | None = None
+        self.lives = 0
+        self.trainer = Trainer(self, self._life())
+
+    @property
+    def now(self) -> float:
+        return self.loop.time()
+
+    def _life(self) -> int:
+        self.lives += 1
+        return self.lives
+
+    def in_flight(self) -> str | None:
+        return self.random.choice(self.in_flights)
+
+    def spawn(self, work: Any) -> asyncio.Task:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, PeerLost):
+            self.broken = self.broken or error
+
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
+        self.loop.call_later(seconds, do)
+
+    # --- processes ----------------------------------------------------------
+
+    def start_worker(self) -> None:
+        Worker(self, self._life())
+
+    async def start_coordinator(self) -> None:
+        config = CoordinatorConfig(
+            namespace="sim",
+            model=None,
+            worker_components=("backend",),
+            fleet_poll_seconds=0.5,
+            policy=self.policy,
+        )
+        caller = Caller(self, "coordinator")
+        fleet = FleetWatch(caller, config)
+        seen = await fleet.look()
+        epoch = max(next_epoch(seen), self._life())
+        coordinator = Coordinator(config, caller, self.events.append, epoch)
+        coordinator.hear(seen)
+        tasks = [
+            self.spawn(coordinator.run()),
+            self.spawn(fleet.watch(coordinator.hear)),
+        ]
+        self.coordinators.append((coordinator, caller, tasks))
+
+    def kill_coordinator(self) -> None:
+        if self.coordinators:
+            _, _, tasks = self.coordinators.pop(0)
+            for task in tasks:
+                task.cancel()
+        self.forget()
+        self.after(
+            self.random.uniform(0.0, 10.0), lambda: self.spawn(self.start_coordinator())
+        )
+
+    def end_older_coordinators(self) -> None:
+        """As when a deployment's old pod is at last gone."""
+        for _, _, tasks in self.coordinators[:-1]:
+            for task in tasks:
+                task.cancel()
+        del self.coordinators[:-1]
+
+    def restart_trainer(self) -> None:
+        self.trainer.die()
+
+        def start() -> None:
+            self.trainer = Trainer(self, self._life())
+
+        self.after(self.random.uniform(0.0, 20.0), start)
+
+    def publish(self) -> bool:
+        done = self.trainer.alive and self.trainer.publish(self.versions + 1)
+        self.versions += done
+        return done
+
+    # --- messages -----------------------------------------------------------
+
+    def find(self, path: str, instance: int) -> tuple[Worker | Trainer, Any]:
+        if path == WORKERS and instance in self.workers:
+            return self.workers[instance], WorkerRequest
+        if path == TRAINER and instance == self.trainer.life:
+            return self.trainer, TrainerRequest
+        raise PeerLost(f"{path} has no instance {instance}")
+
+    def announce(self, event: WeightVersionReady) -> None:
+        for coordinator, caller, _ in self.coordinators:
+            if not self.network.loses() and not caller.cut_off:
+                for _ in range(1 + self.network.repeats()):
+                    self.after(
+                        self.network.delay(), lambda to=coordinator: to.hear(event)
+                    )
+
+    def deliver(self, event: Event) -> None:
+        if isinstance(event, WorkerRefitted):
+            self.served_since = min(self.served_since, self.now)
+        self.events.append(event)
+
+    def forget(self) -> None:
+        """When nobody is left who knows of a version, start-up weights are as good."""
+        versions = [w.agent.status().version for w in self.workers.values()]
+        if not self.coordinators and not any(versions):
+            self.served_since = math.inf
+
+    # --- clients ------------------------------------------------------------
+
+    async def generate(self) -> None:
+        """Every engine that may makes a token, again and again."""
+        while True:
+            await asyncio.sleep(TOKEN_SECONDS)
+            seen = [w for w in self.workers.values() if w.routing.seen and w.generating]
+            for worker in seen:
+                worker.make_token()
+            versions = {worker.agent.status().version for worker in seen}
+            if self.together and len(versions) > 1:
+                raise Violated(f"two versions at a time: {versions}")
+
+    def check(self) -> None:
+        if self.broken is not None:
+            raise self.broken
