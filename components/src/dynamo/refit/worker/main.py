@@ -164,8 +164,9 @@ def _start(run: Coroutine[Any, Any, None]) -> None:
 def _ended(task: asyncio.Task) -> None:
     _tasks.discard(task)
     if not task.cancelled() and task.exception() is not None:
-        # A worker that was started to be refitted and cannot be is of no use.
-        logger.critical("the refit agent ended", exc_info=task.exception())
+        # A worker that was started to be refitted and cannot be is of no use. Dynamo's
+        # log shows CRITICAL as INFO.
+        logger.error("the refit agent ended", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -1,0 +1,77 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's own arguments, and what it takes out of Dynamo's way."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
+
+stand_in_if_missing()
+
+from dynamo.refit.worker import main  # noqa: E402
+from dynamo.refit.worker.main import Options  # noqa: E402
+
+pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DYN_REFIT_STAGING", "DYN_REFIT_ADMISSION", main.HEALTHY_ENDPOINTS):
+        monkeypatch.delenv(name, raising=False)
+
+
+def take(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
+    monkeypatch.setattr(sys, "argv", ["worker", *arguments])
+    return main._take_own_arguments()
+
+
+def test_a_worker_waits_for_the_coordinator_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert take(monkeypatch) == Options(staging="auto", admission="coordinator")
+
+
+def test_our_arguments_are_taken_and_the_others_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = ["--refit-admission", "immediate", "--refit-staging=host"]
+    options = take(monkeypatch, "--model", "m", *own, "--refit", "x")
+    assert options == Options(staging="host", admission="immediate")
+    assert sys.argv == ["worker", "--model", "m", "--refit", "x"]
+
+
+def test_an_argument_wins_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DYN_REFIT_ADMISSION", "immediate")
+    monkeypatch.setenv("DYN_REFIT_STAGING", "direct")
+    assert take(monkeypatch) == Options(staging="direct", admission="immediate")
+    chosen = take(monkeypatch, "--refit-admission", "coordinator")
+    assert chosen.admission == "coordinator"
+
+
+@pytest.mark.parametrize("variable", ["DYN_REFIT_STAGING", "DYN_REFIT_ADMISSION"])
+def test_what_is_no_choice_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "maybe")
+    with pytest.raises(SystemExit):
+        take(monkeypatch)
+    assert f"{variable}='maybe' is none of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "left"), [('["generate"]', None), ('["other"]', '["other"]')]
+)
+def test_health_does_not_wait_for_what_waits_for_health(
+    monkeypatch: pytest.MonkeyPatch, told: str, left: str | None
+) -> None:
+    """Dynamo's operator makes a worker's health that of its generate endpoint."""
+    monkeypatch.setenv(main.HEALTHY_ENDPOINTS, told)
+    main._be_healthy_before_admission()
+    assert os.environ.get(main.HEALTHY_ENDPOINTS) == left
