@@ -248,6 +248,8 @@ class LocalGraph:
             self.start_worker(index)
             self.wait_for_worker(index)
         self.start_coordinator()
+        for index in range(len(self._workers)):
+            self.wait_for_worker(index, "generate")
         self.wait_until("the model is listed", self._serves_model)
         report(f"serving {self.name} at {self.url}/v1")
 
@@ -272,16 +274,16 @@ class LocalGraph:
     def start_coordinator(self) -> Process:
         return self.run("coordinator", self.commands["coordinator"])
 
-    def wait_for_worker(self, index: int = 0) -> None:
-        """Until the worker serves its refit endpoint: its engine is up then, whether
-        or not it may serve requests yet."""
+    def wait_for_worker(self, index: int = 0, endpoint: str = "refit") -> None:
+        """Until the worker serves ``endpoint``: ``refit`` as soon as its engine is up,
+        ``generate`` when the coordinator has admitted it."""
         port = self.worker_envs[index]["DYN_SYSTEM_PORT"]
 
-        def serves_refit() -> bool:
+        def serves() -> bool:
             health = fetch(f"http://127.0.0.1:{port}/health")
-            return health is not None and "refit" in health["endpoints"]
+            return health is not None and health["endpoints"].get(endpoint) == "ready"
 
-        self.wait_until(f"worker{index} serves its refit endpoint", serves_refit)
+        self.wait_until(f"worker{index} serves its {endpoint} endpoint", serves)
 
     def run(self, name: str, arguments: Sequence[str], **env: str) -> Process:
         """Start a Python process of this graph; a dead one of that name is replaced."""
