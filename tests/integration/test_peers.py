@@ -20,6 +20,7 @@ from dynamo.refit.protocol import Discard, Withdraw
 from dynamo.refit.worker.ranks import RanksFailed
 from graphs.tiny_model import make_checkpoint
 from tests.support.agent_half import built, offer
+from tests.support.child import ChildFailed
 from tests.support.counted_rank import CountedRanks
 from tests.support.peers import MortalRanks, PeerHalf
 from tests.support.raw_sources import Held, RawSources
@@ -414,3 +415,25 @@ def test_a_peer_that_dies_while_it_is_read(
     assert_serves(b, OLD)
     b.refit(offer(held.write(1, NEXT)))
     assert_serves(b, NEXT)
+
+
+@pytest.mark.faults
+def test_a_reader_that_dies_leaves_the_others_alone(
+    pair: tuple[PeerHalf, PeerHalf], held: Held, tmp_path: Path
+) -> None:
+    """Its connection goes down under a peer that goes on serving, and staging."""
+    a, b = pair
+    a.refit(offer(held.write(0, OLD)))
+    offered = a.serve()
+    with MortalRanks(1, tmp_path) as group:
+        group.load(checkpoint("qwen3", "A"))
+        doomed = PeerHalf(group)
+        doomed.stage(a.serve())
+        doomed.caller.on_poll = group.kill
+        with pytest.raises((ChildFailed, OSError)):
+            doomed.stage(offered)
+    b.refit(offered)
+    assert_serves(b, OLD)
+    a.refit(offer(held.write(1, NEW)))
+    b.refit(a.serve())
+    assert_serves(b, NEW)

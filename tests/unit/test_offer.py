@@ -301,6 +301,7 @@ def offers(
     agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Offers, FakeArena]]:
     monkeypatch.setattr(offer, "LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(offer, "FAILURE_SECONDS", 0.01)
     with ThreadPoolExecutor(1) as pool:
         offers, arena = Offers(agent, pool.submit), FakeArena(live=0)
         offers.know(arena)

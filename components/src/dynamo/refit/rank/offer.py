@@ -40,6 +40,9 @@ MAX_RUNS = 512
 #: UCX answers a reader that connects when it is polled: enough for that, and no load.
 PROGRESS_SECONDS = 0.002
 
+#: After a poll that failed: the log is to stay readable.
+FAILURE_SECONDS = 1.0
+
 #: A reader that comes too late is still answered for this long: it then finds out from
 #: the bytes at once, and not from its own deadline.
 LINGER_SECONDS = 30.0
@@ -260,7 +263,7 @@ class Offers:
                     offer.until = max(offer.until, until)
                     return self._source
             self._open.append(_Open(version, arena, shadow, until))
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._poll, name="refit-offer", daemon=True
                 )
@@ -336,10 +339,12 @@ class Offers:
                 elif time.monotonic() - last_offered > LINGER_SECONDS:
                     self._thread = None
                     return
+            pause = PROGRESS_SECONDS
             try:
                 with self.agent_use:
                     self._agent.progress()
             except TransferFailed:
                 # Of one reader; the others go on, and that one finds out by itself.
                 logger.exception("dynamo-refit: a reader could not be answered")
-            time.sleep(PROGRESS_SECONDS)
+                pause = FAILURE_SECONDS
+            time.sleep(pause)
