@@ -51,7 +51,9 @@ class WorkerRouting:
     """Shows this worker to routers, or not.
 
     Args:
-        runtime: whose health a worker that is fenced or lost sets.
+        runtime: whose health a worker that is fenced or lost sets. Dynamo 1.6 does not
+            look at it where endpoints have health checks, as a worker's have: what
+            takes a fenced worker out is leaving discovery, and its end.
         generate: the endpoint that routers send requests to.
         commands: the agent's endpoint, which is in discovery from the start.
         others: what else the worker serves once admitted; read when needed.
