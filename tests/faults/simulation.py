@@ -195,6 +195,8 @@ def _stall(world: World, process: object, seconds: float) -> None:
 async def _all_goes_well(world: World) -> None:
     """From here on nothing goes wrong any more; a last version is published."""
     world.network.lossy = False
+    # A drain is refused where there is one worker only.
+    world.in_flights = (None,)
     for worker in world.workers.values():
         for rank in worker.engine.ranks:
             rank.fail.clear()

@@ -19,7 +19,11 @@ from typing import Any
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.coordinator.component import Coordinator, next_epoch
+from dynamo.refit.coordinator.component import (
+    Coordinator,
+    CoordinatorReplaced,
+    next_epoch,
+)
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.errors import (
@@ -351,7 +355,7 @@ class World:
     def _ended(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)
         error = None if task.cancelled() else task.exception()
-        if error is not None and not isinstance(error, PeerLost):
+        if error is not None and not isinstance(error, PeerLost | CoordinatorReplaced):
             self.broken = self.broken or error
 
     def after(self, seconds: float, do: Callable[[], object]) -> None:
@@ -363,6 +367,10 @@ class World:
         Worker(self, self._life())
 
     async def start_coordinator(self) -> None:
+        versions = [w.agent.status().version for w in self.workers.values()]
+        if not any(versions):
+            # What an older one knows it keeps to itself.
+            self.served_since = math.inf
         config = CoordinatorConfig(
             namespace="sim",
             model=None,
@@ -435,9 +443,10 @@ class World:
         self.events.append(event)
 
     def forget(self) -> None:
-        """When nobody is left who knows of a version, start-up weights are as good."""
+        """When the last worker with a version is gone, and not one coordinator is left
+        to remember it, start-up weights are as good."""
         versions = [w.agent.status().version for w in self.workers.values()]
-        if not self.coordinators and not any(versions):
+        if len(self.coordinators) != 1 and not any(versions):
             self.served_since = math.inf
 
     # --- clients ------------------------------------------------------------

@@ -165,7 +165,8 @@ class FakeRank:
         self.peers: dict[str, FakeRank] = {}
         self.shadows: list[int | None] = [None, None]
         self.live_shadow = 1
-        self.offered: set[int] = set()
+        #: Until when others read a shadow, on the loop's clock.
+        self.offered: dict[int, float] = {}
         self._sources: tuple[str, ...] = ()
 
     @property
@@ -220,7 +221,9 @@ class FakeRank:
             case Offer():
                 return self._offer(request)
             case Withdraw(version=version):
-                self.offered -= {n for n in (0, 1) if self.shadows[n] == version}
+                for shadow in (0, 1):
+                    if self.shadows[shadow] == version:
+                        self.offered.pop(shadow, None)
                 return Done()
             case Install():
                 return self._install(request)
@@ -266,7 +269,8 @@ class FakeRank:
             target = 1 - self.live_shadow
             if job.doing in self.held:
                 return Running()
-            if job.doing == "stage" and target in self.offered:
+            read_until = self.offered.get(target, 0.0)
+            if job.doing == "stage" and read_until > asyncio.get_running_loop().time():
                 # Somebody reads what it would overwrite.
                 return Running()
             job.reply = job.end()
@@ -298,7 +302,8 @@ class FakeRank:
         shadow = self.live_shadow if request.live else 1 - self.live_shadow
         if self.shadows[shadow] != request.version or self.direct:
             raise PeerUnsuitable(f"version {request.version} is not in its shadows")
-        self.offered.add(shadow)
+        now = asyncio.get_running_loop().time()
+        self.offered[shadow] = max(self.offered.get(shadow, 0.0), now + request.seconds)
         rows, norm = reads_of(self.rank)
         region = Region(0x1000, 24)
         return Offered(
@@ -332,6 +337,7 @@ class FakeRank:
                 self.letting_go -= 1
                 return Running()
             self.started = self.staged = None
+            self.offered.pop(1 - self.live_shadow, None)
         return Done()
 
     def _require(self, version: int) -> None:

@@ -28,9 +28,11 @@ from dynamo.refit.protocol import (
 
 @dataclass(frozen=True)
 class FleetSeen:
-    """The workers that are there now, each with its own status."""
+    """The workers that are there now, each with its own status. Of ``silent`` ones
+    nobody knows anything: they are in discovery and have not answered yet."""
 
     members: tuple[FleetMember, ...]
+    silent: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from dynamo.refit.coordinator.actions import (
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
-from dynamo.refit.errors import RefitError, failure_from
+from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
     WEIGHT_VERSIONS,
@@ -80,6 +80,12 @@ logger = logging.getLogger(__name__)
 SHORT_CALL_SECONDS = 10.0
 
 TICK_SECONDS = 0.25
+
+STALE = StaleEpoch.__name__
+
+
+class CoordinatorReplaced(RefitError):
+    """A worker has heard of a newer coordinator: this one has nothing to say."""
 
 
 class Calls(Protocol):
@@ -168,7 +174,7 @@ class Coordinator:
         self._publish = publish
         self._epoch = epoch
         self._reconciler = Reconciler(config.model, config.policy)
-        self._inputs: asyncio.Queue[Input] = asyncio.Queue()
+        self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
         # A lease is taken and given back in the order that was decided.
         self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -178,7 +184,12 @@ class Coordinator:
         self._inputs.put_nowait(what)
 
     async def run(self) -> None:
-        """Decide and act until cancelled; what was begun is then given up."""
+        """Decide and act until cancelled; what was begun is then given up.
+
+        Raises:
+            CoordinatorReplaced: there is a newer one. From then on nothing is said,
+                to a trainer either, whom the newer one serves.
+        """
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -187,6 +198,8 @@ class Coordinator:
                         what = await self._inputs.get()
                 except TimeoutError:
                     what = Tick()
+                if isinstance(what, CoordinatorReplaced):
+                    raise what
                 for action in self._reconciler.handle(what, loop.time()):
                     self._perform(action)
         finally:
@@ -349,9 +362,13 @@ class Coordinator:
     ) -> Any:
         """The worker's reply; what keeps it from replying as a :class:`Refused`."""
         try:
-            return await self._caller.call(
+            reply = await self._caller.call(
                 self._path(worker), worker, request, expected, seconds
             )
+            if isinstance(reply, Refused) and reply.failure.kind == STALE:
+                # What it makes of this reply must not be acted on.
+                self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
+            return reply
         except (RefitError, msgspec.ValidationError) as error:
             stage = type(request).__name__.lower()
             version = getattr(request, "version", None)

@@ -50,7 +50,8 @@ class FleetWatch:
         ]
         members = await asyncio.gather(*(self._member(*place) for place in found))
         self._known = {m.worker: m for m in members if m is not None}
-        return FleetSeen(tuple(self._known.values()))
+        silent = frozenset(worker for _, worker in found) - self._known.keys()
+        return FleetSeen(tuple(self._known.values()), silent)
 
     def _path(self, component: str) -> str:
         return f"{self._config.namespace}.{component}.refit"

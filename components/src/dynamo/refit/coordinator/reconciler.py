@@ -101,6 +101,7 @@ class Reconciler:
         self.completed: int | None = None
         self.transaction: Transaction | None = None
         self._model = model
+        self._silent: frozenset[int] = frozenset()
         self._began: float | None = None
         self._announcements = Announcements()
         self._upkeep = Upkeep(policy)
@@ -131,7 +132,8 @@ class Reconciler:
         match what:
             case WeightVersionReady():
                 actions = self._announced(what, now)
-            case FleetSeen(members=members):
+            case FleetSeen(members=members, silent=silent):
+                self._silent = silent
                 actions = self._fleet_seen(members)
             case LeaseTaken():
                 actions = self._lease_taken(what)
@@ -342,12 +344,17 @@ class Reconciler:
             behind = set(able) - set(level)
             if not behind:
                 self._last, self.completed = served, served.version
-        elif now < self._began + self.policy.settle_seconds:
+        elif now < self._began + self.policy.settle_seconds or self._may_be_served():
             level = {}
         actions = self._upkeep.admit(level, now)
         if behind and now >= self._upkeep.retry_at:
             return [*actions, *self._begin(served, behind, able, now, catch_up=True)]
         return [*actions, *self._upkeep.tidy(able)]
+
+    def _may_be_served(self) -> bool:
+        """Somebody who has a version cannot be asked for it."""
+        members = self.fleet.values()
+        return bool(self._silent) or any(m.status.version is not None for m in members)
 
     def _served(self, able: dict[int, FleetMember]) -> WeightVersionReady | None:
         """The newest version that a worker has, and none older than the last that all
