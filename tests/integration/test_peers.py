@@ -411,7 +411,8 @@ def test_a_peer_that_dies_while_it_is_read(
         b.caller.on_poll = lambda: None
     assert killed
     assert failure.kind == "TransferFailed"
-    assert re.search("the read from 'refit-0-.*' (broke off|ended in)", failure.message)
+    # While later waves were posted, or when all of them were.
+    assert re.match("(cannot read|the read) from 'refit-0-", failure.message)
     assert_serves(b, OLD)
     b.refit(offer(held.write(1, NEXT)))
     assert_serves(b, NEXT)
