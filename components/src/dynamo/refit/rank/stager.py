@@ -155,7 +155,8 @@ class RankStager:
     def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
         """Bring the version into the arena and keep a copy of what is live.
 
-        In ``direct`` staging, read it and keep nothing. Blocks the calling thread.
+        In ``direct`` staging, read it and keep nothing. Blocks the calling thread, also
+        while other replicas read what it would overwrite.
 
         Raises:
             RefitError: whatever went wrong, typed; nothing is staged then, the live
