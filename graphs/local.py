@@ -159,7 +159,7 @@ class LocalGraph:
         self._tensor_parallel = tensor_parallel
         self._workers = [()] * workers if isinstance(workers, int) else workers
         self._worker_args = tuple(worker_args)
-        self._coordinator_args = tuple(coordinator_args)
+        self.coordinator_args = tuple(coordinator_args)
         self._frontend_args = tuple(frontend_args)
         self._plane = plane
         self._etcd_port, self._nats_port = free_port(), free_port()
@@ -228,7 +228,7 @@ class LocalGraph:
                 *self._frontend_args,
             ],
             **workers,
-            "coordinator": ["-m", "dynamo.refit", *self._coordinator_args],
+            "coordinator": ["-m", "dynamo.refit", *self.coordinator_args],
         }
 
     def start(self, report: Callable[[str], None] = lambda line: None) -> None:

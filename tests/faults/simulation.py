@@ -195,6 +195,7 @@ def _stall(world: World, process: object, seconds: float) -> None:
 async def _all_goes_well(world: World) -> None:
     """From here on nothing goes wrong any more; a last version is published."""
     world.network.lossy = False
+    world.quiet = True
     # A drain is refused where there is one worker only.
     world.in_flights = (None,)
     for worker in world.workers.values():
@@ -217,27 +218,32 @@ async def _all_goes_well(world: World) -> None:
 
 
 def _settled(world: World) -> bool:
-    return _what_is_left(world) == []
+    return not any(_what_is_left(world).values())
 
 
-def _what_is_left(world: World) -> list[str]:
-    left = []
-    for worker in world.workers.values():
+def _what_is_left(world: World) -> dict[str, list[str]]:
+    """What is not as it should be in the end, by its kind."""
+    left: dict[str, list[str]] = {"left_paused": [], "leaked": [], "wrong_version": []}
+    for number, worker in sorted(world.workers.items()):
         status = worker.agent.status()
-        state = (status.phase, status.version, status.pending, status.admitted)
-        if state != ("serving", world.versions, None, True):
-            left.append(f"worker {worker.number}: {state}, newest {world.versions}")
         if worker.engine.paused or not worker.routing.seen:
-            left.append(f"worker {worker.number} is paused or out of routing")
+            left["left_paused"].append(f"worker {number}")
+        if status.pending is not None or status.phase != "serving":
+            left["leaked"].append(f"worker {number}: {status.phase} {status.pending}")
+        if status.version != world.versions:
+            what = f"worker {number}: {status.version}, not {world.versions}"
+            left["wrong_version"].append(what)
+    trainer = world.trainer
+    open_ = [name for name in trainer.held if name not in trainer.ended]
+    left["leaked"] += [f"announcement {name}" for name in open_]
+    left["leaked"] += [f"lease of {name}" for name in trainer.leased]
     if not world.workers:
-        left.append("no worker is left")
-    open_ = [n for n in world.trainer.held if n not in world.trainer.ended]
-    if open_ or world.trainer.leased:
-        left.append(f"announcements {open_}, leases {world.trainer.leased}")
+        left["left_paused"].append("every worker")
     return left
 
 
 def _nothing_is_left(world: World) -> None:
     world.check()
-    if left := _what_is_left(world):
-        raise Violated("; ".join(left))
+    for kind, what in _what_is_left(world).items():
+        if what:
+            raise Violated(kind, "; ".join(what))

@@ -68,12 +68,16 @@ REPEAT_SECONDS = 1.0
 #: How long a process takes to start.
 START_SECONDS = 8.0
 
-#: Between two tokens of the fleet.
-TOKEN_SECONDS = 0.01
+#: Between two tokens of the fleet: while things go wrong, and after that.
+TOKEN_SECONDS = 0.02, 0.5
 
 
 class Violated(AssertionError):
-    """Something happened that never may."""
+    """Something happened that never may: its ``kind``, and what it was."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(f"{kind}: {what}")
+        self.kind = kind
 
 
 @dataclass
@@ -156,15 +160,17 @@ class Worker:
     def make_token(self) -> None:
         live = set(self.engine.live())
         if len(live) > 1:
-            raise Violated(f"worker {self.number} made a token of a mixture: {live}")
+            raise Violated(
+                "wrong_version", f"worker {self.number} made a token of {live}"
+            )
         (version,) = live
         said = self.agent.status().version
         if version != said:
-            raise Violated(
-                f"worker {self.number} made a token of {version}, and says {said}"
-            )
+            what = f"worker {self.number} made a token of {version}, and says {said}"
+            raise Violated("wrong_version", what)
         if version is None and self.began > self.world.served_since:
-            raise Violated(f"worker {self.number} joined and serves start-up weights")
+            what = f"worker {self.number} joined, and serves start-up weights"
+            raise Violated("wrong_version", what)
         self.world.tokens += 1
 
 
@@ -325,6 +331,7 @@ class World:
     versions: int = 0
     #: No two workers may serve different versions: a barrier, and nothing goes wrong.
     together: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -454,13 +461,13 @@ class World:
     async def generate(self) -> None:
         """Every engine that may makes a token, again and again."""
         while True:
-            await asyncio.sleep(TOKEN_SECONDS)
+            await asyncio.sleep(TOKEN_SECONDS[self.quiet])
             seen = [w for w in self.workers.values() if w.routing.seen and w.generating]
             for worker in seen:
                 worker.make_token()
             versions = {worker.agent.status().version for worker in seen}
             if self.together and len(versions) > 1:
-                raise Violated(f"two versions at a time: {versions}")
+                raise Violated("wrong_version", f"two at a time: {versions}")
 
     def check(self) -> None:
         if self.broken is not None:

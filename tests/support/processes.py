@@ -147,6 +147,12 @@ class Events(_Lines):
         (event,) = self.of(kind, version)
         return event
 
+    def find_last(self, kind: type[T], version: int) -> T:
+        """The newest event of ``kind`` about ``version`` that has come."""
+        while not self.lines.empty():
+            self.seen.append(msgspec.json.decode(self.lines.get(), type=AnyEvent))
+        return self.of(kind, version)[-1]
+
     def of(self, kind: type[T], version: int) -> list[T]:
         """Events of ``kind`` about ``version`` that were seen so far."""
         return [e for e in self.seen if isinstance(e, kind) and e.version == version]

@@ -120,8 +120,18 @@ async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
                 "variables are the graph's"
             )
         await asyncio.sleep(0.05)
+    asked = [_ask_status(caller, path, instance) for instance in found]
+    replies = await asyncio.gather(*asked, return_exceptions=True)
+    answered = [reply for reply in replies if isinstance(reply, FleetStatus)]
+    if not answered:
+        raise RefitError(f"the coordinator does not answer: {replies[0]}")
+    # One that was killed is in discovery for some seconds more.
+    return max(answered, key=lambda status: status.epoch)
+
+
+async def _ask_status(caller: Caller, path: str, instance: int) -> FleetStatus:
     reply = await caller.call(
-        path, max(found), GetStatus(), FleetStatus | Refused, STATUS_SECONDS
+        path, instance, GetStatus(), FleetStatus | Refused, STATUS_SECONDS
     )
     if isinstance(reply, Refused):
         raise RefitError(str(reply.failure))

@@ -1,0 +1,420 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Two real replicas behind the stock KV router: one version everywhere or nowhere,
+joiners from a peer, taints, drains; on files and ZMQ, and on etcd and NATS."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from dynamo.refit.events import (
+    RefitCompleted,
+    RefitFailed,
+    RefitRefused,
+    WorkerAdmitted,
+    WorkerFenced,
+    WorkerRefitted,
+    WorkerStaged,
+)
+from graphs import agg_router
+from graphs.client import Client, Completion, Load
+from graphs.local import CPU_WORKER_ARGS, LocalGraph
+from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
+from graphs.tiny_model import make_checkpoint
+from tests.support.processes import Events, Trainer, fleet_status
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.vllm,
+    pytest.mark.router,
+    pytest.mark.timeout(600),
+]
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+SEEDS = {"A": 1, "B": 2, "C": 3}
+HOLD_SECONDS = 4.0
+LENGTH = 300
+
+
+@dataclass
+class Fleet:
+    """The running graph, and what a test needs in order to judge it."""
+
+    graph: LocalGraph
+    events: Events
+    models: dict[str, Path]
+    expected: dict[str, list[Answer]]
+    asked: list[list[int]]
+    policy: str = "barrier"
+    versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    version: int | None = None
+    serving: str = "A"
+
+    def members(self) -> dict[int, dict]:
+        """The status of every worker, by its id."""
+        status = fleet_status(self.graph)
+        return {m["worker"]: m["status"] for m in status["members"]}
+
+    def other(self) -> str:
+        return "B" if self.serving != "B" else "C"
+
+    def refit(
+        self, trainer: Trainer, name: str, in_flight: str | None = None
+    ) -> RefitCompleted:
+        """Publish checkpoint ``name`` and wait until the fleet serves it."""
+        self.version = next(self.versions)
+        trainer.publish(self.version, self.models[name], in_flight)
+        done = self.events.wait_for(RefitCompleted, lambda e: e.version == self.version)
+        assert trainer.released()["outcome"] == "completed"
+        self.serving = name
+        return done
+
+    def refitted(self, count: int) -> list[WorkerRefitted]:
+        """What the workers said of the newest version, in the order it was said in."""
+        while len(self.events.of(WorkerRefitted, self.version)) < count:
+            self.events.wait_for(WorkerRefitted, lambda e: e.version == self.version)
+        return sorted(self.events.of(WorkerRefitted, self.version), key=lambda e: e.at)
+
+    def restart_coordinator(self, *arguments: str) -> None:
+        before = fleet_status(self.graph)["epoch"]
+        self.graph.processes["coordinator"].kill()
+        self.graph.coordinator_args = arguments
+        self.graph.start_coordinator()
+
+        def there() -> bool:
+            try:
+                return fleet_status(self.graph)["epoch"] > before
+            except subprocess.CalledProcessError:
+                return False
+
+        self.graph.wait_until("there is another coordinator", there)
+
+    def order(self, index: int, **steps: dict) -> None:
+        """Order faults of one worker; see ``tests/support/faulty.py``."""
+        path = Path(self.graph.worker_envs[index]["REFIT_TEST_FAULTS"])
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(steps))
+        temporary.rename(path)
+
+    async def assert_serves(self, name: str, workers: int = 2) -> None:
+        """Every answer of every worker is a fresh engine's on ``name``."""
+        members = await asyncio.to_thread(self.members)
+        assert len(members) == workers
+        async with Client(self.graph.url, self.graph.name) as client:
+            for worker in members:
+                pinned = {"backend_instance_id": worker}
+                for prompt, expected in zip(
+                    self.asked, self.expected[name], strict=True
+                ):
+                    answer = await client.complete(prompt, MAX_TOKENS, nvext=pinned)
+                    assert answer.error is None
+                    assert answer.answer == expected
+
+
+@pytest.fixture(scope="module", params=["file", "etcd"])
+def fleet(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    models = {
+        name: make_checkpoint(CACHE / "models" / f"qwen3-{seed}", seed=seed)
+        for name, seed in SEEDS.items()
+    }
+    asked = prompts()
+    expected = {
+        name: reference_answers(
+            model, tensor_parallel=1, asked=asked, cache=CACHE / "references"
+        )
+        for name, model in models.items()
+    }
+    directory = tmp_path_factory.mktemp("fleet")
+    graph = agg_router.build(
+        models["A"],
+        worker_args=[
+            *CPU_WORKER_ARGS,
+            "--worker-extension-cls=tests.support.faulty.FaultyExtension",
+        ],
+        coordinator_args=[f"--hold-seconds={HOLD_SECONDS}"],
+        plane=request.param,
+        directory=directory,
+    )
+    for index, env in enumerate(graph.worker_envs):
+        env["REFIT_TEST_FAULTS"] = str(directory / f"faults{index}.json")
+    with graph:
+        graph.start()
+        events = Events(graph)
+        yield Fleet(graph, events, models, expected, asked)
+        events.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_faults(fleet: Fleet) -> Iterator[None]:
+    yield
+    for env in fleet.graph.worker_envs:
+        Path(env["REFIT_TEST_FAULTS"]).unlink(missing_ok=True)
+
+
+async def test_start_up_weights_serve_where_there_is_no_version(fleet: Fleet) -> None:
+    members = await asyncio.to_thread(fleet.members)
+    assert [m["version"] for m in members.values()] == [None, None]
+    assert all(m["admitted"] for m in members.values())
+    await fleet.assert_serves("A")
+
+
+async def test_both_change_together_under_load(fleet: Fleet) -> None:
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        async with Client(fleet.graph.url, fleet.graph.name) as client:
+            load = Load(client, prompts(count=5, seed=11), streams=4, max_tokens=64)
+            load.start()
+            for name in ("B", "C"):
+                done = await asyncio.to_thread(fleet.refit, trainer, name)
+                first, second = await asyncio.to_thread(fleet.refitted, 2)
+                assert set(done.workers) == {first.worker, second.worker}
+                assert done.excluded == ()
+                # Both waited for the other one at the barrier.
+                for each in (first, second):
+                    assert each.timings.pause_ms > 0
+                    assert each.timings.stall_ms < HOLD_SECONDS * 1e3
+                await fleet.assert_serves(name)
+            await load.stop()
+    assert load.failed == []
+    assert load.truncated == []
+    assert len(load.completions) >= 8
+
+
+async def test_a_request_can_ask_for_a_version(fleet: Fleet) -> None:
+    """Taints of both workers name the version, beside the user's own."""
+    port = fleet.graph.worker_envs[0]["DYN_SYSTEM_PORT"]
+    body = json.dumps({"taints": ["zone=a", "weights=12345"]}).encode()
+    route = f"http://127.0.0.1:{port}/engine/update/model_taints"
+    request = urllib.request.Request(route, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 200
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        before = fleet.version
+        await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+    async with Client(fleet.graph.url, fleet.graph.name) as client:
+        now = f"weights={fleet.version}"
+        for taints, served in (
+            ([now], True),
+            ([now, "zone=a"], True),
+            ([f"weights={before}"], False),
+            (["weights=12345"], False),
+            ([now, "zone=b"], False),
+        ):
+            constraints = {"routing_constraints": {"required_taints": taints}}
+            asked = fleet.asked[0]
+            answer = await client.complete(asked, MAX_TOKENS, nvext=constraints)
+            assert (answer.error is None) is served, taints
+            if served:
+                assert answer.answer == fleet.expected[fleet.serving][0]
+
+
+async def test_one_that_cannot_install_takes_both_back(fleet: Fleet) -> None:
+    """At the barrier: the one that has installed goes back to the old weights, and no
+    token of the new ones was made."""
+    before = await asyncio.to_thread(fleet.members)
+    fleet.order(0, install={"rank": 0, "error": "cannot write"})
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        version = next(fleet.versions)
+        trainer.publish(version, fleet.models[fleet.other()])
+        failed = await asyncio.to_thread(
+            fleet.events.wait_for, RefitFailed, lambda e: e.version == version
+        )
+        assert trainer.released()["outcome"] == "failed"
+    assert "cannot write" in failed.failure.message
+    assert (failed.failure.rank, failed.failure.version) == (0, version)
+    assert failed.failure.worker in before
+    assert dict(failed.serving) == {w: m["version"] for w, m in before.items()}
+    await fleet.assert_serves(fleet.serving)
+    after = await asyncio.to_thread(fleet.members)
+    for worker, member in after.items():
+        assert (member["phase"], member["pending"]) == ("serving", None)
+        assert member["version"] == before[worker]["version"]
+        assert member["kv_epoch"] == before[worker]["kv_epoch"]
+    assert fleet.events.of(WorkerRefitted, version) == []
+
+
+async def test_one_that_cannot_stage_leaves_both_as_they_are(fleet: Fleet) -> None:
+    fleet.order(1, stage={"rank": 0, "error": "no memory"})
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        version = next(fleet.versions)
+        trainer.publish(version, fleet.models[fleet.other()])
+        failed = await asyncio.to_thread(
+            fleet.events.wait_for, RefitFailed, lambda e: e.version == version
+        )
+    assert "no memory" in failed.failure.message
+    assert failed.failure.rank == 0 and failed.failure.worker is not None
+    await fleet.assert_serves(fleet.serving)
+
+
+async def test_a_coordinator_that_dies_leaves_nobody_paused(fleet: Fleet) -> None:
+    """While one installs slowly the other one waits at the barrier, and the coordinator
+    is killed: each goes on by itself, and the next coordinator brings them together."""
+    fleet.order(0, install={"rank": 0, "seconds": 1.5})
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        name = fleet.other()
+        fleet.version = next(fleet.versions)
+        trainer.publish(fleet.version, fleet.models[name])
+        await asyncio.to_thread(
+            fleet.events.wait_for, WorkerStaged, lambda e: e.version == fleet.version
+        )
+        await asyncio.to_thread(
+            fleet.graph.wait_until, "one waits", lambda: committing(fleet) > 0
+        )
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(fleet.restart_coordinator)
+        async with Client(fleet.graph.url, fleet.graph.name) as client:
+            # Whoever is asked answers, at the latest when the barrier's time is up.
+            answers = await asyncio.gather(
+                *(client.complete(fleet.asked[0], MAX_TOKENS) for _ in range(4))
+            )
+            assert [answer.error for answer in answers] == [None] * 4
+        await asyncio.to_thread(
+            fleet.events.wait_for,
+            RefitCompleted,
+            lambda e: e.version == fleet.version,
+        )
+    fleet.serving = name
+    await fleet.assert_serves(name)
+
+
+def committing(fleet: Fleet) -> int:
+    return sum(m["phase"] == "committing" for m in fleet.members().values())
+
+
+async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
+    fleet: Fleet,
+) -> None:
+    """A replica is killed and comes back on the start-up weights, with the trainer long
+    gone. All the while clients ask, and get tokens of the fleet's version only."""
+    if fleet.serving == "A":
+        with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+            await asyncio.to_thread(fleet.refit, trainer, "B")
+    before = await asyncio.to_thread(fleet.members)
+    fleet.graph.processes.pop("worker1").kill()
+    asking = asyncio.create_task(ask_until_told(fleet, stop := asyncio.Event()))
+    await asyncio.to_thread(fleet.graph.start_worker, 1)
+    admitted = await asyncio.to_thread(
+        fleet.events.wait_for, WorkerAdmitted, lambda e: e.worker not in before
+    )
+    await asyncio.to_thread(fleet.graph.wait_for_worker, 1, "generate")
+    await asyncio.sleep(2)
+    stop.set()
+    completions = await asking
+    assert admitted.version == fleet.version
+    expected = fleet.expected[fleet.serving][1]
+    answered = [c for c in completions if c.error is None]
+    # Requests that the killed worker had are lost; those after it are not.
+    assert len(completions) - len(answered) <= 4
+    assert len(answered) > 20
+    assert {c.answer for c in answered} == {expected}
+    await fleet.assert_serves(fleet.serving)
+    staged = [
+        e for e in fleet.events.of(WorkerStaged, fleet.version)
+        if e.worker == admitted.worker
+    ]  # fmt: skip
+    assert [rank.session for rank in staged[-1].ranks] == ["cold"]
+    done = await asyncio.to_thread(
+        fleet.events.find_last, RefitCompleted, fleet.version
+    )
+    assert done.catch_up
+    assert admitted.worker in done.workers
+
+
+async def ask_until_told(fleet: Fleet, stop: asyncio.Event) -> list[Completion]:
+    completions = []
+    async with Client(fleet.graph.url, fleet.graph.name) as client:
+        while not stop.is_set():
+            completions += await asyncio.gather(
+                *(client.complete(fleet.asked[1], MAX_TOKENS) for _ in range(2))
+            )
+            await asyncio.sleep(0.2)
+    return completions
+
+
+async def test_rolling_changes_one_at_a_time(fleet: Fleet) -> None:
+    await asyncio.to_thread(
+        fleet.restart_coordinator, "--commit-policy=rolling", "--max-unavailable=1"
+    )
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+    first, second = await asyncio.to_thread(fleet.refitted, 2)
+    # The second one is told when the first one has checked its live weights.
+    assert second.at - seconds_of(second) > first.at
+    await fleet.assert_serves(fleet.serving)
+
+
+def seconds_of(refitted: WorkerRefitted) -> float:
+    timings = refitted.timings
+    return (timings.stall_ms + timings.probe_ms + timings.verify_ms) / 1e3
+
+
+async def test_a_drain_ends_requests_under_the_old_weights(fleet: Fleet) -> None:
+    """With ``rolling``: one at a time is out of routing, and no request fails."""
+    prompt = fleet.asked[0]
+    async with Client(fleet.graph.url, fleet.graph.name) as client:
+        alone = await client.complete(prompt, LENGTH, ignore_eos=True)
+        with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+            running = [
+                asyncio.create_task(client.complete(prompt, LENGTH, ignore_eos=True))
+                for _ in range(4)
+            ]
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(fleet.refit, trainer, fleet.other(), "drain")
+            done = await asyncio.gather(*running)
+    assert [c.error for c in done] == [None] * 4
+    assert {c.answer for c in done} == {alone.answer}
+    for each in await asyncio.to_thread(fleet.refitted, 2):
+        assert (each.in_flight, each.carried_over) == ("drain", 0)
+    await fleet.assert_serves(fleet.serving)
+
+
+async def test_one_that_cannot_follow_is_fenced(fleet: Fleet) -> None:
+    """With ``canary``: one has changed, so there is only forward. The last test."""
+    await asyncio.to_thread(fleet.restart_coordinator, "--commit-policy=canary")
+    members = await asyncio.to_thread(fleet.members)
+    canary = min(members)
+    index = await asyncio.to_thread(index_of, fleet, max(members))
+    fleet.order(index, install={"rank": 0, "error": "cannot write"})
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        done = await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+    assert done.workers == (canary,)
+    (why,) = done.excluded
+    assert (why.worker, why.rank) == (max(members), 0)
+    assert "cannot write" in why.message
+    fenced = await asyncio.to_thread(fleet.events.find, WorkerFenced, fleet.version)
+    assert fenced.worker == max(members)
+    worker = fleet.graph.processes.pop(f"worker{index}")
+    deadline = time.monotonic() + 60
+    while worker.running and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    assert not worker.running
+    await fleet.assert_serves(fleet.serving, workers=1)
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        version = next(fleet.versions)
+        trainer.publish(version, fleet.models["A"], "drain")
+        refused = await asyncio.to_thread(
+            fleet.events.wait_for, RefitRefused, lambda e: e.version == version
+        )
+        assert refused.reason == "unsafe_policy"
+
+
+def index_of(fleet: Fleet, worker: int) -> int:
+    """Which process a worker is."""
+    for index in range(2):
+        log = fleet.graph.processes[f"worker{index}"].log.read_text()
+        if f"refit agent of worker {worker}" in log:
+            return index
+    raise AssertionError(f"no log tells of worker {worker}")

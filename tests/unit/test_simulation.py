@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Lives of a fleet in virtual time; ``make faults`` runs many more. The simulation has
+to find what is wrong, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+
+from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.worker.switch import Switch
+from tests.faults.simulation import simulate
+from tests.faults.world import Violated
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.faults,
+    pytest.mark.pre_merge,
+    pytest.mark.gpu_0,
+    pytest.mark.core,
+    pytest.mark.timeout(120),
+]
+
+SEEDS = range(25)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_without_faults_every_version_arrives(seed: int) -> None:
+    result = simulate(seed, faults=False)
+    assert (result.published, result.failed, result.fenced) == (6, 0, 0)
+    # A newer one may have come before an older one was there.
+    assert result.completed >= 4
+    assert result.tokens > 1000
+
+
+def test_whatever_goes_wrong_the_fleet_comes_to_the_newest_version() -> None:
+    results = [simulate(seed) for seed in SEEDS]
+    assert min(result.faults for result in results) > 10
+    for outcome in ("completed", "failed", "fenced"):
+        assert sum(getattr(result, outcome) for result in results) > len(SEEDS) // 2
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        # Admitted whatever the fleet serves.
+        (Reconciler, "_may_be_served"),
+        # Says that it serves what it has only staged.
+        (Switch, "_serve"),
+    ],
+)
+def test_it_finds_what_is_broken(target: type, name: str) -> None:
+    with (
+        mock.patch.object(target, name, broken(name)),
+        pytest.raises(Violated, match="wrong_version"),
+    ):
+        for seed in range(200):
+            simulate(seed)
+
+
+def broken(name: str) -> Callable:
+    return {
+        "_may_be_served": lambda self: False,
+        "_serve": lambda self, staged: self._engine.begin_epoch(staged.version),
+    }[name]
