@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Workers that join or were left behind: none serves before it has what the fleet has."""
+"""Workers that join or were left behind come to what the fleet serves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.coordinator.upkeep import (
     CATCH_UP_SECONDS,
     CATCH_UPS,
-    SAY_AGAIN_SECONDS,
 )
 from dynamo.refit.events import (
     RefitCompleted,
@@ -60,7 +59,6 @@ from tests.support.fleet import (
     not_leased,
     of_type,
     prepares,
-    preparing,
     serves,
     serves_not,
     vote_refused,
@@ -415,75 +413,3 @@ def test_a_fleet_of_fenced_workers_has_completed_nothing() -> None:
     actions = [*reconciler.handle(V5, 1.0), *reconciler.handle(Tick(), 2.0)]
     assert not events(actions, RefitCompleted)
     assert reconciler.completed is None
-
-
-# --- admission ------------------------------------------------------------------------
-
-
-def test_start_up_weights_are_admitted_when_the_fleet_has_been_seen() -> None:
-    """Until then a worker that serves a version may be missing from discovery."""
-    reconciler = new(joiner(1), joiner(2))
-    assert reconciler.handle(Tick(), POLICY.settle_seconds - 0.1) == []
-    actions = reconciler.handle(Tick(), POLICY.settle_seconds)
-    assert actions == [SendAdmit(1), SendAdmit(2)]
-
-
-def test_settling_begins_with_the_coordinator_and_not_with_a_worker() -> None:
-    reconciler = new()
-    reconciler.handle(Tick(), 0.0)
-    assert admitted(reconciler.handle(fleet(joiner(1)), 10.0)) == [1]
-
-
-def test_an_admission_is_said_again_until_the_worker_shows_it() -> None:
-    reconciler = new(joiner(1))
-    assert admitted(reconciler.handle(Tick(), 10.0)) == [1]
-    assert reconciler.handle(fleet(joiner(1)), 11.0) == []
-    assert admitted(reconciler.handle(Tick(), 10.0 + SAY_AGAIN_SECONDS)) == [1]
-    actions = reconciler.handle(fleet(member(1)), 16.0)
-    assert actions == [Publish(WorkerAdmitted(worker=1, version=None))]
-    assert reconciler.handle(Tick(), 17.0) == []
-
-
-def test_a_joiner_with_the_served_version_is_admitted() -> None:
-    """Its coordinator died between its commit and the next look."""
-    level = member(2, 5, admitted=False)
-    actions = new().handle(fleet(member(1, 5), level), 0.0)
-    assert admitted(actions) == [2]
-
-
-def test_a_joiner_behind_the_fleet_is_not_admitted_whatever_fails() -> None:
-    reconciler = new(member(1, 5), joiner(2))
-    for now in range(1, 300):
-        actions = reconciler.handle(Tick(), float(now))
-        assert admitted(actions) == []
-        if reconciler.transaction is not None:
-            what = catch_up(reconciler)
-            actions = reconciler.handle(serves_not(1, 2, what), float(now))
-            assert admitted(actions) == []
-
-
-def test_nobody_is_admitted_while_the_first_version_is_under_way() -> None:
-    reconciler = preparing(V5, joiner(1))
-    assert admitted(reconciler.handle(Tick(), 50.0)) == []
-    reconciler.handle(voted(1, V5), 51.0)
-    actions = reconciler.handle(committed(1, V5), 52.0)
-    # The commit admits by itself.
-    assert actions[0] == Publish(WorkerAdmitted(worker=1, version=5))
-    assert actions[1:] == completed(V5, 1, seconds=52.0)
-
-
-def test_an_admission_is_told_once() -> None:
-    reconciler = new(joiner(1))
-    assert admitted(reconciler.handle(Tick(), 10.0)) == [1]
-    reconciler.handle(V5, 11.0)
-    reconciler.handle(leased(V5), 11.0)
-    reconciler.handle(voted(1, V5), 11.0)
-    told = events(reconciler.handle(committed(1, V5), 12.0), WorkerAdmitted)
-    told += events(reconciler.handle(fleet(member(1, 5)), 13.0), WorkerAdmitted)
-    assert told == [WorkerAdmitted(worker=1, version=5)]
-
-
-def test_a_failed_first_version_leaves_the_start_up_weights_to_serve() -> None:
-    reconciler = preparing(V5, joiner(1))
-    reconciler.handle(vote_refused(1, V5), 50.0)
-    assert admitted(reconciler.handle(Tick(), 51.0)) == [1]

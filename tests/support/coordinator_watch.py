@@ -1,0 +1,371 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A reconciler under watch: whatever it hears, is it allowed to say what it says?
+
+Keeps its own account of votes, commits, leases and ends, from the inputs and the
+actions alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dynamo.refit.coordinator.actions import (
+    Action,
+    CommitAnswered,
+    FleetSeen,
+    GiveBackLease,
+    Input,
+    PrepareAnswered,
+    Publish,
+    ReleasePeer,
+    SendAbort,
+    SendAdmit,
+    SendCommit,
+    SendFence,
+    SendPrepare,
+    SendServe,
+    ServeAnswered,
+    TakeLease,
+)
+from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
+from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.events import (
+    Event,
+    RefitCompleted,
+    RefitFailed,
+    RefitRefused,
+    RefitStarted,
+    RefitSuperseded,
+    WeightVersionReady,
+)
+from dynamo.refit.protocol import (
+    CommitStep,
+    Committed,
+    Refused,
+    Stepped,
+    Vote,
+    WeightsServed,
+)
+
+CommitReply = Committed | Stepped | Refused
+
+OUTCOMES = {
+    RefitCompleted: "completed",
+    RefitFailed: "failed",
+    RefitSuperseded: "superseded",
+    RefitRefused: "refused",
+}
+
+
+@dataclass
+class Open:
+    """The transaction that has started and not ended."""
+
+    version: int
+    members: set[int]
+    catch_up: bool
+    began: float
+    ready: WeightVersionReady | None = None
+    #: Asked to stage, and not answered; what those that have answered said.
+    asked: set[int] = field(default_factory=set)
+    votes: dict[int, bool] = field(default_factory=dict)
+    direct: bool = False
+    #: Told to change, and those of them that have not answered: what and when.
+    told: set[int] = field(default_factory=set)
+    busy: dict[int, tuple[CommitStep, float]] = field(default_factory=dict)
+    changed: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
+
+    def commit_answered(
+        self, worker: int, reply: Committed | Stepped | Refused
+    ) -> None:
+        if worker not in self.told & self.members:
+            return
+        if isinstance(reply, Committed) and reply.weights == self.ready.weights:
+            self.busy.pop(worker, None)
+            self.refused.discard(worker)
+            self.changed.add(worker)
+        elif worker not in self.busy:
+            return
+        elif not isinstance(reply, Stepped):
+            del self.busy[worker]
+            self.refused.add(worker)
+        elif reply.step == self.busy[worker][0]:
+            del self.busy[worker]
+
+
+class Watch:
+    """One coordinator's life."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.reconciler = Reconciler("tiny", policy)
+        self.open: Open | None = None
+        self.present: set[int] = set()
+        self.silent: frozenset[int] = frozenset()
+        self.told_to_go: set[int] = set()
+        self.heard: set[str] = set()
+        self.outcomes: dict[str, str] = {}
+        #: How the last announcement of a refit or a catch-up was given back.
+        self.leases: Counter[str] = Counter()
+        self.peer_leases: dict[tuple[int, str], int] = {}
+        self.withdrawn: set[int] = set()
+        self.versions: dict[int, int] = {}
+        self.newest_completed = 0
+
+    def handle(self, what: Input, now: float) -> list[Action]:
+        self._take_in(what)
+        actions = self.reconciler.handle(what, now)
+        for number, action in enumerate(actions):
+            self._check(action, actions[:number], actions[number + 1 :], what, now)
+        assert (self.reconciler.transaction is None) == (self.open is None)
+        for worker, version in self.reconciler.serving():
+            assert (version or 0) >= self.versions.get(worker, 0), "view taken back"
+        return actions
+
+    # --- what it hears --------------------------------------------------------
+
+    def _take_in(self, what: Input) -> None:
+        name = self.open.ready.announcement if self.open and self.open.ready else None
+        match what:
+            case WeightVersionReady():
+                self.heard.add(what.announcement)
+            case FleetSeen():
+                self.silent = what.silent
+                self._fleet_seen({m.worker for m in what.members})
+            case ServeAnswered(reply=WeightsServed(announcement=lease)):
+                if (what.peer, lease) not in self.peer_leases:
+                    self.peer_leases[what.peer, lease] = 1
+            case PrepareAnswered(worker=worker) if what.announcement == name:
+                if worker in self.open.asked:
+                    self.open.asked.remove(worker)
+                    yes = isinstance(what.reply, Vote)
+                    yes = yes and what.reply.weights == self.open.ready.weights
+                    self.open.votes[worker] = yes
+                    self.open.direct |= yes and what.reply.ranks[0].memory.mode == (
+                        "direct"
+                    )
+            case CommitAnswered(worker=worker):
+                self._commit_answered(what, name)
+
+    def _fleet_seen(self, present: set[int]) -> None:
+        gone = self.present - present
+        self.present = present
+        self.told_to_go -= gone
+        self.withdrawn -= gone
+        for worker in gone:
+            self.versions.pop(worker, None)
+        if self.open is not None:
+            for kept in (self.open.members, self.open.asked, self.open.changed):
+                kept -= gone
+            for worker in gone:
+                self.open.busy.pop(worker, None)
+
+    def _commit_answered(self, what: CommitAnswered, name: str | None) -> None:
+        worker, reply = what.worker, what.reply
+        if what.announcement == name:
+            self.open.commit_answered(worker, reply)
+            if worker not in self.open.busy:
+                self.withdrawn.discard(worker)
+        if isinstance(reply, Committed) and worker in self.present:
+            newest = max(reply.version, self.versions.get(worker, 0))
+            self.versions[worker] = newest
+
+    # --- what it says ---------------------------------------------------------
+
+    def _check(
+        self,
+        action: Action,
+        before: list[Action],
+        after: list[Action],
+        what: Input,
+        now: float,
+    ) -> None:
+        match action:
+            case TakeLease():
+                self._is_open(action.ready)
+                self.leases[action.ready.announcement] += 1
+            case SendServe():
+                self._is_open(action.ready)
+                self._may_be_told(action.peer)
+                assert action.reader in self.open.members
+                assert action.peer != action.reader
+            case SendPrepare():
+                self._prepare_sent(action)
+            case SendCommit():
+                self._commit_sent(action, now)
+            case SendAdmit(worker=worker):
+                self._may_be_told(worker)
+                self._admitted(worker)
+            case SendFence(worker=worker):
+                assert worker in self.present
+                self.told_to_go.add(worker)
+            case SendAbort(worker=worker):
+                assert worker in self.present
+            case ReleasePeer(peer=peer, announcement=lease):
+                self.peer_leases[peer, lease] = 0
+            case GiveBackLease():
+                self._given_back(action, before, what)
+            case Publish(event=event):
+                self._published(event, after, now)
+
+    def _is_open(self, ready: WeightVersionReady) -> None:
+        assert self.open is not None
+        if self.open.ready is None:
+            self.open.ready = ready
+        assert self.open.ready == ready, "two versions at a time"
+        assert ready.version == self.open.version
+
+    def _may_be_told(self, worker: int) -> None:
+        assert worker in self.present
+        assert worker not in self.told_to_go
+        assert self.reconciler.fleet[worker].status.phase != "fenced"
+
+    def _prepare_sent(self, action: SendPrepare) -> None:
+        self._is_open(action.ready)
+        assert action.worker in self.open.members
+        assert not self.open.told, "staged during the commit"
+        self.open.asked.add(action.worker)
+        if action.served is None:
+            assert self.leases[action.ready.announcement] > 0, "nobody keeps it"
+        else:
+            assert self.peer_leases[action.peer, action.served.announcement] == 1
+
+    def _commit_sent(self, action: SendCommit, now: float) -> None:
+        self._is_open(action.ready)
+        current, worker = self.open, action.worker
+        assert worker in current.members
+        assert current.votes.get(worker) is True, f"worker {worker} did not vote yes"
+        assert action.ready.version >= self.versions.get(worker, 0)
+        assert current.changed or current.catch_up or not current.refused, "went on"
+        if not current.told:
+            self._enough_votes(now)
+        self._is_its_turn(action, now)
+        current.told.add(worker)
+        current.busy[worker] = action.step, now
+
+    def _is_its_turn(self, action: SendCommit, now: float) -> None:
+        """Not too many at a time, and somebody else can be sent to."""
+        current, policy = self.open, self.policy
+        seconds = policy.commit_seconds + GRACE_SECONDS
+        if action.in_flight == "drain":
+            seconds += policy.drain_seconds
+        under_way = {
+            w for w, (_, sent) in current.busy.items() if now <= sent + seconds
+        }
+        if policy.commit != "barrier" and policy.max_unavailable:
+            assert len(under_way) < policy.max_unavailable
+        if policy.commit == "canary" and not current.catch_up:
+            assert current.changed or not under_way, "two canaries"
+        silent = current.busy.keys() - under_way
+        left = self._routable() - self.withdrawn - current.refused - silent
+        wanted = current.direct or action.in_flight == "drain"
+        assert action.withdraw == (
+            wanted and action.worker in left and len(left) > 1
+        ), "routers have nobody to send to, or somebody who is busy"
+        if action.withdraw:
+            self.withdrawn.add(action.worker)
+
+    def _enough_votes(self, now: float) -> None:
+        current = self.open
+        yes = {w for w in current.members if current.votes.get(w)}
+        silent = {w for w in current.members if w not in current.votes} | current.asked
+        late = now > current.began + self.policy.stage_seconds + GRACE_SECONDS
+        assert not silent or late, "somebody had not voted yet"
+        if not current.catch_up:
+            assert len(yes) >= self.policy.needed(len(current.members))
+
+    def _routable(self) -> set[int]:
+        return {
+            worker
+            for worker, member in self.reconciler.fleet.items()
+            if member.status.admitted and member.status.phase != "fenced"
+        } - self.told_to_go
+
+    def _admitted(self, worker: int) -> None:
+        fleet = self.reconciler.fleet
+        mine = fleet[worker].status.version or 0
+        for other, member in fleet.items():
+            if other not in self.told_to_go and member.status.phase != "fenced":
+                assert (member.status.version or 0) <= mine, "behind what is served"
+        assert mine or not self.silent, "behind what may be served"
+        assert mine >= self.newest_completed, "behind what was served"
+
+    # --- how it ends ----------------------------------------------------------
+
+    def _published(self, event: Event, after: list[Action], now: float) -> None:
+        match event:
+            case RefitStarted():
+                assert self.open is None, "two transactions at a time"
+                members = set(event.workers)
+                assert members and members <= self.present - self.told_to_go
+                self.open = Open(event.version, members, event.catch_up, now)
+            case RefitCompleted():
+                if event.seconds is not None:
+                    self._completed(event)
+                self.newest_completed = max(self.newest_completed, event.version)
+                fleet = self.reconciler.fleet
+                for worker in event.workers:
+                    assert fleet[worker].status.version == event.version
+                    assert fleet[worker].status.weights == event.weights
+                if not event.catch_up:
+                    self._ended(event, after)
+            case RefitFailed():
+                closed, self.open = self.open, None
+                assert closed.version == event.version
+                assert not closed.changed, "some have changed"
+                if not closed.catch_up:
+                    self._ended(event, after)
+            case RefitSuperseded():
+                assert event.by >= event.version
+                if self.open is None or self.open.told:
+                    self._ended(event, after)
+                    return
+                closed, self.open = self.open, None
+                assert closed.version == event.version
+                if not closed.catch_up:
+                    self._ended(event, after)
+            case RefitRefused():
+                self._ended(event, after)
+
+    def _completed(self, event: RefitCompleted) -> None:
+        closed, self.open = self.open, None
+        assert (closed.version, closed.catch_up) == (event.version, event.catch_up)
+        assert closed.changed and closed.changed <= set(event.workers)
+        excluded = {failure.worker for failure in event.excluded}
+        assert closed.members <= set(event.workers) | excluded
+        if not closed.catch_up:
+            left_over = closed.members - set(event.workers)
+            assert left_over <= self.told_to_go, "neither changed nor fenced"
+
+    def _ended(self, event: Event, after: list[Action]) -> None:
+        """The one end of an announcement, with its release."""
+        assert after and isinstance(after[0], GiveBackLease), "ended, not released"
+        name = after[0].ready.announcement
+        assert after[0].outcome == OUTCOMES[type(event)]
+        assert after[0].ready.version == event.version
+        assert name not in self.outcomes, "ended twice"
+        self.outcomes[name] = after[0].outcome
+
+    def _given_back(
+        self, action: GiveBackLease, before: list[Action], what: Input
+    ) -> None:
+        name = action.ready.announcement
+        current = self.open.ready if self.open else None
+        reading = current is not None and current.announcement == name
+        assert not reading, "released while it is read"
+        ended = before and isinstance(before[-1], Publish)
+        if self.leases[name]:
+            self.leases[name] = 0
+        elif not (ended and isinstance(before[-1].event, tuple(OUTCOMES))):
+            # Said again, because the trainer has not heard it.
+            assert isinstance(what, WeightVersionReady) and what.announcement == name
+            assert action.outcome == self.outcomes[name]
+
+    def assert_all_released(self) -> None:
+        assert not +self.leases
+        left = [lease for lease, count in self.peer_leases.items() if count]
+        assert not left, f"never released: {left}"
+        assert self.heard == set(self.outcomes)
