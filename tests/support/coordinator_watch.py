@@ -43,6 +43,7 @@ from dynamo.refit.events import (
 from dynamo.refit.protocol import (
     CommitStep,
     Committed,
+    FleetMember,
     Refused,
     Stepped,
     Vote,
@@ -57,6 +58,10 @@ OUTCOMES = {
     RefitSuperseded: "superseded",
     RefitRefused: "refused",
 }
+
+
+def _is_fenced(member: FleetMember) -> bool:
+    return member.status.phase == "fenced"
 
 
 @dataclass
@@ -134,7 +139,8 @@ class Watch:
                 self.heard.add(what.announcement)
             case FleetSeen():
                 self.silent = what.silent
-                self._fleet_seen({m.worker for m in what.members})
+                fenced = {m.worker for m in what.members if _is_fenced(m)}
+                self._fleet_seen({m.worker for m in what.members}, fenced)
             case ServeAnswered(reply=WeightsServed(announcement=lease)):
                 if (what.peer, lease) not in self.peer_leases:
                     self.peer_leases[what.peer, lease] = 1
@@ -150,7 +156,7 @@ class Watch:
             case CommitAnswered(worker=worker):
                 self._commit_answered(what, name)
 
-    def _fleet_seen(self, present: set[int]) -> None:
+    def _fleet_seen(self, present: set[int], fenced: set[int]) -> None:
         gone = self.present - present
         self.present = present
         self.told_to_go -= gone
@@ -158,6 +164,7 @@ class Watch:
         for worker in gone:
             self.versions.pop(worker, None)
         if self.open is not None:
+            gone |= fenced
             for kept in (self.open.members, self.open.asked, self.open.changed):
                 kept -= gone
             for worker in gone:
@@ -221,7 +228,7 @@ class Watch:
     def _may_be_told(self, worker: int) -> None:
         assert worker in self.present
         assert worker not in self.told_to_go
-        assert self.reconciler.fleet[worker].status.phase != "fenced"
+        assert not _is_fenced(self.reconciler.fleet[worker])
 
     def _prepare_sent(self, action: SendPrepare) -> None:
         self._is_open(action.ready)

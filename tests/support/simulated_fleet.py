@@ -155,6 +155,9 @@ class Worker:
     def _prepare(self, action: SendPrepare, fleet: SimulatedFleet) -> Reply:
         if self.phase == "committing":
             return refused("RefitError", self.number)
+        if action.ready.version < (self.version or 0):
+            # The coordinator has not seen what an earlier one's late commit did.
+            return refused("StaleVersion", self.number)
         self._drop()
         peer = action.peer
         source = None if peer is None else (peer, action.served.announcement)

@@ -135,6 +135,23 @@ def test_a_worker_that_leaves_during_its_commit_is_told_of_only() -> None:
     assert [(f.kind, f.worker) for f in event.excluded] == [("WorkerLeft", 2)]
 
 
+def test_a_worker_that_has_fenced_itself_is_not_waited_for() -> None:
+    reconciler = preparing(V5, 1, 2, 3)
+    reconciler.handle(voted(1, V5), 2.0)
+    assert reconciler.handle(fleet(1, 2, member(3, phase="fenced")), 3.0) == []
+    assert reconciler.handle(voted(2, V5), 4.0) == commits(V5, 1, 2)
+    fenced = [member(w, phase="fenced") for w in (2, 3)]
+    assert reconciler.handle(fleet(1, *fenced), 5.0) == []
+    actions = reconciler.handle(committed(1, V5), 6.0)
+    assert fences(actions) == {}
+    [event] = events(actions, RefitCompleted)
+    assert event.workers == (1,)
+    assert [(f.kind, f.worker) for f in event.excluded] == [("WorkerLeft", 2)]
+    # Its late answer does not bring it back.
+    reconciler.handle(committed(2, V5), 7.0)
+    assert reconciler.serving() == ((1, 5), (2, None), (3, None))
+
+
 def test_a_worker_that_leaves_after_its_commit_fails_nothing() -> None:
     reconciler = committing(V5, 1, 2)
     reconciler.handle(committed(2, V5), 3.0)

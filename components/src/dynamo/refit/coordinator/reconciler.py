@@ -201,8 +201,11 @@ class Reconciler:
             if w not in before
         ]
         transaction = self.transaction
-        for worker in sorted(set(before) - set(self.fleet)):
-            self._upkeep.forget(worker)
+        # One that has fenced itself is as good as gone.
+        there = {w for w, m in self.fleet.items() if m.status.phase != "fenced"}
+        for worker in sorted(set(before) - there):
+            if worker not in self.fleet:
+                self._upkeep.forget(worker)
             if transaction is not None:
                 actions += transaction.staging.forget(worker)
                 if transaction.commit is not None:
@@ -259,7 +262,7 @@ class Reconciler:
 
     def _now_serving(self, worker: int, committed: Committed) -> list[Action]:
         member = self.fleet.get(worker)
-        if member is None:
+        if member is None or member.status.phase == "fenced":
             return []
         status = msgspec.structs.replace(
             member.status,
@@ -463,7 +466,8 @@ class Reconciler:
     def _settle(self, transaction: Transaction, now: float) -> list[Action]:
         """Who did not change goes, or may try again to catch up."""
         version = transaction.ready.version
-        stay = {w: f for w, f in _unchanged(transaction).items() if w in self.fleet}
+        able = self._upkeep.able(self.fleet)
+        stay = {w: f for w, f in _unchanged(transaction).items() if w in able}
         if not transaction.catch_up:
             return [
                 action
