@@ -9,10 +9,12 @@ there and used here is listed in ``tests/unit/test_upstream_contract.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import msgspec
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 PROBE_SECONDS = 2.0
 
 
+#: In a prefill worker's ``kv_transfer_params``: the version that computed the KV.
+PREFILLED_WITH = "refit_version"
+#: Several versions, or nobody knows which.
+OTHER = "other"
+
 #: How long an engine must have had no request to be drained.
 IDLE_SECONDS = 0.1
 
@@ -49,6 +56,7 @@ class RefitEngine:
         self._llm = handler.engine_client
         self._calls = itertools.count()
         self.kv_epoch = ""
+        self._version: int | None = None
         self._llm.generate = self._in_epoch(self._llm.generate)
 
     @property
@@ -146,6 +154,7 @@ class RefitEngine:
         hit them.
         """
         self.kv_epoch = f"{version}-{uuid.uuid4().hex[:8]}"
+        self._version = version
         return self.kv_epoch
 
     async def declare_version(self, version: int) -> None:
@@ -176,13 +185,45 @@ class RefitEngine:
             logger.info("no room for a probe within %g s", PROBE_SECONDS)
 
     def _in_epoch(self, generate: Any) -> Any:
-        """``generate`` with the KV epoch in the request's prefix-cache key."""
+        """``generate`` with the KV epoch in the request's prefix-cache key.
+
+        A decode worker also keeps what a prefill worker computed. If that was with
+        another version, no other request may hit it: its key is the request's own.
+        """
 
         @functools.wraps(generate)
-        def generate_in_epoch(prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            return generate(with_epoch(prompt, self.kv_epoch), *args, **kwargs)
+        def generate_in_epoch(
+            prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            extra = getattr(sampling_params, "extra_args", None) or {}
+            transfer = extra.get("kv_transfer_params") or {}
+            epoch = self.kv_epoch
+            if transfer.get("do_remote_prefill") and (
+                transfer.get(PREFILLED_WITH, OTHER) != self._version
+            ):
+                epoch = f"{epoch}|{uuid.uuid4().hex}"
+            outputs = generate(
+                with_epoch(prompt, epoch), sampling_params, *args, **kwargs
+            )
+            if transfer.get("do_remote_decode"):
+                return self._tell_version(outputs, self.kv_epoch)
+            return outputs
 
         return generate_in_epoch
+
+    async def _tell_version(
+        self, outputs: AsyncGenerator[Any, None], epoch: str
+    ) -> AsyncIterator[Any]:
+        """A prefill's outputs; the handover says which version computed the KV."""
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if output.kv_transfer_params is not None:
+                    same = epoch == self.kv_epoch
+                    output.kv_transfer_params = {
+                        **output.kv_transfer_params,
+                        PREFILLED_WITH: self._version if same else OTHER,
+                    }
+                yield output
 
 
 def with_epoch(prompt: Any, epoch: str) -> Any:
