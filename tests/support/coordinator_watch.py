@@ -230,6 +230,9 @@ class Watch:
         assert worker not in self.told_to_go
         assert not _is_fenced(self.reconciler.fleet[worker])
 
+    def _is_committing(self, worker: int) -> bool:
+        return self.reconciler.fleet[worker].status.phase == "committing"
+
     def _prepare_sent(self, action: SendPrepare) -> None:
         self._is_open(action.ready)
         assert action.worker in self.open.members
@@ -309,6 +312,8 @@ class Watch:
                 members = set(event.workers)
                 assert members and members <= self.present - self.told_to_go
                 self.open = Open(event.version, members, event.catch_up, now)
+                # Whoever is left from an earlier commit has shown how it ended.
+                self.withdrawn = {w for w in self.present if self._is_committing(w)}
             case RefitCompleted():
                 if event.seconds is not None:
                     self._completed(event)

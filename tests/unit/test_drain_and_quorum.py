@@ -38,6 +38,7 @@ from tests.support.fleet import (
     fences,
     fleet,
     joiner,
+    leased,
     member,
     new,
     of_type,
@@ -99,6 +100,18 @@ def test_a_joiner_spares_nobody_before_it_serves() -> None:
     reconciler.handle(voted(1, DRAIN5), 2.0)
     assert withdrawn(reconciler.handle(voted(3, DRAIN5), 2.0)) == {3: False}
     assert withdrawn(reconciler.handle(committed(3, DRAIN5), 3.0)) == {1: True}
+
+
+def test_one_that_hangs_in_an_earlier_commit_spares_nobody() -> None:
+    """It may be withdrawn still."""
+    hung = member(2, 4, phase="committing", pending=5)
+    reconciler = new(member(1, 4), hung, policy=QUORUM)
+    reconciler.handle(DRAIN5, 1.0)
+    now = 2.0 + COMMIT_DEADLINE + POLICY.drain_seconds
+    assert of_type(reconciler.handle(Tick(), now), TakeLease)
+    reconciler.handle(leased(DRAIN5), now)
+    reconciler.handle(vote_refused(2, DRAIN5), now)
+    assert withdrawn(reconciler.handle(voted(1, DRAIN5), now)) == {1: False}
 
 
 def test_the_only_one_left_is_not_withdrawn() -> None:

@@ -439,8 +439,14 @@ class Reconciler:
 
     def _advance_commit(self, now: float) -> list[Action]:
         transaction = self.transaction
-        able = self._upkeep.able(self.fleet)
-        routable = {w for w, m in able.items() if m.status.admitted}
+        able, mine = self._upkeep.able(self.fleet), transaction.staging.readers
+        # One that hangs in an earlier commit may be withdrawn.
+        routable = {
+            worker
+            for worker, member in able.items()
+            if member.status.admitted
+            and (worker in mine or member.status.phase != "committing")
+        }
         actions = transaction.commit.advance(now, routable)
         if not transaction.commit.ended:
             return actions
