@@ -150,6 +150,8 @@ class Watch:
                     yes = isinstance(what.reply, Vote)
                     yes = yes and what.reply.weights == self.open.ready.weights
                     self.open.votes[worker] = yes
+                    # Who can vote is not in a commit any more.
+                    self.withdrawn.discard(worker)
                     self.open.direct |= yes and what.reply.ranks[0].memory.mode == (
                         "direct"
                     )
