@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -47,6 +49,15 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
 WORKERS = 1000
 DECISION_SECONDS = 0.05
+
+
+@pytest.fixture(autouse=True)
+def only_our_own_garbage() -> Iterator[None]:
+    """What other tests have left behind is not collected during a decision."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Timed:
