@@ -168,6 +168,13 @@ async def test_a_pause_that_fails_leads_back(bench: Bench) -> None:
     bench.assert_serving(5)
 
 
+async def test_it_never_goes_back(bench: Bench) -> None:
+    await bench.committed(6)
+    with pytest.raises(RefitError, match="6 is served here: 5 is older"):
+        await bench.agent.answer(bench.prepare(5))
+    bench.assert_serving(6)
+
+
 # --- drain and withdrawal -----------------------------------------------------
 
 

@@ -323,7 +323,8 @@ class Coordinator:
             version=ready.version,
             weights=ready.weights,
             epoch=self._epoch,
-            seconds=self._config.policy.stage_seconds + GRACE_SECONDS,
+            # A direct install reads once more.
+            seconds=self._config.policy.lease_seconds(len(self._reconciler.fleet)),
         )
         reply = await self._ask(
             action.peer, request, WeightsServed | Refused, SHORT_CALL_SECONDS

@@ -245,6 +245,11 @@ class RefitAgent:
 
     async def _prepare(self, request: Prepare) -> Message:
         check_awake(self._engine)
+        if self._version is not None and request.version < self._version:
+            # A coordinator may have looked before another one's last commit was here.
+            raise RefitError(
+                f"version {self._version} is served here: {request.version} is older"
+            )
         while (current := self._transaction) is not None:
             if current.request == request and current.ending is None:
                 return await self._outcome(current)
