@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,8 +68,9 @@ class Fleet:
         return sorted(self.events.of(WorkerRefitted, self.version), key=lambda e: e.at)
 
     def restart_coordinator(self, *arguments: str) -> None:
-        before = fleet_status(self.graph)["epoch"]
         self.graph.processes["coordinator"].kill()
+        # Epochs are milliseconds, or above all that were before.
+        before = time.time() * 1e3
         self.graph.coordinator_args = arguments
         self.graph.start_coordinator()
 
