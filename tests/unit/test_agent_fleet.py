@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynamo.refit.errors import NothingStaged, RefitError, StaleEpoch
-from dynamo.refit.events import WorkerFenced, WorkerRefitted
+from dynamo.refit.events import RefitFailed, WorkerFenced, WorkerRefitted
 from dynamo.refit.protocol import (
     Aborted,
     Admit,
@@ -96,6 +96,7 @@ async def test_an_abort_at_the_barrier_leads_back(bench: Bench, name: str) -> No
     await at(bench, name)
     assert await bench.agent.answer(abort(6)) == Aborted(version=6)
     bench.assert_serving(5)
+    assert not [e for e in bench.events if isinstance(e, RefitFailed)]
     assert len(bench.engine.asked(Restore)) == (name == "install")
     assert bench.routing.labelled == [5]
     with pytest.raises(NothingStaged):
@@ -110,6 +111,10 @@ async def test_without_an_order_to_install_the_old_weights_serve_on(
     await happens(lambda: bench.agent.status().phase == "serving")
     bench.assert_serving(5)
     assert bench.engine.steps == ["pause", "resume"]
+    # Its coordinator is gone, so nobody else tells.
+    [failed] = [e for e in bench.events if isinstance(e, RefitFailed)]
+    assert (failed.version, failed.serving) == (6, ((WORKER, 5),))
+    assert "no order to install" in failed.failure.message
     with pytest.raises(NothingStaged):
         await step(bench, "install")
 

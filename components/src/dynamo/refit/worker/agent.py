@@ -334,13 +334,13 @@ class RefitAgent:
             f"no commit within {request.keep_seconds:g} s of the stage's deadline: "
             f"coordinator epoch {request.epoch} is gone; the next one prepares again"
         )
-        self._publish(
-            RefitFailed(
-                version=request.version,
-                failure=self._failure(error, "vote", request.version),
-                serving=((self._worker, self._version),),
-            )
-        )
+        failure = self._failure(error, "vote", request.version)
+        self._report_failure(request.version, failure)
+
+    def _report_failure(self, version: int, failure: Failure) -> None:
+        """In place of a coordinator, which is gone."""
+        serving = ((self._worker, self._version),)
+        self._publish(RefitFailed(version=version, failure=failure, serving=serving))
 
     async def _abort(self, request: Abort) -> Message:
         current = self._transaction
@@ -418,7 +418,10 @@ class RefitAgent:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
                 await self._ranks.discard(version)
-            return Refused(failure=self._failure(error, "install", version))
+            failure = self._failure(error, "install", version)
+            if current.barrier is not None and current.barrier.forsaken:
+                self._report_failure(version, failure)
+            return Refused(failure=failure)
         # What the live weights are is not known now, whatever the cause.
         except BaseException as error:
             return self._fence_off(version, error)
@@ -484,7 +487,7 @@ class RefitAgent:
             f"serves ({request.reason}): restart it"
         )
         failure = self._failure(error, "commit", request.version)
-        logger.critical("fencing worker %d: %s", self._worker, failure)
+        logger.error("fencing worker %d: %s", self._worker, failure)
         event = WorkerFenced(
             worker=self._worker, version=request.version, failure=failure
         )
@@ -504,7 +507,7 @@ class RefitAgent:
         failure = self._failure(error, "install", version)
         if not self._fenced:
             self._fenced = True
-            logger.critical("fencing worker %d: %s", self._worker, failure)
+            logger.error("fencing worker %d: %s", self._worker, failure)
             event = WorkerFenced(worker=self._worker, version=version, failure=failure)
             self._publish(event)
             self._fence()

@@ -27,6 +27,8 @@ class Barrier:
         #: To install; to resume with the new weights. False: not, go back.
         self._orders = {"install": loop.create_future(), "resume": loop.create_future()}
         self._reason = ""
+        #: Nobody said what to do, and it went back by itself.
+        self.forsaken = False
 
     # --- the switch's side ------------------------------------------------------
 
@@ -64,6 +66,7 @@ class Barrier:
                     "coordinator is gone, the next one prepares again"
                 )
                 order.set_result(otherwise)
+                self.forsaken = not otherwise
             return order.result()
 
     # --- the coordinator's side -------------------------------------------------
