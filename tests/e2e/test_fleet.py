@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -110,6 +111,34 @@ async def test_a_request_can_ask_for_a_version(fleet: Fleet) -> None:
             assert (answer.error is None) is served, taints
             if served:
                 assert answer.answer == fleet.expected[fleet.serving][0]
+
+
+async def test_the_example_follows_the_newest_version(fleet: Fleet) -> None:
+    """README's client: it goes on while versions change, and is never behind."""
+    command = [
+        "-m",
+        "graphs.follow_version",
+        "--url",
+        fleet.graph.url,
+        "--count",
+        "100",
+    ]
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        first = fleet.version
+        example = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *command,
+            env={**os.environ, **fleet.graph.environment, "DYN_LOG": "error"},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        lines = [await asyncio.wait_for(example.stdout.readline(), 60)]
+        await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+        rest, _ = await asyncio.wait_for(example.communicate(), 60)
+    assert example.returncode == 0
+    versions = [json.loads(line)["version"] for line in [*lines, *rest.splitlines()]]
+    assert len(versions) == 100
+    assert versions == sorted(versions)
+    assert set(versions) == {first, fleet.version}
 
 
 async def test_one_that_cannot_install_takes_both_back(fleet: Fleet) -> None:
