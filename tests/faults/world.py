@@ -329,6 +329,7 @@ class World:
     #: From when on somebody knows that the fleet serves a version.
     served_since: float = math.inf
     versions: int = 0
+    started_coordinators: int = 0
     #: No two workers may serve different versions: a barrier, and nothing goes wrong.
     together: bool = False
     quiet: bool = False
@@ -374,10 +375,8 @@ class World:
         Worker(self, self._life())
 
     async def start_coordinator(self) -> None:
-        versions = [w.agent.status().version for w in self.workers.values()]
-        if not any(versions):
-            # What an older one knows it keeps to itself.
-            self.served_since = math.inf
+        self.started_coordinators += 1
+        self.forget()
         config = CoordinatorConfig(
             namespace="sim",
             model=None,
@@ -450,10 +449,10 @@ class World:
         self.events.append(event)
 
     def forget(self) -> None:
-        """When the last worker with a version is gone, and not one coordinator is left
-        to remember it, start-up weights are as good."""
+        """When the last worker with a version is gone, a coordinator that came later
+        may never have heard of it, and start-up weights are as good."""
         versions = [w.agent.status().version for w in self.workers.values()]
-        if len(self.coordinators) != 1 and not any(versions):
+        if self.started_coordinators != 1 and not any(versions):
             self.served_since = math.inf
 
     # --- clients ------------------------------------------------------------

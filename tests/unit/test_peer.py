@@ -329,3 +329,17 @@ def test_one_slot_is_one_slot() -> None:
         for rank in range(2)
     ]
     assert as_sources(offered) == (0, (source(0, slots=1), source(1, slots=1)))
+
+
+async def test_the_next_version_ends_every_lease() -> None:
+    """Also those that a coordinator that is gone has never given back."""
+    ranks = FakeRanks()
+    source = PeerSource(ranks)
+    leases = [await source.serve(ranks.hold(version)) for version in (5, 5, 6)]
+    await source.end()
+    assert sorted(ranks.withdrawn) == [5, 6]
+    for lease in leases:
+        with pytest.raises(SourceLost):
+            source.fingerprints(GetFingerprints(announcement=lease.announcement))
+    await source.end()
+    assert sorted(ranks.withdrawn) == [5, 6]

@@ -277,6 +277,7 @@ class RefitAgent:
         version = request.version
         try:
             async with self._verifying:
+                await self._peer.end()
                 votes = await self._ranks.stage(request)
         except asyncio.CancelledError:
             return self._given_up(request)

@@ -129,6 +129,15 @@ class PeerSource:
                 await self._withdraw_unread(lease.held.version)
         return Done()
 
+    async def end(self) -> None:
+        """Nobody reads here any more: a coordinator that goes on to the next version
+        has done with this one, or is another one."""
+        async with self._turn:
+            versions = {lease.held.version for lease in self._leases.values()}
+            self._leases.clear()
+            for version in versions:
+                await self._ranks.withdraw(version)
+
     async def _withdraw_unread(self, version: int) -> None:
         """Tell the ranks if the last reader of ``version`` is gone."""
         now = time.monotonic()
