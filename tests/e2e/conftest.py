@@ -106,6 +106,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         coordinator_args=[
             f"--stage-seconds={STAGE_SECONDS}",
             f"--commit-seconds={COMMIT_SECONDS}",
+            "--drain-seconds=0",
         ],
         directory=directory,
     )

@@ -13,6 +13,7 @@ import pytest
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
+from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.events import (
     MAX_EVENT_BYTES,
     RefitCompleted,
@@ -224,6 +225,7 @@ async def test_coordinator_killed_after_prepare(bench: Bench) -> None:
     brings it after all."""
     before = fleet_status(bench.graph)
     name = other(bench)
+    kept = Policy(commit_seconds=COMMIT_SECONDS, drain_seconds=0).keep_seconds(1)
     bench.order(stage={"rank": 0, "seconds": 2.0})
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         version = next(bench.versions)
@@ -235,7 +237,7 @@ async def test_coordinator_killed_after_prepare(bench: Bench) -> None:
         failed = bench.events.wait_for(
             RefitFailed,
             lambda e: e.version == version,
-            STAGE_SECONDS + COMMIT_SECONDS + 10,
+            STAGE_SECONDS + kept + 10,
         )
         assert failed.publisher.startswith("worker-")
         assert failed.failure.stage == "vote"
