@@ -240,8 +240,9 @@ async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
     assert admitted.version == fleet.version
     expected = fleet.expected[fleet.serving][1]
     answered = [c for c in completions if c.error is None]
-    # Requests that the killed worker had are lost; those after it are not.
-    assert len(completions) - len(answered) <= 4
+    # Lost are those that the killed worker had, and some that were sent there while it
+    # still was in discovery.
+    assert len(completions) - len(answered) <= 16
     assert len(answered) > 20
     assert {c.answer for c in answered} == {expected}
     await fleet.assert_serves(fleet.serving)

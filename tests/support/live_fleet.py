@@ -91,8 +91,13 @@ class Fleet:
 
     async def assert_serves(self, name: str, workers: int = 2) -> None:
         """Every answer of every worker is a fresh engine's on ``name``."""
+        # One that is gone is in discovery until its lease is over.
+        await asyncio.to_thread(
+            self.graph.wait_until,
+            f"there are {workers} workers",
+            lambda: len(self.members()) == workers,
+        )
         members = await asyncio.to_thread(self.members)
-        assert len(members) == workers
         async with Client(self.graph.url, self.graph.name) as client:
             for worker in members:
                 pinned = {"backend_instance_id": worker}
