@@ -24,7 +24,7 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
-from graphs.client import Client
+from graphs.client import Client, Completion
 from graphs.local import Process
 from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
 from tests.support.processes import Trainer, fleet_status
@@ -318,10 +318,7 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
     )
     async with Client(bench.graph.url, bench.graph.name) as client:
         with Trainer(bench.graph, bench.models["A"]) as trainer:
-            straddling = asyncio.create_task(
-                client.complete(bench.asked[0], 1500, ignore_eos=True)
-            )
-            await asyncio.sleep(0.5)
+            straddling = asyncio.create_task(stream_until_cut_off(bench, client))
             version = next(bench.versions)
             trainer.publish(version, bench.models[other(bench)], "recompute")
             fenced = await asyncio.to_thread(
@@ -338,6 +335,14 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
     assert cut_off.error is not None
     assert cut_off.finish_reason is None
     await assert_ends(bench.graph.processes.pop("worker0"))
+
+
+async def stream_until_cut_off(bench: Bench, client: Client) -> Completion:
+    """One stream after another, until one does not come to its end."""
+    while True:
+        completion = await client.complete(bench.asked[0], 1500, ignore_eos=True)
+        if completion.error is not None or completion.finish_reason != "length":
+            return completion
 
 
 async def assert_ends(worker: Process) -> None:
@@ -376,10 +381,7 @@ async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
             restore={"rank": 0, "error": "cannot undo"},
         )
         async with Client(bench.graph.url, bench.graph.name) as client:
-            straddling = asyncio.create_task(
-                client.complete(bench.asked[0], 1500, ignore_eos=True)
-            )
-            await asyncio.sleep(0.5)
+            straddling = asyncio.create_task(stream_until_cut_off(bench, client))
             version = next(bench.versions)
             trainer.publish(version, bench.models["B"], "continue")
             failed = await asyncio.to_thread(bench.events.find, RefitFailed, version)
