@@ -250,7 +250,7 @@ class LocalGraph:
         self.start_coordinator()
         for index in range(len(self._workers)):
             self.wait_for_worker(index, "generate")
-        self.wait_until("the model is listed", self._serves_model)
+        self.wait_for_model()
         report(f"serving {self.name} at {self.url}/v1")
 
     def start_servers(self) -> None:
@@ -284,6 +284,10 @@ class LocalGraph:
             return health is not None and health["endpoints"].get(endpoint) == "ready"
 
         self.wait_until(f"worker{index} serves its {endpoint} endpoint", serves)
+
+    def wait_for_model(self) -> None:
+        """Until the frontend lists the model, moments after a worker is admitted."""
+        self.wait_until("the model is listed", self._serves_model)
 
     def run(self, name: str, arguments: Sequence[str], **env: str) -> Process:
         """Start a Python process of this graph; a dead one of that name is replaced."""

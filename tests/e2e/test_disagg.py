@@ -62,7 +62,9 @@ async def test_both_kinds_of_workers_change_in_one_version(tmp_path: Path) -> No
                         answers = [await client.complete(p, MAX_TOKENS) for p in asked]
                         assert [a.error for a in answers] == [None] * len(asked)
                         assert [a.answer for a in answers] == expected[name], version
-                    done = events.of(WorkerRefitted, version)
+                    done = await asyncio.to_thread(
+                        events.find_all, WorkerRefitted, version, 2
+                    )
                     assert {event.worker for event in done} == workers
                     assert len({event.weights for event in done}) == 1
                     assert trainer.released()["outcome"] == "completed"

@@ -251,9 +251,7 @@ async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
         if e.worker == admitted.worker
     ]  # fmt: skip
     assert [rank.session for rank in staged[-1].ranks] == ["cold"]
-    done = await asyncio.to_thread(
-        fleet.events.find_last, RefitCompleted, fleet.version
-    )
+    done = fleet.events.of(RefitCompleted, fleet.version)[-1]
     assert done.catch_up
     assert admitted.worker in done.workers
 

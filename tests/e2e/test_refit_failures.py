@@ -312,12 +312,13 @@ async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:
     mixture is made, and the process ends. In a pause: the agent does it, and says so.
     It takes the worker along.
     """
-    bench.order(
-        install={"rank": 0, "error": "cannot write"},
-        restore={"rank": 0, "error": "cannot undo"},
-    )
     async with Client(bench.graph.url, bench.graph.name) as client:
         with Trainer(bench.graph, bench.models["A"]) as trainer:
+            await asyncio.to_thread(bench.refit, trainer, other(bench))
+            bench.order(
+                install={"rank": 0, "error": "cannot write"},
+                restore={"rank": 0, "error": "cannot undo"},
+            )
             straddling = asyncio.create_task(stream_until_cut_off(bench, client))
             version = next(bench.versions)
             trainer.publish(version, bench.models[other(bench)], "recompute")
@@ -365,6 +366,7 @@ async def bring_a_worker(bench: Bench, trainer: Trainer) -> None:
     async with Client(bench.graph.url, bench.graph.name) as client:
         assert (await client.complete(bench.asked[0], 1)).error is not None
     await asyncio.to_thread(bench.refit, trainer, "A")
+    await asyncio.to_thread(bench.graph.wait_for_model)
     await bench.assert_serves("A")
 
 

@@ -564,7 +564,7 @@ def test_bytes_of_another_element_size(served: Served, version: RawVersion) -> N
     [pytest.param(4096, id="partly outside"), pytest.param(1 << 40, id="elsewhere")],
 )
 def test_an_address_that_the_source_has_not_registered(
-    served: Served, version: RawVersion, nbytes: int
+    served: Served, version: RawVersion, ranks: int, nbytes: int
 ) -> None:
     """NIXL refuses it before a byte moves. The layout is the old one, so the buffers
     are, too; the requests of the old addresses must outlive it."""
@@ -575,7 +575,7 @@ def test_an_address_that_the_source_has_not_registered(
         None,
         "cannot prepare a read from 'raw-",
     )
-    assert failure.rank == 0
+    assert failure.rank in range(ranks), "both refuse it; one of them was first"
 
 
 def test_an_unregistered_address_in_another_layout(

@@ -63,9 +63,8 @@ class Fleet:
 
     def refitted(self, count: int) -> list[WorkerRefitted]:
         """What the workers said of the newest version, in the order it was said in."""
-        while len(self.events.of(WorkerRefitted, self.version)) < count:
-            self.events.wait_for(WorkerRefitted, lambda e: e.version == self.version)
-        return sorted(self.events.of(WorkerRefitted, self.version), key=lambda e: e.at)
+        refitted = self.events.find_all(WorkerRefitted, self.version, count)
+        return sorted(refitted, key=lambda event: event.at)
 
     def restart_coordinator(self, *arguments: str) -> None:
         self.graph.processes["coordinator"].kill()

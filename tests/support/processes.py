@@ -118,7 +118,8 @@ class Events(_Lines):
     def __init__(self, graph: LocalGraph) -> None:
         command = ["-m", "dynamo.refit.cli", "watch", "--json"]
         super().__init__(graph, command, "watch")
-        self.seen: list[AnyEvent] = []
+        self._seen: list[AnyEvent] = []
+        self._waited_for = 0
 
     def wait_for(
         self,
@@ -126,36 +127,57 @@ class Events(_Lines):
         matches: Callable[[T], bool] = lambda event: True,
         seconds: float = PATIENCE_SECONDS,
     ) -> T:
-        """The next event of ``kind`` that ``matches``; earlier ones are in ``seen``."""
+        """The next event of ``kind`` that ``matches``, from the last one waited for."""
         deadline = time.monotonic() + seconds
         while True:
-            try:
-                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+            while self._waited_for < len(self._seen):
+                event = self._seen[self._waited_for]
+                self._waited_for += 1
+                if isinstance(event, kind) and matches(event):
+                    return event
+            if not self._see(deadline - time.monotonic()):
                 raise AssertionError(
-                    f"no {kind.__name__} within {seconds} s; last: {self.seen[-3:]}"
-                ) from None
-            event = msgspec.json.decode(line, type=AnyEvent)
-            self.seen.append(event)
-            if isinstance(event, kind) and matches(event):
-                return event
+                    f"no {kind.__name__} within {seconds} s; last: {self._seen[-3:]}"
+                )
 
     def find(self, kind: type[T], version: int) -> T:
         """The one event of ``kind`` about ``version``, seen or still to come."""
-        if not self.of(kind, version):
-            self.wait_for(kind, lambda event: event.version == version)
-        (event,) = self.of(kind, version)
+        (event,) = self.find_all(kind, version, 1)
         return event
 
-    def find_last(self, kind: type[T], version: int) -> T:
-        """The newest event of ``kind`` about ``version`` that has come."""
-        while not self.lines.empty():
-            self.seen.append(msgspec.json.decode(self.lines.get(), type=AnyEvent))
-        return self.of(kind, version)[-1]
+    def find_all(self, kind: type[T], version: int, count: int) -> list[T]:
+        """The ``count`` events of ``kind`` about ``version``, each from a publisher of
+        its own: what one says may overtake what another one said before.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(found := self.of(kind, version)) < count:
+            if not self._see(deadline - time.monotonic()):
+                raise AssertionError(
+                    f"{len(found)} {kind.__name__} of version {version} within "
+                    f"{PATIENCE_SECONDS} s, not {count}; last: {self._seen[-3:]}"
+                )
+        assert len(found) == count, found
+        return found
 
     def of(self, kind: type[T], version: int) -> list[T]:
-        """Events of ``kind`` about ``version`` that were seen so far."""
+        """Events of ``kind`` about ``version`` that have come so far."""
         return [e for e in self.seen if isinstance(e, kind) and e.version == version]
+
+    @property
+    def seen(self) -> list[AnyEvent]:
+        """Everything that has come so far, in that order."""
+        while self._see(0):
+            pass
+        return self._seen
+
+    def _see(self, seconds: float) -> bool:
+        """Whether another event comes in this time."""
+        try:
+            line = self.lines.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            return False
+        self._seen.append(msgspec.json.decode(line, type=AnyEvent))
+        return True
 
 
 def fleet_status(graph: LocalGraph) -> dict:

@@ -219,7 +219,10 @@ def test_nobody_serves_older_weights_than_the_fleet_did() -> None:
     reconciler = done(V5, 1, 2)
     reconciler.handle(fleet(member(3, 4), joiner(4)), 10.0)
     actions = reconciler.handle(not_leased(V5), 11.0)
-    assert [e.failure for e in events(actions, RefitFailed)] == [failure()]
+    [event] = events(actions, RefitFailed)
+    assert event.failure.kind == "NoSource"
+    assert str(failure()) in event.failure.message
+    assert "publish a new version" in event.failure.message
     for now in range(12, 200):
         actions = reconciler.handle(Tick(), float(now))
         assert admitted(actions) == [] and fences(actions) == {}

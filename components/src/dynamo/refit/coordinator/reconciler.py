@@ -41,7 +41,7 @@ from dynamo.refit.coordinator.actions import (
 from dynamo.refit.coordinator.announcements import Announcements
 from dynamo.refit.coordinator.commit import CommitRound, NoAnswer, WorkerLeft
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
-from dynamo.refit.coordinator.staging import Staging
+from dynamo.refit.coordinator.staging import NoSource, Staging
 from dynamo.refit.coordinator.upkeep import Upkeep
 from dynamo.refit.errors import (
     Failure,
@@ -217,11 +217,20 @@ class Reconciler:
         if transaction is None:
             return []
         if lease.failure is not None:
-            transaction.failure = lease.failure
+            transaction.failure = self._not_leased(transaction, lease.failure)
             return []
         transaction.phase = "preparing"
         transaction.staging.from_trainer = True
         return []
+
+    def _not_leased(self, transaction: Transaction, failure: Failure) -> Failure:
+        if not transaction.catch_up or transaction.staging.holders:
+            return failure
+        error = NoSource(
+            f"the trainer does not lend it ({failure}), and no worker has it any more: "
+            "publish a new version"
+        )
+        return self._failure(error, None)
 
     def _serve_answered(self, answer: ServeAnswered) -> list[Action]:
         transaction = self._concerned(answer.announcement, "preparing")
