@@ -15,8 +15,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+import zmq
+from vllm.distributed.kv_events import (
+    AllBlocksCleared,
+    BlockStored,
+    KVCacheEvent,
+    KVEventBatch,
+)
 
 from dynamo.refit.events import (
     RefitCompleted,
@@ -27,7 +35,9 @@ from dynamo.refit.events import (
     WorkerRefitted,
     WorkerStaged,
 )
+from dynamo.refit.protocol import StageTimings
 from graphs.client import Client, Completion, Load
+from graphs.local import LocalGraph
 from graphs.references import MAX_TOKENS, prompts
 from tests.support.live_fleet import HOLD_SECONDS, Fleet, live_fleet
 from tests.support.processes import Trainer
@@ -119,6 +129,50 @@ async def test_a_request_can_ask_for_a_version(fleet: Fleet) -> None:
                 assert answer.answer == fleet.expected[fleet.serving][0]
 
 
+async def test_the_router_hears_when_all_kv_is_gone(fleet: Fleet) -> None:
+    """``recompute`` clears prefix caches. vLLM tells so with its next step: an idle
+    engine would not, but for the probe. With ``continue`` they stay, under old keys."""
+    heard = [KvEvents(fleet.graph, index) for index in range(2)]
+    async with Client(fleet.graph.url, fleet.graph.name) as client:
+        with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+            for policy, cleared in (("recompute", 1), ("continue", 0)):
+                for worker in await asyncio.to_thread(fleet.members):
+                    pinned = {"backend_instance_id": worker}
+                    await client.complete(fleet.asked[0], MAX_TOKENS, nvext=pinned)
+                for events in heard:
+                    assert len(events.read(BlockStored)) > 0
+                await asyncio.to_thread(fleet.refit, trainer, fleet.other(), policy)
+                await asyncio.to_thread(fleet.refitted, 2)
+                for events in heard:
+                    assert len(events.read(AllBlocksCleared)) == cleared, policy
+    for events in heard:
+        events.close()
+    await fleet.assert_serves(fleet.serving)
+
+
+class KvEvents:
+    """What a worker of the graph tells the KV router."""
+
+    def __init__(self, graph: LocalGraph, index: int) -> None:
+        command = graph.commands[f"worker{index}"]
+        config = json.loads(command[command.index("--kv-events-config") + 1])
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.subscribe(b"")
+        self._socket.connect(config["endpoint"].replace("*", "127.0.0.1"))
+        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
+
+    def read(self, kind: type[KVCacheEvent]) -> list[KVCacheEvent]:
+        """What has come of ``kind``, and within a second after it."""
+        found: list[KVCacheEvent] = []
+        while self._socket.poll(1000):
+            *_, payload = self._socket.recv_multipart()
+            found += self._decoder.decode(payload).events
+        return [event for event in found if isinstance(event, kind)]
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
 async def test_the_example_follows_the_newest_version(fleet: Fleet) -> None:
     """README's client: it goes on while versions change, and is never behind."""
     command = [
@@ -188,7 +242,7 @@ async def test_one_that_cannot_stage_leaves_both_as_they_are(fleet: Fleet) -> No
 async def test_a_coordinator_that_dies_leaves_nobody_paused(fleet: Fleet) -> None:
     """While one installs slowly the other one waits at the barrier, and the coordinator
     is killed: each goes on by itself, and the next coordinator brings them together."""
-    fleet.order(0, install={"rank": 0, "seconds": 2.0})
+    fleet.order(0, install={"rank": 0, "seconds": 3.0})
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         name = fleet.other()
         fleet.version = next(fleet.versions)
@@ -265,6 +319,26 @@ async def ask_until_told(fleet: Fleet, stop: asyncio.Event) -> list[Completion]:
             )
             await asyncio.sleep(0.2)
     return completions
+
+
+async def test_only_so_many_read_from_the_trainer(fleet: Fleet) -> None:
+    """The other one reads from the first, as soon as that one holds the version."""
+    await asyncio.to_thread(fleet.restart_coordinator, "--direct-readers=1")
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        for _ in range(2):
+            await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+            votes = await asyncio.to_thread(
+                fleet.events.find_all, WorkerStaged, fleet.version, 2
+            )
+            direct, other = sorted(votes, key=lambda vote: vote.worker)
+            assert stage(direct).finished_at < stage(other).started_at
+            await fleet.assert_serves(fleet.serving)
+    # Its reads from the peer are prepared for good, too.
+    assert other.ranks[0].session == "warm"
+
+
+def stage(vote: WorkerStaged) -> StageTimings:
+    return vote.ranks[0].timings
 
 
 async def test_rolling_changes_one_at_a_time(fleet: Fleet) -> None:

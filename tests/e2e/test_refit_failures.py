@@ -145,6 +145,30 @@ async def test_tensors_that_do_not_fit(
     await assert_unchanged(bench, before)
 
 
+async def test_bytes_that_change_after_the_announcement(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Everything fits but one number of one tensor: no rank installs it. The same
+    trainer's next version is whole."""
+    before = fleet_status(bench.graph)
+    order = tmp_path / "torn"
+    order.touch()
+    with Trainer(
+        bench.graph,
+        bench.models["A"],
+        change="torn",
+        tensor=FUSED,
+        REFIT_TEST_TORN=str(order),
+    ) as trainer:
+        failed = publish_and_fail(bench, trainer, other(bench))
+        assert failed.failure.kind == "FingerprintMismatch"
+        assert failed.failure.tensor == FUSED
+        await assert_unchanged(bench, before)
+        order.unlink()
+        bench.refit(trainer, other(bench))
+    await bench.assert_serves(bench.serving)
+
+
 async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
     before = fleet_status(bench.graph)
     trainer = Trainer(bench.graph, bench.models["A"], change="deaf")

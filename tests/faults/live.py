@@ -38,12 +38,16 @@ FAULTS = (
     "stall worker",
     "stage fails",
     "stage is slow",
+    "corrupt source",
     "install fails once",
     "install fails",
     "install is slow",
     "kill coordinator in the barrier",
     "kill worker",
 )
+
+#: A version with these is served by nobody.
+NEVER_SERVED = ("stage fails", "corrupt source", "install fails")
 
 STALL_SECONDS = 3.0
 
@@ -104,7 +108,8 @@ class LiveFaults:
         self.draw = random.Random(seed)
         self.console = console
         self.outcome = Outcome()
-        self.trainer = Trainer(fleet.graph, fleet.models["A"])
+        self._torn = fleet.graph.directory / "torn"
+        self.trainer = self._start_trainer()
         #: Which checkpoint a version is of; ``None``: what workers start with.
         self.checkpoints: dict[int | None, str] = {None: "A"}
         self.observed: list[Observation] = []
@@ -135,6 +140,16 @@ class LiveFaults:
         self._judge()
         return self.outcome
 
+    def _start_trainer(self) -> Trainer:
+        """One whose bytes change after the announcement, on order."""
+        return Trainer(
+            self.fleet.graph,
+            self.fleet.models["A"],
+            change="torn",
+            tensor="model.layers.1.self_attn.k_proj.weight",
+            REFIT_TEST_TORN=str(self._torn),
+        )
+
     # --- faults -----------------------------------------------------------------
 
     async def _inject(self, name: str) -> None:
@@ -146,6 +161,8 @@ class LiveFaults:
                 self.fleet.order(index, stage={"rank": 0, "error": "no memory"})
             case "stage is slow":
                 self.fleet.order(index, stage={"rank": 0, "seconds": 2.0})
+            case "corrupt source":
+                self._torn.touch()
             case "install fails once":
                 order = {"rank": 0, "error": "hiccup", "times": 1}
                 self.fleet.order(index, install=order)
@@ -170,11 +187,12 @@ class LiveFaults:
                 await self._stall(processes[f"worker{index}"].send)
             case "kill worker":
                 await self._kill_worker(index)
-        await self._await_end(version, trainer_lives=name != "kill trainer")
+        end = await self._await_end(version, trainer_lives=name != "kill trainer")
+        if name in NEVER_SERVED and end is not RefitFailed:
+            self._violated("wrong_version", f"{name}: version {version} ends as {end}")
         if name == "kill trainer":
-            self.trainer = await asyncio.to_thread(
-                Trainer, self.fleet.graph, self.fleet.models["A"]
-            )
+            self.trainer = await asyncio.to_thread(self._start_trainer)
+        self._torn.unlink(missing_ok=True)
         for env in self.fleet.graph.worker_envs:
             Path(env["REFIT_TEST_FAULTS"]).unlink(missing_ok=True)
 
@@ -203,7 +221,7 @@ class LiveFaults:
         self.trainer.child.stdin.flush()
         return version
 
-    async def _await_end(self, version: int, *, trainer_lives: bool) -> None:
+    async def _await_end(self, version: int, *, trainer_lives: bool) -> type | None:
         """Every version that its trainer can repeat ends in one event."""
         seconds = 90.0 if trainer_lives else 15.0
         kinds = RefitCompleted | RefitFailed | RefitSuperseded
@@ -215,9 +233,10 @@ class LiveFaults:
                 seconds,
             )
             self.outcome.ends[type(end).__name__] += 1
-            return
+            return type(end)
         if trainer_lives:
             self._violated("leaked", f"version {version} does not end")
+        return None
 
     # --- what must hold -----------------------------------------------------------
 

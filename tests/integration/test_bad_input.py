@@ -738,7 +738,7 @@ def test_a_source_that_never_answers(
     others.stop(0)
     began = time.monotonic()
     failure = served.refuse(offer(stuck), seconds=1.0)
-    assert 1.0 <= time.monotonic() - began < 5.0
+    assert 1.0 <= time.monotonic() - began < 30.0
     assert (failure.kind, failure.tensor) == ("StagingCancelled", None)
     assert re.search(
         r"out of time while pulling from raw-.*: the source does not answer",

@@ -85,9 +85,10 @@ def run(publication: Publication) -> int:
 async def _publish(
     publication: Publication, shards: Sequence[LocalShard], report: _Report
 ) -> int:
-    # SIGINT cancels this task already; see asyncio.Runner.
+    # A shell's background jobs begin with SIGINT ignored, and asyncio leaves it so.
     cancel = asyncio.current_task().cancel
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, cancel)
     runtime = runtime_from_environment()
     namespace = publication.namespace
     fleet = await fetch_status(Caller(runtime), namespace)
