@@ -133,12 +133,14 @@ async def test_the_router_hears_when_all_kv_is_gone(fleet: Fleet) -> None:
     """``recompute`` clears prefix caches. vLLM tells so with its next step: an idle
     engine would not, but for the probe. With ``continue`` they stay, under old keys."""
     heard = [KvEvents(fleet.graph, index) for index in range(2)]
+    # Nobody has asked this before, and it fills a block.
+    prompt = prompts(count=2, seed=12)[1]
     async with Client(fleet.graph.url, fleet.graph.name) as client:
         with Trainer(fleet.graph, fleet.models["A"]) as trainer:
             for policy, cleared in (("recompute", 1), ("continue", 0)):
                 for worker in await asyncio.to_thread(fleet.members):
                     pinned = {"backend_instance_id": worker}
-                    await client.complete(fleet.asked[0], MAX_TOKENS, nvext=pinned)
+                    await client.complete(prompt, MAX_TOKENS, nvext=pinned)
                 for events in heard:
                     assert len(events.read(BlockStored)) > 0
                 await asyncio.to_thread(fleet.refit, trainer, fleet.other(), policy)
