@@ -106,7 +106,7 @@ class Bench:
     async def run(self) -> None:
         trainers = [Trainer.parse(text) for text in self._options.trainers]
         first = self._publish(trainers[0], first=True)
-        if first.offers[0].handle is not None:
+        if self._options.reader and first.offers[0].handle is not None:
             self.results["figures"] = figures(first, self._options.reader)
             print(json.dumps(self.results["figures"]), flush=True)
         llm = self._start_engine()
@@ -263,7 +263,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--trainers", nargs="+", default=["cuda:0", "cpu"])
-    parser.add_argument("--reader", default="cuda:0", help="reads in the figures")
+    parser.add_argument(
+        "--reader", default="cuda:0", help="for the figures; '' is none"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--policies", nargs="+", default=["continue", "recompute"])
     parser.add_argument("--refits", type=int, default=20)
