@@ -131,6 +131,11 @@ class RankStager:
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
         )
+        # Not the follower's: what has arrived would wait for the whole backup, and
+        # with it what is to be read into the same scratch.
+        self._backup = ThreadPoolExecutor(
+            1, "refit-backup", initializer=self._use_own_stream
+        )
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
         if self._device.type == "cuda":
@@ -430,7 +435,7 @@ class RankStager:
             return session.pull(slot, limit, submit, cycle, land=False)
         with cycle.time("backup"):
             arena.begin(self._live.processed)
-        backup = submit(self._preserve, arena, cycle)
+        backup = self._backup.submit(self._preserve, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle, land=True)
         finally:
