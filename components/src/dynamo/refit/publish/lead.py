@@ -243,11 +243,9 @@ class Lead:
                 self._notify()
 
     async def _repeat(self) -> None:
-        # Only the newest is announced again; an older one waits for its end.
         while True:
             await asyncio.sleep(REANNOUNCE_SECONDS)
-            publication = self.group.log.to_repeat()
-            if publication is not None:
+            for publication in self.group.log.to_repeat(time.monotonic()):
                 self._announce(publication)
 
     def _announce(self, publication: Publication) -> None:
