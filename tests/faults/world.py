@@ -61,6 +61,12 @@ TRAINER = "sim.trainer.weights"
 #: How long a process takes to start.
 START_SECONDS = 8.0
 
+#: How long tokens may be of other weights than the worker's label says.
+LABEL_SECONDS = 0.1
+
+#: How long a full engine lets the request wait that probes it.
+PROBE_SECONDS = 2.0
+
 #: Between two tokens of the fleet: while things go wrong, and after that.
 TOKEN_SECONDS = 0.02, 0.5
 
@@ -92,6 +98,19 @@ class Network:
         return self.lossy and self.random.random() < 0.05
 
 
+class Engine(FakeEngine):
+    """One that is busy."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self._draw = draw
+        self.installs_in_step = draw.random() < 0.5
+
+    async def probe(self) -> None:
+        await asyncio.sleep(self._draw.uniform(0.0, PROBE_SECONDS))
+        await super().probe()
+
+
 class Worker:
     """A replica: the product's agent over a fake engine."""
 
@@ -101,8 +120,9 @@ class Worker:
         self.alive = True
         #: Set while the process is stopped: it answers nobody, and makes no token.
         self.stalled = False
-        self.engine = FakeEngine()
-        self.engine.installs_in_step = world.random.random() < 0.5
+        self.engine = Engine(world.random)
+        #: Since when its tokens are of other weights than its label says.
+        self.mislabelled: float | None = None
         for rank in self.engine.ranks:
             rank.name = f"worker {number} rank {rank.rank}"
             rank.peers = world.ranks
@@ -161,10 +181,22 @@ class Worker:
         if version != said:
             what = f"worker {self.number} made a token of {version}, and says {said}"
             raise Violated("wrong_version", what)
+        self._check_label(version)
         if version is None and self.began > self.world.served_since:
             what = f"worker {self.number} joined, and serves start-up weights"
             raise Violated("wrong_version", what)
         self.world.tokens += 1
+
+    def _check_label(self, version: int | None) -> None:
+        label = self.routing.labelled[-1] if self.routing.labelled else None
+        if label == version:
+            self.mislabelled = None
+            return
+        if self.mislabelled is None:
+            self.mislabelled = self.world.now
+        if self.world.now - self.mislabelled > LABEL_SECONDS:
+            what = f"worker {self.number} makes tokens of {version}, labelled {label}"
+            raise Violated("wrong_version", what)
 
 
 class Trainer:

@@ -83,6 +83,58 @@ async def test_it_pauses_installs_and_resumes_as_it_is_told(
     assert await step(bench, "resume") == reply
 
 
+@pytest.mark.parametrize("way", ["in step", "in a pause", "at a barrier"])
+async def test_it_is_labelled_as_soon_as_the_new_weights_serve(
+    bench: Bench, way: str
+) -> None:
+    """Not when they are checked: clients ask the router for a version by its label."""
+    bench.engine.installs_in_step = way == "in step"
+    if way == "at a barrier":
+        await at(bench, "install")
+    else:
+        await bench.committed(5)
+        await bench.staged(6)
+    labels: dict[str, list[int]] = {}
+    bench.engine.on_step = lambda name: labels.update({name: [*bench.routing.labelled]})
+    may_probe, probe = asyncio.Event(), bench.engine.probe
+
+    async def probe_a_full_engine() -> None:
+        await may_probe.wait()
+        await probe()
+
+    bench.engine.probe = probe_a_full_engine
+    order = "resume" if way == "at a barrier" else "all"
+    committing = asyncio.create_task(step(bench, order))
+    await happens(lambda: bench.routing.labelled == [5, 6])
+    assert (bench.engine.live(), bench.engine.paused) == ([6, 6], False)
+    # With nothing of it in the way of the resume.
+    assert labels["epoch"] == labels.get("resume", [5]) == [5]
+    may_probe.set()
+    assert isinstance(await committing, Committed)
+    assert (bench.routing.labelled, refitted(bench)) == ([5, 6], [5, 6])
+
+
+async def test_it_is_labelled_before_it_says_that_it_serves(bench: Bench) -> None:
+    """However slow discovery is: the stall is not longer for it."""
+    await bench.committed(5)
+    await bench.staged(6)
+    may_label, label = asyncio.Event(), bench.routing.label
+
+    async def label_slowly(version: int) -> None:
+        await may_label.wait()
+        await label(version)
+
+    bench.routing.label = label_slowly
+    committing = asyncio.create_task(step(bench, "all"))
+    await happens(lambda: bench.engine.steps[-1] == "verify")
+    await asyncio.sleep(0.05)
+    assert not bench.engine.paused
+    assert (committing.done(), refitted(bench)) == (False, [5])
+    may_label.set()
+    assert isinstance(await committing, Committed)
+    assert (bench.routing.labelled, refitted(bench)) == ([5, 6], [5, 6])
+
+
 @pytest.mark.parametrize("name", ["pause", "install"])
 async def test_a_repeated_step_is_answered_alike(bench: Bench, name: str) -> None:
     await at(bench, name)

@@ -30,10 +30,18 @@ class Discovery:
         self.changes: list[str] = []
         self.down = False
         self.hangs = False
+        self.hanging: list[asyncio.Event] = []
+
+    def let(self) -> None:
+        self.hangs = False
+        for call in self.hanging:
+            call.set()
 
     async def change(self, what: str) -> None:
         if self.hangs:
-            await asyncio.Event().wait()
+            # Who called last is answered first.
+            self.hanging.insert(0, asyncio.Event())
+            await self.hanging[0].wait()
         if self.down:
             raise Exception("discovery is down")
         self.changes.append(what)
@@ -375,6 +383,21 @@ async def test_a_fenced_worker_is_out_labelled_unknown_and_does_not_return(
     await worker.routing.restore()
     await settle()
     assert "generate" not in worker.discovery.instances
+
+
+async def test_a_fence_has_the_last_word_on_the_label(worker: Worker) -> None:
+    """The label of a version whose check has failed is still on its way."""
+    await worker.admitted()
+    worker.discovery.hangs = True
+    labelling = asyncio.create_task(worker.routing.label(3))
+    await asyncio.sleep(0.02)
+    fencing = asyncio.create_task(worker.routing.fence())
+    await asyncio.sleep(0.02)
+    worker.discovery.let()
+    await asyncio.gather(labelling, fencing)
+    assert worker.discovery.card == {"weights=unknown"}
+    await worker.routing.label(4)
+    assert worker.discovery.card == {"weights=unknown"}
 
 
 async def test_a_worker_that_is_fenced_before_its_admission_never_registers(

@@ -152,6 +152,7 @@ class RefitAgent:
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._labelling: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
         # A stage waits for a check that somebody asked for: ranks do one thing.
         self._verifying = asyncio.Lock()
@@ -414,7 +415,7 @@ class RefitAgent:
                 committed = await self._switch.run(
                     staged, request.in_flight, current.barrier
                 )
-                await self._routing.label(version)
+                await self._labelling
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -459,7 +460,9 @@ class RefitAgent:
         await self._routing.restore()
 
     def _now_serving(self, staged: Prepare) -> None:
+        """The label follows at once, beside the rest of the commit."""
         self._version, self._weights = staged.version, staged.weights
+        self._labelling = asyncio.create_task(self._routing.label(staged.version))
 
     async def _verify(self) -> Message:
         """Check the live weights while nothing else is under way."""

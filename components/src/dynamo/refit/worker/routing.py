@@ -21,7 +21,12 @@ from typing import Literal
 from dynamo.llm import update_model_taints
 from dynamo.runtime import DistributedRuntime, Endpoint
 
-from dynamo.refit.presence import Seen, attempt, put_back_what_is_missing
+from dynamo.refit.presence import (
+    CALL_SECONDS,
+    Seen,
+    attempt,
+    put_back_what_is_missing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +91,8 @@ class WorkerRouting:
         self._label: str | None = None
         self._user_taints: frozenset[str] = frozenset()
         self._taints_due = False
+        # One change of the card at a time: the last one is what it says.
+        self._labelling = asyncio.Lock()
         self._instances: dict[Endpoint, Seen] = {}
         # One change of discovery at a time.
         self._changing = asyncio.Lock()
@@ -163,7 +170,10 @@ class WorkerRouting:
 
         Before the registration: as soon as there is a card. When discovery does not
         take it, :meth:`watch` tries again: a fleet must not fall with its discovery.
+        Not that of a worker that is fenced.
         """
+        if self._fenced:
+            return
         self._label = str(version)
         if self._register is not None:
             await self._apply_taints()
@@ -175,23 +185,24 @@ class WorkerRouting:
         what the user wants is known here, and there is nothing to read back.
 
         Raises:
-            Exception: Dynamo's, if the card was not updated now.
+            Exception: Dynamo's, or TimeoutError, if the card was not updated now.
         """
         own = {taint for taint in taints if taint.startswith(LABEL)}
         if own:
             logger.warning("%s: taints %s* are the worker's own", sorted(own), LABEL)
         self._user_taints = frozenset(taints) - own
         if self._register is not None:
-            await update_model_taints(endpoint, self._taints())
+            async with self._labelling, asyncio.timeout(CALL_SECONDS):
+                await update_model_taints(endpoint, self._taints())
 
     def _taints(self) -> set[str]:
         label = {f"{LABEL}{self._label}"} if self._label is not None else set()
         return set(self._user_taints) | label
 
     async def _apply_taints(self) -> None:
-        self._taints_due = not await attempt(
-            update_model_taints(self._generate, self._taints()), "label the model card"
-        )
+        async with self._labelling:
+            update = update_model_taints(self._generate, self._taints())
+            self._taints_due = not await attempt(update, "label the model card")
 
     # --- in and out of routing ------------------------------------------------
 
