@@ -22,7 +22,9 @@ from dynamo.refit.protocol import (
     Refused,
     Restore,
     Stepped,
+    Vote,
 )
+from dynamo.refit.worker import agent as agent_module
 from tests.support.fake_replica import EPOCH, WORKER, Bench, abort, commit, refusal
 from tests.support.fake_replica import until as happens
 
@@ -153,6 +155,58 @@ async def test_an_abort_at_the_barrier_leads_back(bench: Bench, name: str) -> No
     assert bench.routing.labelled == [5]
     with pytest.raises(NothingStaged):
         await step(bench, "resume")
+
+
+@pytest.mark.parametrize("name", ["pause", "install"])
+@pytest.mark.parametrize("first", ["the abort", "the prepare"])
+async def test_a_version_that_waited_is_staged_when_the_way_back_has_ended(
+    bench: Bench, name: str, first: str
+) -> None:
+    """The coordinator sends both, and does not wait for the first one's answer."""
+    await at(bench, name)
+    ranks = bench.engine.call_ranks
+
+    async def take_time(request: Any) -> list[Any]:
+        if isinstance(request, Restore):
+            await asyncio.sleep(0.05)
+        return await ranks(request)
+
+    bench.engine.call_ranks = take_time
+    requests = [abort(6), bench.prepare(7)]
+    if first == "the prepare":
+        requests.reverse()
+    answers = []
+    for request in requests:
+        answers.append(asyncio.create_task(bench.agent.answer(request)))
+        await asyncio.sleep(0.01)
+    replies = {type(reply): reply for reply in await asyncio.gather(*answers)}
+    assert replies[Aborted] == Aborted(version=6)
+    assert replies[Vote].version == 7
+    assert bench.engine.live() == [5, 5] and not bench.engine.paused
+    assert isinstance(await bench.agent.answer(commit(7)), Committed)
+    bench.assert_serving(7)
+
+
+async def test_a_version_does_not_wait_for_a_barrier_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "BACK_SECONDS", 0.05)
+    await at(bench, "pause")
+    with pytest.raises(RefitError, match="version 6 is being committed"):
+        await bench.agent.answer(bench.prepare(7))
+    assert isinstance(await step(bench, "install"), Stepped)
+    assert isinstance(await step(bench, "resume"), Committed)
+    bench.assert_serving(6)
+
+
+async def test_who_is_replaced_while_it_waits_stages_nothing(bench: Bench) -> None:
+    await at(bench, "pause")
+    waiting = asyncio.create_task(bench.agent.answer(bench.prepare(7)))
+    await asyncio.sleep(0.01)
+    assert await bench.agent.answer(abort(6, EPOCH + 1)) == Aborted(version=6)
+    with pytest.raises(StaleEpoch):
+        await waiting
+    bench.assert_serving(5)
 
 
 async def test_without_an_order_to_install_the_old_weights_serve_on(
