@@ -222,6 +222,22 @@ async def test_an_overwritten_version_cannot_be_leased(
     assert await ask(caller, lease(third)) == Done()
 
 
+async def test_a_version_that_nobody_heard_of_ends_with_the_one_after_it(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    """A trainer with two buffers waits for it before it publishes the third."""
+    first, second = publisher.publish(1), publisher.publish(2)
+    await until_ready(caller, second)
+    assert await ask(caller, lease(second)) == Done()
+    with pytest.raises(TimeoutError):
+        first.wait(0.1)
+    done = ReleaseLease(announcement=second.announcement, outcome="completed")
+    assert await ask(caller, done) == Done()
+    assert (await asyncio.wait_for(first.released(), 5)).outcome == "superseded"
+    assert (await second.released()).outcome == "completed"
+    assert publisher.publish(3).slot == first.slot
+
+
 async def test_it_announces_until_the_version_has_ended(
     publisher: WeightPublisher, caller: Caller
 ) -> None:

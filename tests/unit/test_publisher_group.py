@@ -425,13 +425,71 @@ def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
     assert job.group.log.to_announce() == []
 
 
-def test_only_the_newest_is_announced_again(job: Job) -> None:
+def repeated(job: Job) -> list[str]:
+    return [p.announcement for p in job.group.log.to_repeat(job.now)]
+
+
+def test_the_newest_is_announced_again_and_what_somebody_has_leased(job: Job) -> None:
     first, second = job.publish(1), job.publish(2)
     ready = job.group.log.to_announce()
     assert [p.announcement for p in ready] == [first, second]
-    assert job.group.log.to_repeat().announcement == second
+    assert repeated(job) == [second]
+    job.lease(first, seconds=10)
+    assert repeated(job) == [first, second]
+    job.now = 11
+    assert repeated(job) == [second]
     job.release(second)
-    assert job.group.log.to_repeat() is None
+    assert repeated(job) == []
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "superseded"])
+def test_what_nobody_has_taken_up_ends_with_the_newer_one(
+    job: Job, outcome: str
+) -> None:
+    """The coordinator was not there for it, and refuses it from now on."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(second)
+    assert job.end(0, first) is None
+    job.release(second, outcome)
+    assert job.end(0, second).outcome == outcome
+    for rank in (0, 1):
+        assert job.end(rank, first) == Released(
+            outcome="superseded", detail=f"version 2 was {outcome} before it"
+        )
+    assert repeated(job) == []
+
+
+def test_who_did_not_hear_of_a_release_is_asked_again(job: Job) -> None:
+    """The call that gave the lease of an older one back was lost."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(first)
+    job.lease(second)
+    job.release(second)
+    assert job.end(0, first) is None
+    assert repeated(job) == [first]
+    job.release(first, "superseded")
+    assert job.end(0, first).detail == "so it went"
+    assert repeated(job) == []
+
+
+def test_a_lease_that_runs_out_ends_no_handle_by_itself(job: Job) -> None:
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(first, seconds=1)
+    job.release(second)
+    job.now = 2.0
+    assert repeated(job) == [first]
+
+
+def test_a_refused_one_says_nothing_about_those_before_it(job: Job) -> None:
+    """It was refused for itself: an unsafe policy, say."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.release(second, "refused")
+    assert job.end(0, first) is None
+    assert repeated(job) == [first]
 
 
 def test_a_report_of_another_size_is_refused(job: Job) -> None:

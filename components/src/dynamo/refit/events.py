@@ -123,19 +123,23 @@ class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
     """A version is not installed: why, and what each worker serves instead.
 
     ``serving`` has a pair ``(worker, version)`` per worker; version ``None``
-    stands for the weights the worker started with.
+    stands for the weights the worker started with. ``catch_up``: the fleet serves the
+    version, and those that were to be brought there are not; they are tried again.
     """
 
     version: int
     failure: Failure
     serving: tuple[tuple[int, int | None], ...]
+    catch_up: bool = False
 
 
 class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):
-    """``version`` was given up before its commit for the newer ``by``."""
+    """``version`` was given up before its commit for the newer ``by``; ``catch_up``: by
+    those that were to be brought to it, the others serve it."""
 
     version: int
     by: int
+    catch_up: bool = False
 
 
 RefusalReason = Literal[

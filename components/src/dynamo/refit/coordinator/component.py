@@ -20,7 +20,7 @@ import msgspec
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.bus import EventPublisher, EventSubscriber, RejectedPayload
+from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.coordinator.actions import (
     Action,
     CommitAnswered,
@@ -52,6 +52,7 @@ from dynamo.refit.events import (
     RefitRefused,
     WeightVersionReady,
 )
+from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -109,7 +110,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
     name = f"coordinator-{status.connection_id()}"
     async with (
-        EventPublisher(topic, name, epoch) as events,
+        LastingPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
     ):
         coordinator = Coordinator(config, caller, events.publish, epoch)
@@ -124,6 +125,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(coordinator.run())
             tasks.create_task(_listen(announcements, coordinator, events))
             tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(keep_present(status, events))
             tasks.create_task(
                 serve(
                     status,
@@ -140,7 +142,7 @@ def next_epoch(seen: FleetSeen) -> int:
 
 
 async def _listen(
-    announcements: EventSubscriber, coordinator: Coordinator, events: EventPublisher
+    announcements: EventSubscriber, coordinator: Coordinator, events: LastingPublisher
 ) -> None:
     async for event in announcements:
         match event:

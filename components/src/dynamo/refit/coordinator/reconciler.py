@@ -181,7 +181,11 @@ class Reconciler:
         transaction = self.transaction
         if transaction is not None and transaction.phase != "committing":
             self.transaction = None
-            event = RefitSuperseded(version=transaction.ready.version, by=by.version)
+            event = RefitSuperseded(
+                version=transaction.ready.version,
+                by=by.version,
+                catch_up=transaction.catch_up,
+            )
             actions += [*transaction.staging.drop(detail), Publish(event)]
             actions += self._give_back(transaction, "superseded", detail)
         waiting = self._announcements.open
@@ -534,7 +538,10 @@ class Reconciler:
         transaction, self.transaction = self.transaction, None
         failure, ready = transaction.failure, transaction.ready
         event = RefitFailed(
-            version=ready.version, failure=failure, serving=self.serving()
+            version=ready.version,
+            failure=failure,
+            serving=self.serving(),
+            catch_up=transaction.catch_up,
         )
         actions: list[Action] = [Publish(event)]
         if transaction.catch_up:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.bus import EventPublisher
 from dynamo.refit.errors import SourceLost, error_from
 from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
+from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     AcquireLease,
     AwaitGroup,
@@ -95,7 +95,7 @@ class Lead:
         self._path = f"{namespace}.{component}.weights"
         self._endpoint = runtime.endpoint(self._path)
         topic = runtime.endpoint(f"{namespace}.refit.{WEIGHT_VERSIONS}")
-        self._events = EventPublisher(topic, member)
+        self._events = LastingPublisher(topic, member)
         self._changed = asyncio.Event()
         self._state = group.state()
         self._serving: asyncio.Task | None = None
@@ -117,6 +117,7 @@ class Lead:
         self._tasks = [
             asyncio.create_task(self._tick()),
             asyncio.create_task(self._repeat()),
+            asyncio.create_task(keep_present(self._endpoint, self._events)),
         ]
 
     async def stop(self) -> None:
@@ -243,11 +244,9 @@ class Lead:
                 self._notify()
 
     async def _repeat(self) -> None:
-        # Only the newest is announced again; an older one waits for its end.
         while True:
             await asyncio.sleep(REANNOUNCE_SECONDS)
-            publication = self.group.log.to_repeat()
-            if publication is not None:
+            for publication in self.group.log.to_repeat(time.monotonic()):
                 self._announce(publication)
 
     def _announce(self, publication: Publication) -> None:

@@ -162,13 +162,25 @@ class PublicationLog:
         """Nobody reads the bytes any more.
 
         Of a version that was given up meanwhile, the one who has read all of it knows
-        better.
+        better. What is older and nobody reads ends, too: whoever has had a newer one
+        refuses it, and may never have heard of it.
         """
         publication = self.find(announcement)
         publication.leased_until = 0.0
         if outcome == "completed" and publication.ready and not publication.ended:
             publication.verdict = None
         publication.decide(Released(outcome=outcome, detail=detail), now)
+        if outcome != "refused":
+            self._supersede_before(publication, outcome, now)
+
+    def _supersede_before(
+        self, newer: Publication, outcome: ReleaseOutcome, now: float
+    ) -> None:
+        detail = f"version {newer.version} was {outcome} before it"
+        for older in self:
+            open_ = older.verdict is None and not older.leased(now)
+            if open_ and older.number < newer.number:
+                older.decide(Released(outcome="superseded", detail=detail), now)
 
     def to_announce(self) -> list[Publication]:
         """The publications that became ready since the last call."""
@@ -177,10 +189,14 @@ class PublicationLog:
             publication.announced = True
         return ready
 
-    def to_repeat(self) -> Publication | None:
-        """The newest publication that was announced, if it has not ended."""
-        newest = next((p for p in reversed(list(self)) if p.announced), None)
-        return newest if newest is not None and newest.verdict is None else None
+    def to_repeat(self, now: float) -> list[Publication]:
+        """What was announced and has not ended, in order: the newest, and what is
+        leased, since the one who holds the lease may have called in vain to end it.
+
+        Of the others nobody needs to hear: the newer one supersedes them.
+        """
+        out = [p for p in self if p.announced and p.verdict is None]
+        return [p for p in out if p is out[-1] or p.leased(now)]
 
     def expire(self, now: float, ranks: range) -> bool:
         """End what is not ready in time, and what waited for a lease; did anything?"""

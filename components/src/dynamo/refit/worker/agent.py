@@ -76,6 +76,10 @@ from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
 
+#: How long the next version waits for a worker that leaves a barrier: the order to go
+#: back may be lost, and it then goes by itself.
+BACK_SECONDS = 10.0
+
 #: How long a worker that is told to leave lets running requests come to their end.
 LEAVE_SECONDS = 30.0
 
@@ -152,6 +156,7 @@ class RefitAgent:
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._labelling: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
         # A stage waits for a check that somebody asked for: ranks do one thing.
         self._verifying = asyncio.Lock()
@@ -244,6 +249,9 @@ class RefitAgent:
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
+        await self._leave_barrier()
+        # There may be a newer coordinator by now, or a fence.
+        self._check_epoch(request.epoch)
         check_awake(self._engine)
         if self._version is not None and request.version < self._version:
             # A coordinator may have looked before another one's last commit was here.
@@ -262,6 +270,13 @@ class RefitAgent:
         began = asyncio.get_running_loop().time()
         self._transaction = Transaction(request, work, began)
         return await self._outcome(self._transaction)
+
+    async def _leave_barrier(self) -> None:
+        """Wait for the end of a commit with others: who prepares has given it up, but
+        the order to go back may be under way, or being carried out."""
+        current = self._transaction
+        if current is not None and current.barrier is not None:
+            await asyncio.wait([current.work], timeout=BACK_SECONDS)
 
     async def _outcome(self, transaction: Transaction) -> Message:
         """What its work answers; the work goes on if whoever asked is gone."""
@@ -414,7 +429,7 @@ class RefitAgent:
                 committed = await self._switch.run(
                     staged, request.in_flight, current.barrier
                 )
-                await self._routing.label(version)
+                await self._labelling
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -459,7 +474,9 @@ class RefitAgent:
         await self._routing.restore()
 
     def _now_serving(self, staged: Prepare) -> None:
+        """The label follows at once, beside the rest of the commit."""
         self._version, self._weights = staged.version, staged.weights
+        self._labelling = asyncio.create_task(self._routing.label(staged.version))
 
     async def _verify(self) -> Message:
         """Check the live weights while nothing else is under way."""

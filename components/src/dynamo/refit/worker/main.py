@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import signal
@@ -23,8 +22,8 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
 from dynamo.vllm.main import shutdown_endpoints
 
-from dynamo.refit.bus import EventPlaneUnavailable, EventPublisher
-from dynamo.refit.events import REFIT_EVENTS, Event
+from dynamo.refit.events import REFIT_EVENTS
+from dynamo.refit.presence import LastingPublisher
 from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
 from dynamo.refit.rank.memory import STAGING_VARIABLE
 from dynamo.refit.rpc import Caller, serve, unary
@@ -52,41 +51,6 @@ class Options:
 
     staging: StagingChoice
     admission: Admission
-
-
-class WorkerEvents:
-    """The worker's events, through one publisher after the other: one whose record in
-    discovery is lost reaches no new subscriber, and cannot be put back."""
-
-    def __init__(self, topic: Endpoint, worker: int) -> None:
-        self._topic = topic
-        self._names = (
-            f"worker-{worker}" + (f".{life}" if life else "")
-            for life in itertools.count()
-        )
-        self._publisher = self._next()
-
-    def _next(self) -> EventPublisher:
-        return EventPublisher(self._topic, next(self._names))
-
-    async def start(self) -> None:
-        await self._publisher.start()
-
-    def publish(self, event: Event) -> None:
-        self._publisher.publish(event)
-
-    async def renew(self) -> None:
-        fresh = self._next()
-        try:
-            await fresh.start()
-        except EventPlaneUnavailable as error:
-            logger.error("events of this worker reach no new subscriber: %s", error)
-            return
-        self._publisher.close()
-        self._publisher = fresh
-
-    def close(self) -> None:
-        self._publisher.close()
 
 
 def main() -> None:
@@ -142,7 +106,7 @@ def _start_agent(
     config = handler.config
     engine = RefitEngine(handler)
     topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
-    events = WorkerEvents(topic, generate_endpoint.connection_id())
+    events = LastingPublisher(topic, f"worker-{generate_endpoint.connection_id()}")
     commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
@@ -181,7 +145,7 @@ async def _run_agent(
     commands: Endpoint,
     engine: RefitEngine,
     routing: WorkerRouting,
-    events: WorkerEvents,
+    events: LastingPublisher,
     config: Any,
 ) -> None:
     await events.start()
@@ -207,7 +171,7 @@ async def _run_agent(
         events.close()
 
 
-async def _leave(routing: WorkerRouting, events: WorkerEvents) -> None:
+async def _leave(routing: WorkerRouting, events: LastingPublisher) -> None:
     """Take a worker whose weights are unknown out of routing, then end it.
 
     Its engine stays paused, so no stream gets a token of a mixture; the streams
