@@ -104,7 +104,13 @@ async def _status(namespace: str) -> FleetStatus:
 
 
 async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
-    """The newest coordinator's view of its fleet.
+    """The newest coordinator's view of its fleet; see :func:`find_coordinator`."""
+    _, status = await find_coordinator(caller, namespace)
+    return status
+
+
+async def find_coordinator(caller: Caller, namespace: str) -> tuple[int, FleetStatus]:
+    """The newest coordinator's instance of the status endpoint, and its view.
 
     Raises:
         RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
@@ -122,11 +128,15 @@ async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
         await asyncio.sleep(0.05)
     asked = [_ask_status(caller, path, instance) for instance in found]
     replies = await asyncio.gather(*asked, return_exceptions=True)
-    answered = [reply for reply in replies if isinstance(reply, FleetStatus)]
+    answered = [
+        (instance, reply)
+        for instance, reply in zip(found, replies, strict=True)
+        if isinstance(reply, FleetStatus)
+    ]
     if not answered:
         raise RefitError(f"the coordinator does not answer: {replies[0]}")
     # One that was killed is in discovery for some seconds more.
-    return max(answered, key=lambda status: status.epoch)
+    return max(answered, key=lambda answer: answer[1].epoch)
 
 
 async def _ask_status(caller: Caller, path: str, instance: int) -> FleetStatus:
