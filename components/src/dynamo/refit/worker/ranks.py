@@ -77,6 +77,9 @@ HANG_SECONDS = 60.0
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
 
+#: What ranks say that have no sound copy of the version before.
+COPY_LOST = FingerprintMismatch.__name__, NoWayBack.__name__
+
 #: How long ranks may take to work out what they hold.
 OFFER_SECONDS = 60.0
 
@@ -225,8 +228,13 @@ class Ranks:
             restores=request.restores,
             seconds=request.stage_seconds,
         )
-        await self._call(recall)
-        staged = await self._poll(request.version)
+        try:
+            await self._call(recall)
+            staged = await self._poll(request.version)
+        except RanksFailed as error:
+            if error.failure.kind in COPY_LOST:
+                self.kept = None
+            raise
         # Its plan may be older than that of the session: it is proven by itself.
         held, reads = kept.manifest, [reply.reads for reply in staged]
         proof = Proof(held.manifest, reads)
