@@ -106,9 +106,13 @@ def member(
     model: str = "tiny",
     weights: str | None = None,
     admitted: bool = True,
+    kept: int | None = None,
+    kept_weights: str | None = None,
 ) -> FleetMember:
     if weights is None:
         weights = "" if version is None else f"weights-{version}"
+    if kept_weights is None:
+        kept_weights = "" if kept is None else f"weights-{kept}"
     status = WorkerStatus(
         model=model,
         phase=phase,
@@ -119,6 +123,8 @@ def member(
         kv_epoch="",
         ranks=1,
         admitted=admitted,
+        kept_version=kept,
+        kept_weights=kept_weights,
     )
     return FleetMember(worker=worker, component="backend", status=status)
 

@@ -68,14 +68,6 @@ class Announcements:
         self._ended[ready.announcement] = ended
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
-        return self.release(ready, outcome, detail)
-
-    def release(
-        self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
-    ) -> list[Action]:
-        """Tell the trainer, if there is one."""
-        if ready.restores is not None:
-            return []
         return [GiveBackLease(ready, outcome, detail)]
 
     def refuse(

@@ -268,7 +268,8 @@ class Coordinator:
                 self._publish(event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
-            case GiveBackLease():
+            # A rollback has no trainer.
+            case GiveBackLease(ready=WeightVersionReady(restores=None)):
                 self._spawn(self._give_back_lease(action))
             case SendPrepare():
                 self._spawn(self._prepare(action))

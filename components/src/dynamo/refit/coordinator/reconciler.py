@@ -174,7 +174,7 @@ class Reconciler:
         announcements = self._announcements
         if outcome := announcements.outcome(ready):
             # The trainer has not heard how it ended: say it again.
-            return self._announcements.release(ready, outcome, "ended before")
+            return [GiveBackLease(ready, outcome, "ended before")]
         if announcements.is_desired(ready):
             return []
         if refusal := self._refuse(ready):
