@@ -80,15 +80,18 @@ TIMINGS = CommitTimings(
 def ready(
     version: int, announcement: str | None = None, model: str = "tiny", **fields: Any
 ) -> WeightVersionReady:
+    trainer = {
+        "endpoint": "ns.trainer.weights",
+        "instance": 99,
+        "manifest": "0123abcd",
+        "weights": f"weights-{version}",
+    }
     return WeightVersionReady(
         model=model,
         version=version,
         announcement=announcement or f"a{version}",
-        endpoint="ns.trainer.weights",
-        instance=99,
-        manifest="0123abcd",
         slot=0,
-        **({"weights": f"weights-{version}"} | fields),
+        **(trainer | fields),
     )
 
 
