@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo.refit.protocol import CacheCounters, MemoryUse
-from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank import buffers
+from dynamo.refit.rank.buffers import Arena, exchange
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
 from tests.support.fake_nixl import FakeNixlAgent
@@ -179,6 +180,80 @@ def test_a_first_version_that_is_given_up_leaves_no_way_back_for_the_next() -> N
 
     assert engine.arena.old is None
     assert _version(engine.arena.staged) == 2
+
+
+@pytest.mark.parametrize("processed", [(), ("packed",)])
+def test_the_version_before_is_recalled_again_and_again(
+    processed: tuple[str, ...],
+) -> None:
+    engine = Engine(*processed)
+    for version in (1, 2):
+        engine.stage(version)
+        engine.install()
+    for now, before in ((2, 1), (1, 2), (2, 1)):
+        for _ in range(2):
+            # The second time nothing has come in between.
+            engine.arena.recall()
+            assert engine.live.version == now
+            assert _version(engine.arena.staged) == before
+            assert _version(engine.arena.old) == now
+        engine.install()
+        assert engine.live.version == before
+    engine.stage(3)
+    assert _version(engine.arena.old) == 1
+
+
+def test_what_was_recalled_and_undone_is_recalled_again() -> None:
+    engine = Engine()
+    for version in (1, 2):
+        engine.stage(version)
+        engine.install()
+    for _ in range(2):
+        engine.arena.recall()
+        engine.install()
+        engine.restore()
+        assert engine.live.version == 2
+    engine.arena.recall()
+    assert _version(engine.arena.staged) == 1
+    # And what comes then does not overwrite what is live.
+    engine.stage(3)
+    assert _version(engine.arena.old) == 2
+
+
+@given(
+    steps=st.lists(st.sampled_from(["install", "restore", "recall"]), max_size=12),
+    processed=st.sampled_from([(), ("packed",)]),
+)
+def test_recalls_change_no_byte_of_host_memory(
+    steps: list[str], processed: tuple[str, ...]
+) -> None:
+    """Whatever is done and undone in between, both versions stay where they are."""
+    engine = Engine(*processed)
+    for version in (1, 2):
+        engine.stage(version)
+        engine.install()
+    engine.arena.recall()
+    before = [shadow.buffer.bytes.clone() for shadow in engine.arena.shadows]
+    for step in steps:
+        getattr(engine.arena if step == "recall" else engine, step)()
+        live = engine.arena.shadows[engine.arena.live]
+        assert _version(live.staged) == engine.live.version
+    for shadow, bytes_before in zip(engine.arena.shadows, before, strict=True):
+        assert torch.equal(shadow.buffer.bytes, bytes_before)
+
+
+@pytest.mark.parametrize("nbytes", [1, 7, 8, 20])
+def test_two_buffers_exchange_their_bytes_a_piece_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    monkeypatch.setattr(buffers, "EXCHANGE_NBYTES", 8)
+    one = torch.arange(nbytes, dtype=torch.uint8)
+    other = 100 + one
+    places = one.data_ptr(), other.data_ptr()
+    exchange(one, other)
+    assert one.tolist() == list(range(100, 100 + nbytes))
+    assert other.tolist() == list(range(nbytes))
+    assert (one.data_ptr(), other.data_ptr()) == places
 
 
 @given(
