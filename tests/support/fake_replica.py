@@ -241,7 +241,7 @@ class FakeRank:
                 if self.direct:
                     raise NoWayBack("direct staging keeps no copy of the old weights")
                 self.undo()
-                return Installed(rank=self.rank, copy_ms=0.1)
+                return Installed(rank=self.rank)
             case Discard(version=version):
                 return self._discard(version)
 
@@ -345,7 +345,7 @@ class FakeRank:
             self.live_shadow = 1 - self.live_shadow
             self.kept = None if self.direct else self.live
         self.live = request.version
-        return Installed(rank=self.rank, copy_ms=0.1)
+        return Installed(rank=self.rank)
 
     def undo(self) -> None:
         """Put back what was live before; what was recalled can be recalled again."""
@@ -356,7 +356,9 @@ class FakeRank:
     def _verify(self, request: Verify) -> RankReply:
         if self.live != request.version:
             raise FingerprintMismatch("1 block is not what was staged", tensor="w")
-        return Verified(rank=self.rank, unchecked=self.unchecked)
+        return Verified(
+            rank=self.rank, unchecked=self.unchecked, copy_ms=0.1 + self.rank
+        )
 
     def _discard(self, version: int) -> RankReply:
         if self.job == version:
