@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from dynamo.refit.args import CoordinatorConfig
 from dynamo.refit.coordinator.actions import (
     Action,
     GiveBackLease,
@@ -17,6 +20,7 @@ from dynamo.refit.coordinator.actions import (
     TakeLease,
     Tick,
 )
+from dynamo.refit.coordinator.component import Coordinator
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.coordinator.rollback import (
     NothingKept,
@@ -32,8 +36,9 @@ from dynamo.refit.events import (
     RefitSuperseded,
     WeightVersionReady,
 )
-from dynamo.refit.protocol import FleetMember, Refused, Rollback
+from dynamo.refit.protocol import FleetMember, Prepare, Refused, Rollback
 from tests.support.fleet import (
+    POLICY,
     STAGE_DEADLINE,
     V6,
     V7,
@@ -173,6 +178,59 @@ def test_what_was_decided_before_is_not_decided_again() -> None:
         assert announced(*members, newest=7, **decided) == BACK
     with pytest.raises(RollbackRefused):
         announced(serving_6(1), version=7, weights="weights-5")
+
+
+class SilentCalls:
+    """A test fake of :class:`dynamo.refit.rpc.Caller` that nobody answers."""
+
+    def __init__(self) -> None:
+        self.prepares: list[Prepare] = []
+
+    async def call(
+        self, path: str, instance: int, request: Prepare, *_: object
+    ) -> None:
+        self.prepares.append(request)
+        await asyncio.get_running_loop().create_future()
+
+
+async def test_a_wish_that_is_repeated_starts_one_rollback() -> None:
+    """Its number stays what it was, and the worker is told whose weights it takes."""
+    config = CoordinatorConfig(
+        namespace="ns",
+        model="tiny",
+        worker_components=("backend",),
+        fleet_poll_seconds=1.0,
+        policy=POLICY,
+    )
+    calls, told = SilentCalls(), []
+    coordinator = Coordinator(config, calls, told.append, epoch=9)
+    running = asyncio.create_task(coordinator.run())
+    wish, seen = Rollback(announcement="r7"), fleet(serving_6(1))
+    for _ in range(3):
+        status = coordinator.roll_back(wish, seen)
+        assert (status.version, status.restores, status.weights, status.outcome) == (
+            7,
+            5,
+            "weights-5",
+            None,
+        )
+        async with asyncio.timeout(5):
+            while not calls.prepares:
+                await asyncio.sleep(0)
+    [prepare] = calls.prepares
+    assert (prepare.version, prepare.restores, prepare.weights) == (7, 5, "weights-5")
+    assert (prepare.epoch, prepare.endpoint, prepare.manifest) == (9, "", "")
+    assert [event.restores for event in told if isinstance(event, RefitStarted)] == [5]
+    # Another wish is another version, which supersedes the first.
+    status = coordinator.roll_back(Rollback(announcement="again"), seen)
+    assert status.version == 8
+    async with asyncio.timeout(5):
+        while coordinator.roll_back(wish, seen).outcome is None:
+            await asyncio.sleep(0)
+    ended = coordinator.roll_back(wish, seen)
+    assert (ended.version, ended.outcome) == (7, "superseded")
+    assert "superseded by version 8" in ended.detail
+    running.cancel()
 
 
 # --- how it goes ------------------------------------------------------------------
