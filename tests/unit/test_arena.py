@@ -15,6 +15,7 @@ from dynamo.refit.rank import buffers
 from dynamo.refit.rank.buffers import Arena, exchange
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
+from tests.support.device_arena import DISGUISED, DeviceEngine, assert_is
 from tests.support.fake_nixl import FakeNixlAgent
 from tests.support.layouts import one_slice, whole
 
@@ -300,3 +301,98 @@ def test_on_a_device_there_is_one_shadow_and_it_is_always_expendable() -> None:
         assert (arena.live, arena.expendable) == (0, {0})
     arena.restored()
     assert arena.live is None
+
+
+# --- on a device --------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(), ("packed",)], ids=["plain", "processed"])
+def device_engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> DeviceEngine:
+    """Serves version 2, and served 1 before; its buffers are exchanged in many
+    pieces."""
+
+    def allocate(nbytes: int, device: object) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(buffers, "_allocate", allocate)
+    monkeypatch.setattr(buffers, "memory_of", lambda device: ("VRAM", 0))
+    monkeypatch.setattr(buffers, "EXCHANGE_NBYTES", 1000)
+    engine = DeviceEngine(DISGUISED, *request.param)
+    assert (len(engine.arena.shadows), engine.arena.live) == (1, None)
+    for seed in (1, 2):
+        engine.stage(seed)
+        engine.install()
+    return engine
+
+
+def test_on_a_device_the_two_versions_change_places(
+    device_engine: DeviceEngine,
+) -> None:
+    engine = device_engine
+    for now, before in ((2, 1), (1, 2), (2, 1)):
+        for _ in range(2):
+            # The second time there is nothing to do.
+            engine.arena.recall()
+            assert engine.arena.live is None
+            assert_is(engine.live, now)
+            assert_is(engine.arena.staged, before)
+            assert_is(engine.arena.old, now)
+        engine.install()
+        assert_is(engine.live, before)
+        assert engine.arena.live == 0
+
+
+def test_on_a_device_a_recall_is_undone_and_done_again(
+    device_engine: DeviceEngine,
+) -> None:
+    engine = device_engine
+    for _ in range(2):
+        engine.arena.recall()
+        engine.install()
+        engine.restore()
+        assert_is(engine.live, 2)
+    engine.arena.recall()
+    assert_is(engine.arena.staged, 1)
+
+
+def test_on_a_device_what_comes_after_a_recall_has_its_way_back(
+    device_engine: DeviceEngine,
+) -> None:
+    """After one that was given up before its install, and after one that was not."""
+    engine = device_engine
+    engine.arena.recall()
+    engine.stage(3)
+    assert_is(engine.arena.old, 2)
+    engine.install()
+    assert_is(engine.live, 3)
+    engine.arena.recall()
+    assert_is(engine.arena.staged, 2)
+    engine.install()
+    engine.stage(4)
+    assert_is(engine.arena.old, 2)
+
+
+def test_an_exchange_that_breaks_off_leaves_no_way_back(
+    device_engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither buffer is whole, and neither passes for it; the next version that is
+    staged finds what is live where it still is."""
+    engine = device_engine
+
+    def break_off(*buffers: torch.Tensor) -> None:
+        buffers[0][:1000] = 0
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(buffers, "exchange", break_off)
+        with pytest.raises(RuntimeError, match="gone"):
+            engine.arena.recall()
+    assert (engine.arena.old, engine.arena.live) == (None, None)
+    assert_is(engine.live, 2)
+    engine.stage(3)
+    if engine.can_copy_out:
+        assert_is(engine.arena.old, 2)
+    else:
+        assert engine.arena.old is None

@@ -255,12 +255,15 @@ class RankStager:
             limit.check(f"going back to version {request.restores}")
             # The last install reads what is about to be overwritten.
             self._live.wait()
+            # Should it turn out not to be whole, it is none.
+            self._kept = None
             with cycle.time("backup"):
                 arena.recall()
             with cycle.time("fingerprint"):
                 copy = LiveParts(kept.plan.pieces, arena.shadows[arena.target].by_name)
                 what = f"the copy of version {request.restores}"
                 copy.check(kept.landed, self._rank, what)
+            self._kept = kept
         self._staged = _Staged(request.version, 0, kept.voted, None, kept)
         return Staged(
             vote=RankVote(
