@@ -45,6 +45,7 @@ from tests.support.fleet import (
     aborts,
     commits,
     committed,
+    committing,
     events,
     failure,
     fences,
@@ -351,6 +352,20 @@ def test_it_supersedes_what_is_being_staged() -> None:
     actions = reconciler.handle(back, 3.0)
     assert aborts(actions) == {1: 7, 2: 7}
     assert events(actions)[0] == RefitSuperseded(version=7, by=8)
+    assert of_type(actions, SendPrepare) == recalls(1, 2, what=back)
+
+
+def test_one_that_waits_for_a_commit_finds_the_copies_that_it_made() -> None:
+    """Before the workers have said what they keep now."""
+    reconciler = committing(V7, serving_6(1), serving_6(2))
+    # 1 has changed, and 2 is about to.
+    changed = member(1, 7, kept=6)
+    back = announced(changed, member(2, 6, kept=None), newest=7)
+    assert (back.version, back.restores) == (8, 6)
+    assert of_type(reconciler.handle(back, 5.0), SendPrepare) == []
+    for worker in (1, 2):
+        reconciler.handle(committed(worker, V7), 6.0)
+    actions = reconciler.handle(Tick(), 6.25)
     assert of_type(actions, SendPrepare) == recalls(1, 2, what=back)
 
 

@@ -286,8 +286,14 @@ class Reconciler:
         member = self.fleet.get(worker)
         if member is None or member.status.phase == "fenced":
             return []
+        before = member.status
+        if before.version != committed.version:
+            # One that has no copy of it says so when it is asked for it.
+            before = msgspec.structs.replace(
+                before, kept_version=before.version, kept_weights=before.weights
+            )
         status = msgspec.structs.replace(
-            member.status,
+            before,
             phase="serving",
             version=committed.version,
             weights=committed.weights,
