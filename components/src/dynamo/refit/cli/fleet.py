@@ -105,12 +105,11 @@ async def _status(namespace: str) -> FleetStatus:
 
 async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
     """The newest coordinator's view of its fleet; see :func:`find_coordinator`."""
-    _, status = await find_coordinator(caller, namespace)
-    return status
+    return (await find_coordinator(caller, namespace))[0]
 
 
-async def find_coordinator(caller: Caller, namespace: str) -> tuple[int, FleetStatus]:
-    """The newest coordinator's instance of the status endpoint, and its view.
+async def find_coordinator(caller: Caller, namespace: str) -> tuple[FleetStatus, int]:
+    """The newest coordinator's view, and its instance of the status endpoint.
 
     Raises:
         RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
@@ -129,14 +128,14 @@ async def find_coordinator(caller: Caller, namespace: str) -> tuple[int, FleetSt
     asked = [_ask_status(caller, path, instance) for instance in found]
     replies = await asyncio.gather(*asked, return_exceptions=True)
     answered = [
-        (instance, reply)
-        for instance, reply in zip(found, replies, strict=True)
+        (reply, instance)
+        for reply, instance in zip(replies, found, strict=True)
         if isinstance(reply, FleetStatus)
     ]
     if not answered:
         raise RefitError(f"the coordinator does not answer: {replies[0]}")
     # One that was killed is in discovery for some seconds more.
-    return max(answered, key=lambda answer: answer[1].epoch)
+    return max(answered, key=lambda answer: answer[0].epoch)
 
 
 async def _ask_status(caller: Caller, path: str, instance: int) -> FleetStatus:

@@ -112,7 +112,7 @@ class _Following:
         return status
 
     async def _ask(self, caller: Caller) -> RollbackStatus:
-        instance, _ = await find_coordinator(caller, self._namespace)
+        _, instance = await find_coordinator(caller, self._namespace)
         reply = await caller.call(
             f"{self._namespace}.refit.status",
             instance,

@@ -115,12 +115,10 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     name = f"coordinator-{status.connection_id()}"
 
     async def answer(request: CoordinatorRequest) -> Message:
-        match request:
-            case GetStatus():
-                return await coordinator.status(request)
-            case Rollback():
-                # What workers keep changes with every version.
-                return coordinator.roll_back(request, await fleet.look())
+        if isinstance(request, Rollback):
+            # What workers keep changes with every version.
+            return coordinator.roll_back(request, await fleet.look())
+        return await coordinator.answer(request)
 
     async with (
         EventPublisher(topic, name, epoch) as events,
@@ -221,7 +219,11 @@ class Coordinator:
             for call in self._calls:
                 call.cancel()
 
-    async def status(self, request: GetStatus) -> Message:
+    async def answer(self, request: GetStatus) -> Message:
+        """The fleet as it is seen now."""
+        return self.status()
+
+    def status(self) -> FleetStatus:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(
