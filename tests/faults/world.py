@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
+from dynamo.refit.coordinator.actions import FleetSeen
 from dynamo.refit.coordinator.component import (
     Coordinator,
     CoordinatorReplaced,
@@ -32,12 +33,15 @@ from dynamo.refit.protocol import (
     AcquireLease,
     Done,
     FingerprintsReply,
+    FleetMember,
     GetFingerprints,
     GetManifest,
     ManifestReply,
     Message,
     Refused,
     ReleaseLease,
+    Rollback,
+    RollbackStatus,
     TrainerRequest,
     WorkerRequest,
     from_wire,
@@ -177,11 +181,17 @@ class Worker:
                 "wrong_version", f"worker {self.number} made a token of {live}"
             )
         (version,) = live
-        said = self.agent.status().version
+        status = self.agent.status()
+        said = status.version
         if version != said:
             what = f"worker {self.number} made a token of {version}, and says {said}"
             raise Violated("wrong_version", what)
         self._check_label(version)
+        for rank in self.engine.ranks:
+            content = rank.shadows[rank.live_shadow]
+            if version is not None and weights_of(content) != status.weights:
+                what = f"worker {self.number} serves {content} as version {version}"
+                raise Violated("wrong_version", what)
         if version is None and self.began > self.world.served_since:
             what = f"worker {self.number} joined, and serves start-up weights"
             raise Violated("wrong_version", what)
@@ -348,6 +358,8 @@ class World:
         default_factory=list
     )
     events: list[Event] = field(default_factory=list)
+    #: By announcement, how rollbacks ended; ``None``: not yet.
+    rollbacks: dict[str, str | None] = field(default_factory=dict)
     tokens: int = 0
     #: From when on somebody knows that the fleet serves a version.
     served_since: float = math.inf
@@ -448,6 +460,42 @@ class World:
         done = self.trainer.alive and self.trainer.publish(self.versions + 1)
         self.versions += done
         return done
+
+    def roll_back(self) -> None:
+        """Ask for what was served before, and again until it has ended, as the command
+        does."""
+        version = self.versions + 1
+        wish = Rollback(announcement=f"r{version}", version=version)
+        if (begun := self._ask(wish)) is None:
+            return
+        self.versions = version
+        self.rollbacks[wish.announcement] = None
+        wish = msgspec.structs.replace(wish, to=begun.restores, weights=begun.weights)
+        self.spawn(self._follow(wish))
+
+    async def _follow(self, wish: Rollback) -> None:
+        while self.rollbacks[wish.announcement] is None:
+            await asyncio.sleep(REPEAT_SECONDS)
+            if (status := self._ask(wish)) is not None:
+                self.rollbacks[wish.announcement] = status.outcome
+
+    def _ask(self, wish: Rollback) -> RollbackStatus | None:
+        if not self.coordinators or self.network.loses():
+            return None
+        coordinator, caller, _ = self.coordinators[-1]
+        members = tuple(
+            FleetMember(worker=number, component="backend", status=w.agent.status())
+            for number, w in sorted(self.workers.items())
+        )
+        try:
+            return (
+                None
+                if caller.cut_off
+                else coordinator.roll_back(wish, FleetSeen(members))
+            )
+        except RefitError:
+            # There is nothing to go back to.
+            return None
 
     # --- messages -----------------------------------------------------------
 

@@ -4,7 +4,8 @@
 
 It answers the coordinator as a worker with one rank does, reads every shard of the
 announced version from wherever the manifest says, checks the version's fingerprint,
-and keeps the bytes by tensor name, as "live" ones from the commit on.
+and keeps the bytes by tensor name, as "live" ones from the commit on; and those that
+were live before, which it goes back to when it is asked to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ import torch
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
-from dynamo.refit.errors import FingerprintMismatch, RefitError, TransferFailed
+from dynamo.refit.errors import (
+    FingerprintMismatch,
+    NoWayBack,
+    RefitError,
+    TransferFailed,
+)
 from dynamo.refit.events import REFIT_EVENTS, WorkerRefitted, WorkerStaged
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
@@ -70,6 +76,8 @@ class FakeWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.refuse: RefitError | None = None
+        #: What was live before: version, fingerprint, bytes.
+        self.kept: tuple[int, str, Bytes] | None = None
         self._staged: dict[int, tuple[str, Bytes]] = {}
         self._epoch = 0
         self._caller = Caller(runtime)
@@ -97,6 +105,7 @@ class FakeWorker:
         raise RefitError(f"{type(request).__name__} is not for a fake worker")
 
     def _status(self) -> WorkerStatus:
+        kept_version, kept_weights, _ = self.kept or (None, "", {})
         return WorkerStatus(
             model=self.model,
             phase="serving",
@@ -106,6 +115,8 @@ class FakeWorker:
             epoch=self._epoch,
             kv_epoch="",
             ranks=1,
+            kept_version=kept_version,
+            kept_weights=kept_weights,
         )
 
     async def _prepare(self, request: Prepare) -> Message:
@@ -115,6 +126,8 @@ class FakeWorker:
         if self.refuse is not None:
             raise self.refuse
         began = time.time()
+        if request.restores is not None:
+            return self._recall(request, began)
         reply = await self._caller.call(
             request.endpoint,
             request.instance,
@@ -131,16 +144,30 @@ class FakeWorker:
         weights = _fingerprint(manifest, held)
         if weights != request.weights:
             raise FingerprintMismatch(f"{weights} was read, not {request.weights}")
+        self.kept = None
+        return self._hold(request, weights, held, _vote(manifest.nbytes, began))
+
+    def _recall(self, request: Prepare, began: float) -> Vote:
+        if self.kept is None or self.kept[:2] != (request.restores, request.weights):
+            raise NoWayBack(f"no copy of version {request.restores} is kept here")
+        _, weights, held = self.kept
+        return self._hold(request, weights, held, _vote(0, began))
+
+    def _hold(
+        self, request: Prepare, weights: str, held: Bytes, vote: RankVote
+    ) -> Vote:
         self._staged[request.version] = (weights, held)
-        votes = (_vote(manifest.nbytes, began),)
+        votes = (vote,)
         self.events.publish(
             WorkerStaged(worker=self.worker, version=request.version, ranks=votes)
         )
         return Vote(version=request.version, weights=weights, ranks=votes)
 
     def _commit(self, request: Commit) -> Message:
-        weights, self.live = self._staged.pop(request.version)
-        self.version, self.weights = request.version, weights
+        weights, held = self._staged.pop(request.version)
+        if self.version is not None:
+            self.kept = self.version, self.weights, self.live
+        self.version, self.weights, self.live = request.version, weights, held
         self.in_flight.append(request.in_flight)
         timings = CommitTimings(
             pause_ms=0.0,

@@ -48,6 +48,9 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
+
+    A rollback has no trainer: the version has the weights of the older version
+    ``restores``, which workers take from the copies that they keep.
     """
 
     model: str
@@ -59,18 +62,21 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: str
     in_flight: InFlightPolicy | None = None
+    restores: int | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     """The coordinator asks ``workers`` to stage ``version``.
 
-    ``catch_up``: the others serve it already.
+    ``catch_up``: the others serve it already. ``restores``: the older version whose
+    weights these are.
     """
 
     model: str
     version: int
     workers: tuple[int, ...]
     catch_up: bool = False
+    restores: int | None = None
 
 
 class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
@@ -106,7 +112,8 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     gone: a failure for each, with worker, rank and cause. ``catch_up``: some were
     brought to what the others served. ``seconds`` is the time from the announcement's
     arrival at the coordinator; ``None`` if this coordinator found the version already
-    installed.
+    installed. ``restores``: after a rollback, the older version whose weights these
+    are.
     """
 
     model: str
@@ -117,6 +124,7 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     seconds: float | None
     excluded: tuple[Failure, ...] = ()
     catch_up: bool = False
+    restores: int | None = None
 
 
 class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
@@ -125,12 +133,14 @@ class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
     ``serving`` has a pair ``(worker, version)`` per worker; version ``None``
     stands for the weights the worker started with. ``catch_up``: the fleet serves the
     version, and those that were to be brought there are not; they are tried again.
+    ``restores``: it was a rollback to the weights of that older version.
     """
 
     version: int
     failure: Failure
     serving: tuple[tuple[int, int | None], ...]
     catch_up: bool = False
+    restores: int | None = None
 
 
 class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):

@@ -141,6 +141,9 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     ``weights``. ``stage_seconds`` bounds the staging, ``commit_seconds`` the install;
     ``keep_seconds`` is how long after the stage's bound the worker keeps the version
     for a commit before it gives it up by itself.
+
+    With ``restores`` nothing is read from anybody: the worker takes its own copy of
+    that version, which it served before and which has the fingerprint ``weights``.
     """
 
     version: int
@@ -154,6 +157,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     stage_seconds: float
     commit_seconds: float
     keep_seconds: float
+    restores: int | None = None
 
 
 class Commit(Message, frozen=True, kw_only=True, tag=True):
@@ -285,7 +289,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     ``version`` is what it serves (``None``: the weights it started with) and
     ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
     ``epoch`` the highest seen. One that is not ``admitted`` is unknown to routers, and
-    serves nobody.
+    serves nobody. ``kept_version`` and its fingerprint ``kept_weights`` are what it
+    served before and could go back to (``None``: it has no copy).
     """
 
     model: str
@@ -297,6 +302,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     kv_epoch: str
     ranks: int
     admitted: bool = True
+    kept_version: int | None = None
+    kept_weights: str = ""
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -521,6 +528,38 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
     members: tuple[FleetMember, ...]
 
 
+class Rollback(Message, frozen=True, kw_only=True, tag=True):
+    """Go back to the weights that were served before, from the workers' own copies, as
+    version ``version`` (``None``: the next number).
+
+    ``to`` insists on what the copies must be of. ``announcement`` names one wish: a
+    repeat starts nothing, and is answered with how far it is. A repeat with what the
+    first answer said (``version``, ``to``, ``weights``) is understood by another
+    coordinator, too.
+    """
+
+    announcement: str
+    version: int | None = None
+    to: int | None = None
+    weights: str = ""
+    in_flight: InFlightPolicy | None = None
+
+
+class RollbackStatus(Message, frozen=True, kw_only=True, tag=True):
+    """``version`` brings back ``restores``, whose fingerprint is ``weights``; and how
+    that ended, if it has (``outcome``, ``detail``)."""
+
+    version: int
+    restores: int
+    weights: str
+    outcome: ReleaseOutcome | None = None
+    detail: str = ""
+
+
+CoordinatorRequest = GetStatus | Rollback
+CoordinatorReply = FleetStatus | RollbackStatus | Refused
+
+
 # --- worker to rank ---------------------------------------------------------
 
 
@@ -545,6 +584,15 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     seconds: float
     payload: bytes | None
     want_reads: bool
+
+
+class Recall(Message, frozen=True, kw_only=True, tag=True):
+    """Start staging, as ``version``, this rank's own copy of ``restores``, which was
+    live before. Polled as a :class:`Stage`, and answered with what the plan read."""
+
+    version: int
+    restores: int
+    seconds: float
 
 
 class Poll(Message, frozen=True, kw_only=True, tag=True):
@@ -674,7 +722,16 @@ class Verified(Message, frozen=True, kw_only=True, tag=True):
 
 
 RankRequest = (
-    Describe | Stage | Poll | Install | Restore | Verify | Discard | Offer | Withdraw
+    Describe
+    | Stage
+    | Recall
+    | Poll
+    | Install
+    | Restore
+    | Verify
+    | Discard
+    | Offer
+    | Withdraw
 )
 RankReply = (
     Described | Running | Staged | Installed | Verified | Offered | Done | Refused

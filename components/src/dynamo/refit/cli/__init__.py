@@ -19,6 +19,7 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
 from dynamo.refit.cli.fleet import status, verify, watch
 from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.rollback import rollback
 from dynamo.refit.errors import RefitError, UnsupportedConfiguration
 from dynamo.refit.protocol import InFlightPolicy
 
@@ -76,6 +77,9 @@ def publish(
             as_json=as_json,
         )
     )
+
+
+app.command()(rollback)
 
 
 def main() -> None:

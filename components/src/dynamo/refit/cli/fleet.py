@@ -104,7 +104,12 @@ async def _status(namespace: str) -> FleetStatus:
 
 
 async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
-    """The newest coordinator's view of its fleet.
+    """The newest coordinator's view of its fleet; see :func:`find_coordinator`."""
+    return (await find_coordinator(caller, namespace))[0]
+
+
+async def find_coordinator(caller: Caller, namespace: str) -> tuple[FleetStatus, int]:
+    """The newest coordinator's view, and its instance of the status endpoint.
 
     Raises:
         RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
@@ -122,11 +127,15 @@ async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
         await asyncio.sleep(0.05)
     asked = [_ask_status(caller, path, instance) for instance in found]
     replies = await asyncio.gather(*asked, return_exceptions=True)
-    answered = [reply for reply in replies if isinstance(reply, FleetStatus)]
+    answered = [
+        (reply, instance)
+        for reply, instance in zip(replies, found, strict=True)
+        if isinstance(reply, FleetStatus)
+    ]
     if not answered:
         raise RefitError(f"the coordinator does not answer: {replies[0]}")
     # One that was killed is in discovery for some seconds more.
-    return max(answered, key=lambda status: status.epoch)
+    return max(answered, key=lambda answer: answer[0].epoch)
 
 
 async def _ask_status(caller: Caller, path: str, instance: int) -> FleetStatus:

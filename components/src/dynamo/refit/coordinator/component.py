@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -41,9 +41,11 @@ from dynamo.refit.coordinator.actions import (
     TakeLease,
     Tick,
 )
+from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.coordinator.rollback import announce_rollback
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
@@ -60,6 +62,7 @@ from dynamo.refit.protocol import (
     Admit,
     Commit,
     Committed,
+    CoordinatorRequest,
     Done,
     Fence,
     FleetStatus,
@@ -68,6 +71,8 @@ from dynamo.refit.protocol import (
     Prepare,
     Refused,
     ReleaseLease,
+    Rollback,
+    RollbackStatus,
     ServeWeights,
     Stepped,
     Vote,
@@ -109,6 +114,13 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     topic = runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
     versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
     name = f"coordinator-{status.connection_id()}"
+
+    async def answer(request: CoordinatorRequest) -> Message:
+        if isinstance(request, Rollback):
+            # What workers keep changes with every version.
+            return coordinator.roll_back(request, await fleet.look())
+        return await coordinator.answer(request)
+
     async with (
         LastingPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
@@ -129,7 +141,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(
                 serve(
                     status,
-                    unary(GetStatus, coordinator.status, "status"),
+                    unary(CoordinatorRequest, answer, "coordinator"),
                     health_check=GetStatus(),
                 )
             )
@@ -178,6 +190,7 @@ class Coordinator:
         self._reconciler = Reconciler(config.model, config.policy)
         self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
+        self._rollbacks: OrderedDict[str, WeightVersionReady] = OrderedDict()
         # A lease is taken and given back in the order that was decided.
         self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -208,7 +221,11 @@ class Coordinator:
             for call in self._calls:
                 call.cancel()
 
-    async def status(self, request: GetStatus) -> Message:
+    async def answer(self, request: GetStatus) -> Message:
+        """The fleet as it is seen now."""
+        return self.status()
+
+    def status(self) -> FleetStatus:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(
@@ -220,6 +237,32 @@ class Coordinator:
             members=tuple(m for _, m in sorted(reconciler.fleet.items())),
         )
 
+    def roll_back(self, wish: Rollback, seen: FleetSeen) -> RollbackStatus:
+        """Announce what ``wish`` stands for, unless it was before; how far it is.
+
+        Raises:
+            RefitError: there is nothing to go back to, or not what was wished for.
+        """
+        reconciler = self._reconciler
+        ready = self._rollbacks.get(wish.announcement)
+        if ready is None:
+            ready = announce_rollback(
+                wish, seen.members, reconciler.model, reconciler.newest
+            )
+            self._rollbacks[wish.announcement] = ready
+            while len(self._rollbacks) > REMEMBERED:
+                self._rollbacks.popitem(last=False)
+            self.hear(seen)
+            self.hear(ready)
+        ended = reconciler.ended(wish.announcement)
+        return RollbackStatus(
+            version=ready.version,
+            restores=ready.restores,
+            weights=ready.weights,
+            outcome=ended.outcome if ended else None,
+            detail=ended.detail if ended else "",
+        )
+
     # --- actions --------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -229,7 +272,8 @@ class Coordinator:
                 self._publish(event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
-            case GiveBackLease():
+            # A rollback has no trainer.
+            case GiveBackLease(ready=WeightVersionReady(restores=None)):
                 self._spawn(self._give_back_lease(action))
             case SendPrepare():
                 self._spawn(self._prepare(action))
@@ -312,6 +356,7 @@ class Coordinator:
             stage_seconds=policy.stage_seconds,
             commit_seconds=policy.commit_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
+            restores=ready.restores if action.recall else None,
         )
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)

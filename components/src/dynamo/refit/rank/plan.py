@@ -143,6 +143,11 @@ class Plan:
         return tuple(piece for wave in self.waves for piece in wave.pieces)
 
     @property
+    def reads(self) -> tuple[tuple[int, Box], ...]:
+        """Tensor numbers and boxes of the pieces: what a version's parts are of."""
+        return tuple((piece.tensor, piece.box) for piece in self.pieces)
+
+    @property
     def descriptors(self) -> int:
         return sum(len(s.remote) for wave in self.waves for s in wave.segments)
 

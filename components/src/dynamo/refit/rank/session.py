@@ -83,7 +83,7 @@ class Session:
     @property
     def reads(self) -> tuple[tuple[int, Box], ...]:
         """What the parts of :meth:`pull` are of: tensor numbers and boxes."""
-        return tuple((piece.tensor, piece.box) for piece in self.plan.pieces)
+        return self.plan.reads
 
     def address(self, manifest: Manifest, fingerprint: str, cycle: Cycle) -> None:
         """Prepare the requests for every slot of ``manifest``.
@@ -239,7 +239,9 @@ class LiveParts:
             parts.append(Part(view, piece.box, piece.shape))
         self._parts = Batch(parts)
 
-    def check(self, landed: np.ndarray, rank: int) -> None:
+    def check(
+        self, landed: np.ndarray, rank: int, what: str = "the live weights"
+    ) -> None:
         """Compare with ``landed``, one part per piece.
 
         Raises:
@@ -248,7 +250,7 @@ class LiveParts:
         wrong = np.flatnonzero(self._parts.fold() != landed[self._chosen])
         if len(wrong):
             raise FingerprintMismatch(
-                f"{len(wrong)} blocks of the live weights are not what was staged: "
+                f"{len(wrong)} blocks of {what} are not what was staged: "
                 "something else wrote them",
                 tensor=self._names[wrong[0]],
                 rank=rank,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from dynamo.refit.protocol import (
     Offer,
     Offered,
     RankVote,
+    Recall,
     SessionUse,
     Stage,
     Staged,
@@ -64,20 +65,44 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
-class _Staged:
-    version: int
-    slot: int
-    parts: np.ndarray
-
-
-@dataclass(frozen=True)
 class _Live:
-    """What was installed last, and what its parts must be."""
+    """A version that was installed, the parts that were voted for, and what the parts
+    of the live parameters must be."""
 
     version: int
+    voted: np.ndarray
     parts: LiveParts
     landed: np.ndarray
     plan: Plan
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """``session`` pulled it, or it was ``recalled``."""
+
+    version: int
+    slot: int
+    parts: np.ndarray
+    session: Session | None
+    recalled: _Live | None = None
+
+    @property
+    def direct(self) -> bool:
+        """It waits nowhere: an install pulls it again."""
+        return self.session is not None and self.session.arena is None
+
+    @property
+    def plan(self) -> Plan:
+        return self.recalled.plan if self.session is None else self.session.plan
+
+    def as_live(self) -> _Live:
+        """It, once it is installed."""
+        if self.session is None:
+            return replace(self.recalled, version=self.version)
+        session = self.session
+        return _Live(
+            self.version, self.parts, session.live_parts, session.landed, session.plan
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,8 @@ class RankStager:
         self._staged: _Staged | None = None
         self._installed: _Live | None = None
         self._previous: _Live | None = None
+        #: What was live before that, while the arena still has all of it.
+        self._kept: _Live | None = None
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
         )
@@ -207,7 +234,7 @@ class RankStager:
             # As vLLM does at its start: what stays is not looked through again and
             # again, while no token can be made.
             gc.freeze()
-        self._staged = _Staged(request.version, request.slot, parts)
+        self._staged = _Staged(request.version, request.slot, parts, session)
         return Staged(
             vote=RankVote(
                 rank=self._rank,
@@ -220,6 +247,59 @@ class RankStager:
             parts=parts.astype("<u8").tobytes(),
             # A plan that is made anew may have its pieces in another order.
             reads=session.reads if request.want_reads or use == "cold" else (),
+        )
+
+    def recall(self, request: Recall, limit: Limit) -> Staged:
+        """Stage, as a new version, the one that was live before the live one: from the
+        copy that was kept for the way back, without a source.
+
+        Blocks as :meth:`stage`, for one read of the copy; on a device for an exchange
+        with what is live, too.
+
+        Raises:
+            NoWayBack: there is no copy of it any more. FingerprintMismatch: the copy is
+                not what was voted for then.
+        """
+        cycle = Cycle()
+        self._staged = None
+        with self._offers.overwriting(self._arena, limit):
+            self._use_own_stream()
+            kept, arena = self._find_kept(request.restores), self._arena
+            limit.check(f"going back to version {request.restores}")
+            # The last install reads what is about to be overwritten.
+            self._live.wait()
+            # Should it turn out not to be whole, it is none.
+            self._kept = None
+            with cycle.time("backup"):
+                arena.recall()
+            with cycle.time("fingerprint"):
+                copy = LiveParts(kept.plan.pieces, arena.shadows[arena.target].by_name)
+                what = f"the copy of version {request.restores}"
+                copy.check(kept.landed, self._rank, what)
+            self._kept = kept
+        self._staged = _Staged(request.version, 0, kept.voted, None, kept)
+        return Staged(
+            vote=RankVote(
+                rank=self._rank,
+                nbytes=0,
+                memory=arena.memory,
+                session="warm",
+                counters=cycle.counters(),
+                timings=cycle.timings(),
+            ),
+            parts=kept.voted.astype("<u8").tobytes(),
+            reads=kept.plan.reads,
+        )
+
+    def _find_kept(self, version: int) -> _Live:
+        if self._kept is not None and self._kept.version == version:
+            return self._kept
+        if self.direct:
+            raise NoWayBack("direct staging keeps no copy of the version before")
+        there = f"version {self._kept.version}" if self._kept else "nothing"
+        raise NoWayBack(
+            f"no copy of version {version} is kept here (kept: {there}): it is "
+            "overwritten as soon as another version is staged"
         )
 
     @property
@@ -249,18 +329,18 @@ class RankStager:
             RefitError: ``direct`` only: a source broke off, or has other bytes than
                 it had before the vote. Some parameters are written then.
         """
-        session, staged = self._holding(version)
-        if session.arena is not None:
-            self._live.copy_from(session.arena.staged)
-            session.arena.installed()
+        staged = self._holding(version)
+        if staged.direct:
+            self._install_direct(staged.session, staged, limit)
         else:
-            self._install_direct(session, staged, limit)
+            self._live.copy_from(self._arena.staged)
+            self._arena.installed()
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
-        self._installed = _Live(
-            version, session.live_parts, session.landed, session.plan
-        )
-        self._proven = session
+            has_copy = not staged.direct and self._arena.old is not None
+            self._kept = self._installed if has_copy else None
+        self._installed = staged.as_live()
+        self._proven = staged.session or self._proven
 
     def restore(self, version: int) -> None:
         """Put back what was live before ``version`` was installed, as an install does.
@@ -268,18 +348,20 @@ class RankStager:
         Raises:
             NoWayBack: there is no copy of it.
         """
-        session, _ = self._holding(version)
-        if session.arena is None:
+        staged, arena = self._holding(version), self._arena
+        if staged.direct:
             raise NoWayBack("direct staging keeps no copy of the old weights")
-        if session.arena.old is None:
+        if arena.old is None:
             raise NoWayBack(
                 "some layers keep their weights in another layout than they are "
                 "loaded in, and this is the first version that was installed"
             )
-        self._live.copy_from(session.arena.old)
-        session.arena.restored()
+        self._live.copy_from(arena.old)
+        arena.restored()
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
+        # Where that one was kept before, there is what was undone.
+        self._kept = staged.recalled
 
     def verify(self, version: int) -> Checked:
         """Compare the live parameters with ``version``, which was installed last.
@@ -343,7 +425,7 @@ class RankStager:
                 "room for a shadow of its weights, or read from another replica"
             )
         held: _Staged | _Live | None = self._staged
-        arena, plan = self._arena, self._session and self._session.plan
+        arena, plan = self._arena, held and held.plan
         shadow = arena and arena.target
         if request.live:
             held, shadow = self._installed, arena and arena.live
@@ -433,6 +515,7 @@ class RankStager:
         submit, arena = self._follower.submit, session.arena
         if arena is None:
             return session.pull(slot, limit, submit, cycle, land=False)
+        self._kept = None
         with cycle.time("backup"):
             arena.begin(self._live.processed)
         backup = self._backup.submit(self._preserve, arena, cycle)
@@ -463,14 +546,14 @@ class RankStager:
             )
         self._live.check_addresses()
 
-    def _holding(self, version: int) -> tuple[Session, _Staged]:
+    def _holding(self, version: int) -> _Staged:
         staged = self._staged
-        if self._session is None or staged is None or staged.version != version:
+        if staged is None or staged.version != version:
             there = staged.version if staged else None
             raise NothingStaged(
                 f"version {version} is not staged here (staged: {there})"
             )
-        return self._session, staged
+        return staged
 
     def _put_in_place(self, session: Session) -> None:
         """It holds what is staged. The one before it stays for now: whether ranks

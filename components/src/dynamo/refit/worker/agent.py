@@ -219,7 +219,7 @@ class RefitAgent:
                 return await asyncio.shield(asyncio.ensure_future(self._verify()))
 
     def status(self) -> WorkerStatus:
-        transaction = self._transaction
+        transaction, kept = self._transaction, self._ranks.kept
         phase: WorkerPhase = transaction.phase if transaction else "serving"
         return WorkerStatus(
             model=self._model,
@@ -231,6 +231,8 @@ class RefitAgent:
             kv_epoch=self._engine.kv_epoch,
             ranks=self._size,
             admitted=self._routing.admitted,
+            kept_version=kept.version if kept else None,
+            kept_weights=kept.weights if kept else "",
         )
 
     def _check_not_fenced(self) -> None:
