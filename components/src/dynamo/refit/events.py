@@ -48,6 +48,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
+    ``traceparent`` (W3C) is the trainer's span, if it traces.
     """
 
     model: str
@@ -59,6 +60,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: str
     in_flight: InFlightPolicy | None = None
+    traceparent: str | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):

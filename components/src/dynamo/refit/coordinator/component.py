@@ -10,6 +10,7 @@ after the other.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
+from dynamo.refit import tracing
 from dynamo.refit.args import CoordinatorConfig
 from dynamo.refit.bus import EventPublisher, EventSubscriber, RejectedPayload
 from dynamo.refit.coordinator.actions import (
@@ -44,6 +46,7 @@ from dynamo.refit.coordinator.actions import (
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
@@ -52,6 +55,7 @@ from dynamo.refit.events import (
     RefitRefused,
     WeightVersionReady,
 )
+from dynamo.refit.metrics import CoordinatorMetrics, export
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -102,6 +106,10 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     prefix = f"{config.namespace}.refit"
     status = runtime.endpoint(f"{prefix}.status")
     caller = Caller(runtime)
+    tracer = tracing.from_environment()
+    metrics = CoordinatorMetrics()
+    export(metrics.registry, status, f"{prefix}.status")
+    telemetry = CoordinatorTelemetry(metrics, tracer)
     fleet = FleetWatch(caller, config)
     seen = await fleet.look()
     epoch = next_epoch(seen)
@@ -112,7 +120,8 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         EventPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
     ):
-        coordinator = Coordinator(config, caller, events.publish, epoch)
+        publish = telemetry.publishing(events.publish)
+        coordinator = Coordinator(config, telemetry.calling(caller), publish, epoch)
         coordinator.hear(seen)
         logger.info(
             "refit coordinator: namespace %s, epoch %d, %d workers",
@@ -122,8 +131,14 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run())
-            tasks.create_task(_listen(announcements, coordinator, events))
+            tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(
+                telemetry.watch(
+                    functools.partial(coordinator.status, GetStatus()),
+                    config.fleet_poll_seconds,
+                )
+            )
             tasks.create_task(
                 serve(
                     status,
@@ -140,15 +155,19 @@ def next_epoch(seen: FleetSeen) -> int:
 
 
 async def _listen(
-    announcements: EventSubscriber, coordinator: Coordinator, events: EventPublisher
+    announcements: EventSubscriber,
+    coordinator: Coordinator,
+    telemetry: CoordinatorTelemetry,
+    publish: Callable[[Event], object],
 ) -> None:
     async for event in announcements:
         match event:
             case WeightVersionReady():
+                telemetry.heard(event)
                 coordinator.hear(event)
             case RejectedPayload(reason=reason, detail=detail):
                 logger.warning("refused an event: %s", detail)
-                events.publish(RefitRefused(reason=reason, detail=detail))
+                publish(RefitRefused(reason=reason, detail=detail))
             case _:
                 logger.warning("%s does not belong here", type(event).__name__)
 
