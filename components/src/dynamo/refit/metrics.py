@@ -240,14 +240,14 @@ class CoordinatorMetrics(_Metrics):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._refit_seconds = self._histogram(
-            "refit", "From the arrival of an announcement to its RefitCompleted"
+        self._duration = self._histogram(
+            "duration", "From the arrival of an announcement to its RefitCompleted"
         )
-        self._refits = self._counter(
-            "refits", "Announced versions by how they ended", ("outcome",)
+        self._versions = self._counter(
+            "versions", "Announced versions by how they ended", ("outcome",)
         )
         for outcome in OUTCOMES:
-            self._refits.labels(outcome)
+            self._versions.labels(outcome)
         self._catch_ups = self._counter(
             "catch_ups", "Times that workers were brought to what the fleet serves"
         )
@@ -291,15 +291,15 @@ class CoordinatorMetrics(_Metrics):
                 if event.catch_up:
                     self._catch_ups.inc()
                     return
-                self._refits.labels("completed").inc()
+                self._versions.labels("completed").inc()
                 if event.seconds is not None:
-                    self._refit_seconds.observe(event.seconds)
+                    self._duration.observe(event.seconds)
             case RefitFailed():
-                self._refits.labels("failed").inc()
+                self._versions.labels("failed").inc()
             case RefitSuperseded():
-                self._refits.labels("superseded").inc()
+                self._versions.labels("superseded").inc()
             case RefitRefused():
-                self._refits.labels("refused").inc()
+                self._versions.labels("refused").inc()
 
     def show(self, status: FleetStatus) -> None:
         """Take in the coordinator's view, as it is now."""
