@@ -108,8 +108,9 @@ class _LateGauge:
     version, and 0 is one."""
 
     def __init__(self, registry: CollectorRegistry, name: str, text: str) -> None:
+        self.name = f"{PREFIX}_{name}"
         self._registry = registry
-        self._gauge = Gauge(f"{PREFIX}_{name}", text, registry=None)
+        self._gauge = Gauge(self.name, text, registry=None)
         self._shown = False
 
     def set(self, value: float | None) -> None:
