@@ -70,7 +70,7 @@ class Prometheus:
         )
 
     def wait_until_scraped(self, since: float = 0.0) -> None:
-        """Until all targets have answered twice, and after ``since`` in Unix seconds."""
+        """Until all targets have answered twice, and after ``since`` (Unix)."""
         deadline = time.monotonic() + START_SECONDS
         twice, late = "count_over_time(up[1h]) > 1", f"timestamp(up) > {since}"
         expression = f"count(up == 1 and {twice} and {late})"

@@ -209,7 +209,6 @@ async def _run_agent(
         )
     finally:
         events.close()
-        tracer.close()
 
 
 async def _leave(
