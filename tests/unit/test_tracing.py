@@ -6,10 +6,14 @@ coordinator and all workers; and where tracing is off there is nothing."""
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import Counter
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from dynamo.refit import tracing
@@ -273,3 +277,25 @@ def test_an_unknown_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "carrier-pigeon")
     with pytest.raises(ValueError, match="carrier-pigeon"):
         tracing.from_environment()
+
+
+async def test_a_tracer_that_is_closed_has_exported_everything() -> None:
+    exporter = InMemorySpanExporter()
+    tracer = tracing.Tracer(BatchSpanProcessor(exporter))
+    tracer.start("refit", None).end()
+    await tracer.close()
+    assert [span.name for span in exporter.get_finished_spans()] == ["refit"]
+
+
+async def test_a_close_does_not_wait_for_a_collector_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.1)
+    hang, exporter = threading.Event(), InMemorySpanExporter()
+    exporter.export = lambda spans: hang.wait(30)
+    tracer = tracing.Tracer(BatchSpanProcessor(exporter))
+    tracer.start("refit", None).end()
+    began = time.monotonic()
+    await tracer.close()
+    assert time.monotonic() - began < 5
+    hang.set()

@@ -14,9 +14,12 @@ Owns no meaning: which spans there are say :mod:`dynamo.refit.coordinator.teleme
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import os
+import threading
+import time
 from typing import Literal
 
 from dynamo.refit.errors import Failure
@@ -131,10 +134,19 @@ class Tracer:
         )
         return Span(recording, parent)
 
-    def close(self) -> None:
-        """Export what has ended; blocks for at most :data:`FLUSH_SECONDS`."""
-        if self._provider is not None:
-            self._provider.force_flush(int(FLUSH_SECONDS * 1e3))
+    async def close(self) -> None:
+        """Export what has ended, for at most :data:`FLUSH_SECONDS`, and record no more.
+
+        A process that ends in order need not call this. On a thread that nobody waits
+        for: where no collector answers, the exporter takes its own time to give up.
+        """
+        if self._provider is None:
+            return
+        thread = threading.Thread(target=self._provider.shutdown, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
 
 def from_environment() -> Tracer:

@@ -132,7 +132,7 @@ class Lead:
         for task in self._tasks:
             task.cancel()
         self._events.close()
-        self._telemetry.close()
+        await self._telemetry.close()
         self._runtime.shutdown()
         if self._serving is not None:
             with contextlib.suppress(Exception, asyncio.CancelledError):

@@ -38,5 +38,6 @@ class PublishTelemetry:
         span.end()
         return span.traceparent
 
-    def close(self) -> None:
-        self._tracer.close()
+    async def close(self) -> None:
+        """See :meth:`dynamo.refit.tracing.Tracer.close`."""
+        await self._tracer.close()

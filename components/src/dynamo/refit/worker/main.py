@@ -223,7 +223,7 @@ async def _leave(
         await routing.fence()
         await asyncio.sleep(FENCE_SECONDS)
         events.close()
-        tracer.close()
+        await tracer.close()
     finally:
         _end()
 
