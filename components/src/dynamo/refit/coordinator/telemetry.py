@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from dynamo.refit.errors import Failure, RefitError, failure_from
+from dynamo.refit.errors import Failure, failure_from
 from dynamo.refit.events import (
     Event,
     RefitCompleted,
@@ -91,9 +91,10 @@ class CoordinatorTelemetry:
         """``publish``, observed."""
 
         def observed(event: Event) -> object:
+            published = publish(event)
             self._metrics.observe(event)
             self._spans_of(event)
-            return publish(event)
+            return published
 
         return observed
 
@@ -189,7 +190,7 @@ class _ObservedCalls:
             elif isinstance(reply, Vote):
                 span.event("vote")
             return reply
-        except RefitError as error:
+        except Exception as error:
             stage = type(request).__name__.lower()
             span.fail(failure_from(error, stage=stage, worker=instance))
             raise

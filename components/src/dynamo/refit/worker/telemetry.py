@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from dynamo.refit.errors import Failure, RefitError, failure_from
+from dynamo.refit.errors import Failure, failure_from
 from dynamo.refit.events import (
     Event,
     RefitFailed,
@@ -73,7 +73,7 @@ class WorkerTelemetry:
                 request = msgspec.structs.replace(request, traceparent=None)
             try:
                 reply = await answer(request)
-            except RefitError as error:
+            except Exception as error:
                 stage = type(request).__name__.lower()
                 failure = failure_from(error, stage=stage, worker=self._worker)
                 self._answered(request, Refused(failure=failure), span)
@@ -87,9 +87,10 @@ class WorkerTelemetry:
         """``publish``, observed."""
 
         def observed(event: Event) -> object:
+            published = publish(event)
             self._metrics.observe(event)
             self._spans_of(event)
-            return publish(event)
+            return published
 
         return observed
 
