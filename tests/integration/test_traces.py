@@ -10,14 +10,21 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import msgspec
 import pytest
 from dynamo.runtime import DistributedRuntime
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
 )
 
 from dynamo.refit.bus import EventPublisher, EventSubscriber
@@ -84,6 +91,30 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class GrpcCollector(TraceServiceServicer):
+    """Takes spans over OTLP/gRPC."""
+
+    def __init__(self) -> None:
+        self.requests: list[ExportTraceServiceRequest] = []
+        self.server = grpc.server(ThreadPoolExecutor(2))
+        add_TraceServiceServicer_to_server(self, self.server)
+        self.url = f"http://127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+
+    def Export(  # noqa: N802, as the service defines it
+        self, request: ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> ExportTraceServiceResponse:
+        self.requests.append(request)
+        return ExportTraceServiceResponse()
+
+
+@pytest.fixture
+def grpc_collector() -> Iterator[GrpcCollector]:
+    collector = GrpcCollector()
+    collector.server.start()
+    yield collector
+    collector.server.stop(None).wait(5)
+
+
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     server = Collector()
@@ -134,13 +165,20 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalGrap
         yield graph
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 async def test_spans_leave_over_otlp_in_the_trainers_trace(
-    graph: LocalGraph, collector: Collector
+    graph: LocalGraph,
+    collector: Collector,
+    grpc_collector: GrpcCollector,
+    protocol: str,
 ) -> None:
+    url = f"{collector.url}/v1/traces"
+    if protocol == "grpc":
+        collector, url = grpc_collector, grpc_collector.url
     graph.coordinator_env |= {
         "OTEL_EXPORT_ENABLED": "1",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": protocol,
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": url,
     }
     coordinator = graph.start_coordinator()
     refused = await announce_until_refused(graph)
