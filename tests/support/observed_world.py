@@ -5,7 +5,6 @@ its trainer, wired as the processes wire them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import msgspec
@@ -20,7 +19,7 @@ from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.events import WeightVersionReady
 from dynamo.refit.metrics import CoordinatorMetrics, WorkerMetrics
-from dynamo.refit.protocol import GetStatus, TakeSlot
+from dynamo.refit.protocol import TakeSlot
 from dynamo.refit.publish.telemetry import PublishTelemetry
 from dynamo.refit.tracing import Tracer
 from dynamo.refit.worker.telemetry import WorkerTelemetry
@@ -68,11 +67,10 @@ class ObservedWorld(World):
             config, telemetry.calling(caller), publish, next_epoch(seen)
         )
         coordinator.hear(seen)
-        status = functools.partial(coordinator.status, GetStatus())
         tasks = [
             self.spawn(coordinator.run()),
             self.spawn(fleet.watch(coordinator.hear)),
-            self.spawn(telemetry.watch(status, 0.5)),
+            self.spawn(telemetry.watch(coordinator.status, 0.5)),
         ]
         self.coordinators.append((coordinator, caller, tasks))
 

@@ -10,7 +10,6 @@ after the other.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections import defaultdict
@@ -134,15 +133,12 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
             tasks.create_task(
-                telemetry.watch(
-                    functools.partial(coordinator.status, GetStatus()),
-                    config.fleet_poll_seconds,
-                )
+                telemetry.watch(coordinator.status, config.fleet_poll_seconds)
             )
             tasks.create_task(
                 serve(
                     status,
-                    unary(GetStatus, coordinator.status, "status"),
+                    unary(GetStatus, coordinator.answer, "status"),
                     health_check=GetStatus(),
                 )
             )
@@ -225,7 +221,11 @@ class Coordinator:
             for call in self._calls:
                 call.cancel()
 
-    async def status(self, request: GetStatus) -> Message:
+    async def answer(self, request: GetStatus) -> Message:
+        """The fleet as it is seen now."""
+        return self.status()
+
+    def status(self) -> FleetStatus:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(

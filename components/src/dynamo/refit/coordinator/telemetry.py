@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,12 +79,10 @@ class CoordinatorTelemetry:
             while len(self._arrivals) > REMEMBERED:
                 self._arrivals.popitem(last=False)
 
-    async def watch(
-        self, status: Callable[[], Awaitable[FleetStatus]], seconds: float
-    ) -> None:
+    async def watch(self, status: Callable[[], FleetStatus], seconds: float) -> None:
         """Show the coordinator's view every ``seconds``."""
         while True:
-            self._metrics.show(await status())
+            self._metrics.show(status())
             await asyncio.sleep(seconds)
 
     def publishing(self, publish: Publish) -> Publish:
