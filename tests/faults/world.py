@@ -56,6 +56,7 @@ from tests.support.fake_replica import (
     FakeRank,
     fingerprints_of,
     manifest,
+    weights_of,
 )
 from tests.support.fake_routing import FakeRouting
 
@@ -475,7 +476,7 @@ class World:
 
     async def _follow(self, wish: Rollback) -> None:
         while self.rollbacks[wish.announcement] is None:
-            await asyncio.sleep(REPEAT_SECONDS)
+            await asyncio.sleep(REANNOUNCE_SECONDS)
             if (status := self._ask(wish)) is not None:
                 self.rollbacks[wish.announcement] = status.outcome
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dynamo.runtime import DistributedRuntime
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 from torch import nn
 
 from dynamo.refit.bus import EventSubscriber
@@ -132,6 +133,19 @@ async def test_what_is_announced_is_what_was_there(
     reply = await ask(caller, GetFingerprints(announcement=published.announcement))
     assert np.frombuffer(reply.payload, "<u8").tolist() == expected
     assert event.weights == version_fingerprint(np.array(expected, np.uint64))
+
+
+async def test_an_announcement_carries_the_span_the_trainer_is_in(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    context = SpanContext(0xA7, 0xB7, is_remote=False, trace_flags=TraceFlags(1))
+    async with EventSubscriber(topic) as events:
+        with use_span(NonRecordingSpan(context)):
+            publisher.publish(1)
+        first, repeat = await anext(events), await anext(events)
+    assert first.traceparent == f"00-{0xA7:032x}-{0xB7:016x}-01"
+    assert repeat.traceparent == first.traceparent
 
 
 async def test_a_warm_publication_builds_nothing(

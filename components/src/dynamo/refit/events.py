@@ -48,6 +48,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
+    ``traceparent`` (W3C) is the trainer's span, if it traces.
 
     A rollback has no trainer: the version has the weights of the older version
     ``restores``, which workers take from the copies that they keep.
@@ -63,6 +64,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     weights: str
     in_flight: InFlightPolicy | None = None
     restores: int | None = None
+    traceparent: str | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):

@@ -110,7 +110,7 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one worker's commit.
+    """Milliseconds of one worker's commit, and when it began (Unix seconds).
 
     ``stall_ms`` is the time in which no token can be made, at the most: from the call
     that pauses the scheduler to the return of the one that resumes it. ``install_ms``
@@ -128,6 +128,7 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     probe_ms: float
     verify_ms: float
     install_retries: int = 0
+    started_at: float = 0.0
 
 
 # --- coordinator to worker --------------------------------------------------
@@ -140,7 +141,8 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
     ``weights``. ``stage_seconds`` bounds the staging, ``commit_seconds`` the install;
     ``keep_seconds`` is how long after the stage's bound the worker keeps the version
-    for a commit before it gives it up by itself.
+    for a commit before it gives it up by itself. ``traceparent`` (W3C) is the caller's
+    span, here and in :class:`Commit`.
 
     With ``restores`` nothing is read from anybody: the worker takes its own copy of
     that version, which it served before and which has the fingerprint ``weights``.
@@ -158,6 +160,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     commit_seconds: float
     keep_seconds: float
     restores: int | None = None
+    traceparent: str | None = None
 
 
 class Commit(Message, frozen=True, kw_only=True, tag=True):
@@ -180,6 +183,7 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     hold_seconds: float = 0.0
     withdraw: bool = False
     drain_seconds: float = 0.0
+    traceparent: str | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True, tag=True):
@@ -400,13 +404,15 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
     """The member is about to write ``version``: where, and under which name?
 
     ``turn`` counts the member's own publications; the same turn has the same answer.
-    Of ``in_flight``, rank 0's counts.
+    Of ``in_flight``, rank 0's counts, and of ``traceparent`` (W3C; the span that the
+    trainer was in).
     """
 
     member: str
     turn: int
     version: int
     in_flight: InFlightPolicy | None
+    traceparent: str | None = None
 
 
 class SlotTaken(Message, frozen=True, kw_only=True, tag=True):

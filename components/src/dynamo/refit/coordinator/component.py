@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
+from dynamo.refit import tracing
 from dynamo.refit.args import CoordinatorConfig
 from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.coordinator.actions import (
@@ -46,6 +47,7 @@ from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.coordinator.rollback import announce_rollback
+from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
@@ -54,6 +56,7 @@ from dynamo.refit.events import (
     RefitRefused,
     WeightVersionReady,
 )
+from dynamo.refit.metrics import CoordinatorMetrics, export
 from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     Abort,
@@ -108,6 +111,10 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     prefix = f"{config.namespace}.refit"
     status = runtime.endpoint(f"{prefix}.status")
     caller = Caller(runtime)
+    tracer = tracing.from_environment()
+    metrics = CoordinatorMetrics()
+    export(metrics.registry, status, f"{prefix}.status")
+    telemetry = CoordinatorTelemetry(metrics, tracer)
     fleet = FleetWatch(caller, config)
     seen = await fleet.look()
     epoch = next_epoch(seen)
@@ -125,7 +132,8 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         LastingPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
     ):
-        coordinator = Coordinator(config, caller, events.publish, epoch)
+        publish = telemetry.publishing(events.publish)
+        coordinator = Coordinator(config, telemetry.calling(caller), publish, epoch)
         coordinator.hear(seen)
         logger.info(
             "refit coordinator: namespace %s, epoch %d, %d workers",
@@ -135,9 +143,12 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run())
-            tasks.create_task(_listen(announcements, coordinator, events))
+            tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
             tasks.create_task(keep_present(status, events))
+            tasks.create_task(
+                telemetry.watch(coordinator.status, config.fleet_poll_seconds)
+            )
             tasks.create_task(
                 serve(
                     status,
@@ -154,15 +165,19 @@ def next_epoch(seen: FleetSeen) -> int:
 
 
 async def _listen(
-    announcements: EventSubscriber, coordinator: Coordinator, events: LastingPublisher
+    announcements: EventSubscriber,
+    coordinator: Coordinator,
+    telemetry: CoordinatorTelemetry,
+    publish: Callable[[Event], object],
 ) -> None:
     async for event in announcements:
         match event:
             case WeightVersionReady():
+                telemetry.heard(event)
                 coordinator.hear(event)
             case RejectedPayload(reason=reason, detail=detail):
                 logger.warning("refused an event: %s", detail)
-                events.publish(RefitRefused(reason=reason, detail=detail))
+                publish(RefitRefused(reason=reason, detail=detail))
             case _:
                 logger.warning("%s does not belong here", type(event).__name__)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
+from dynamo.refit import tracing
 from dynamo.refit.errors import SourceLost, error_from
 from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
 from dynamo.refit.presence import LastingPublisher, keep_present
@@ -45,6 +46,7 @@ from dynamo.refit.protocol import (
 from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.merge import Merged, RankPart
 from dynamo.refit.publish.publication import Publication
+from dynamo.refit.publish.telemetry import PublishTelemetry
 from dynamo.refit.rpc import serve, unary
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class Lead:
         self._endpoint = runtime.endpoint(self._path)
         topic = runtime.endpoint(f"{namespace}.refit.{WEIGHT_VERSIONS}")
         self._events = LastingPublisher(topic, member)
+        self._telemetry = PublishTelemetry(tracing.from_environment())
         self._changed = asyncio.Event()
         self._state = group.state()
         self._serving: asyncio.Task | None = None
@@ -130,6 +133,7 @@ class Lead:
         for task in self._tasks:
             task.cancel()
         self._events.close()
+        await self._telemetry.close()
         self._runtime.shutdown()
         if self._serving is not None:
             with contextlib.suppress(Exception, asyncio.CancelledError):
@@ -189,6 +193,8 @@ class Lead:
                 return ended or Waiting()
             case TakeSlot():
                 reply = group.take_slot(request, now)
+                if request.member == self._member:
+                    self._telemetry.taken(reply.announcement, request)
             case Written():
                 group.written(request, now)
             case WriteFailed():
@@ -260,6 +266,7 @@ class Lead:
             slot=publication.slot,
             weights=publication.weights,
             in_flight=publication.in_flight,
+            traceparent=self._telemetry.announced(publication.announcement),
         )
         self._events.publish(event)
 

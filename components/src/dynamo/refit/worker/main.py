@@ -22,7 +22,9 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
 from dynamo.vllm.main import shutdown_endpoints
 
+from dynamo.refit import tracing
 from dynamo.refit.events import REFIT_EVENTS
+from dynamo.refit.metrics import WorkerMetrics, export
 from dynamo.refit.presence import LastingPublisher
 from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
 from dynamo.refit.rank.memory import STAGING_VARIABLE
@@ -31,6 +33,7 @@ from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
 from dynamo.refit.worker.routing import Admission, WorkerRouting
+from dynamo.refit.worker.telemetry import WorkerTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +152,18 @@ async def _run_agent(
     config: Any,
 ) -> None:
     await events.start()
+    worker = commands.connection_id()
+    tracer, metrics = tracing.from_environment(), WorkerMetrics()
+    export(metrics.registry, commands, f"{config.namespace}.{config.component}.refit")
+    telemetry = WorkerTelemetry(metrics, tracer, worker)
     agent = RefitAgent(
         engine,
         Caller(runtime),
-        events.publish,
+        telemetry.publishing(events.publish),
         routing,
-        lambda: _start(_leave(routing, events)),
+        lambda: _start(_leave(routing, events, tracer)),
         model=config.served_model_name or config.model,
-        worker=commands.connection_id(),
+        worker=worker,
         staging=options.staging,
     )
     try:
@@ -164,14 +171,16 @@ async def _run_agent(
         _start(routing.watch())
         await serve(
             commands,
-            unary(WorkerRequest, agent.answer, "worker"),
+            unary(WorkerRequest, telemetry.answering(agent.answer), "worker"),
             health_check=GetStatus(),
         )
     finally:
         events.close()
 
 
-async def _leave(routing: WorkerRouting, events: LastingPublisher) -> None:
+async def _leave(
+    routing: WorkerRouting, events: LastingPublisher, tracer: tracing.Tracer
+) -> None:
     """Take a worker whose weights are unknown out of routing, then end it.
 
     Its engine stays paused, so no stream gets a token of a mixture; the streams
@@ -181,6 +190,7 @@ async def _leave(routing: WorkerRouting, events: LastingPublisher) -> None:
         await routing.fence()
         await asyncio.sleep(FENCE_SECONDS)
         events.close()
+        await tracer.close()
     finally:
         _end()
 
