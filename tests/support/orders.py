@@ -14,7 +14,8 @@ STEPS = ("stage", "install")
 
 def give(orders: Path, **steps: dict) -> None:
     """Let the file ``orders`` say ``steps``, at once and whole."""
-    forget(orders)
+    for step in STEPS:
+        waiting_file(orders, step).unlink(missing_ok=True)
     temporary = orders.with_suffix(".tmp")
     temporary.write_text(json.dumps(steps))
     temporary.rename(orders)
@@ -22,8 +23,9 @@ def give(orders: Path, **steps: dict) -> None:
 
 def forget(orders: Path) -> None:
     """There are no orders, and nobody waits."""
-    for path in (orders, *(waiting_file(orders, step) for step in STEPS)):
-        path.unlink(missing_ok=True)
+    orders.unlink(missing_ok=True)
+    for step in STEPS:
+        waiting_file(orders, step).unlink(missing_ok=True)
 
 
 def waiting_file(orders: Path, step: str) -> Path:
