@@ -63,6 +63,14 @@ class Bench:
         """Order faults; see ``tests/support/faulty.py``."""
         orders.give(self.faults, **steps)
 
+    def wait_until_at(self, step: str, seconds: float = 60.0) -> None:
+        """Until a rank waits at ``step``, as it was ordered to."""
+        self.graph.wait_until(
+            f"a rank waits at its {step}",
+            lambda: orders.waits_at(self.faults) == step,
+            seconds,
+        )
+
     async def ask(self, client: Client) -> list[Completion]:
         return [await client.complete(prompt, MAX_TOKENS) for prompt in self.asked]
 

@@ -29,7 +29,10 @@ pytestmark = [
     pytest.mark.usefixtures("no_faults"),
 ]
 
-LENGTH = 200
+LENGTH = 400
+
+#: How long a request decodes before the version is staged; it takes longer itself.
+STRADDLING_SECONDS = 0.6
 
 
 async def test_start_up_weights_answer_like_a_fresh_engine(bench: Bench) -> None:
@@ -80,16 +83,26 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
             hot = await client.complete(prompt, 8)
             assert hot.cached_tokens == 96  # 100 tokens, blocks of 32
             undisturbed = await client.complete(prompt, LENGTH, ignore_eos=True)
+            bench.order(stage={"rank": 0, "seconds": STRADDLING_SECONDS})
+            refit = asyncio.create_task(
+                asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            )
+            await asyncio.to_thread(bench.wait_until_at, "stage")
             running = asyncio.create_task(
                 client.complete(prompt, LENGTH, ignore_eos=True)
             )
-            await asyncio.sleep(0.5)
-            refitted = await asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            refitted = await refit
             assert refitted.in_flight == in_flight
             first = await client.complete(prompt, 24)
             again = await client.complete(prompt, 24)
             straddling = await running
+            print(
+                "RATE",
+                undisturbed.times[-1] - undisturbed.times[0],
+                straddling.times[-1] - straddling.times[0],
+            )
             changed = first_difference(undisturbed.answer, straddling.answer)
+            print("CHANGED", changed)
             anew = await client.complete(
                 [*prompt, *straddling.answer.tokens[:changed]],
                 LENGTH - changed,
@@ -112,9 +125,10 @@ def first_difference(undisturbed: Answer, straddling: Answer) -> int:
     probabilities are those of the old ones."""
     pairs = [zip(a.tokens, a.logprobs, strict=True) for a in (undisturbed, straddling)]
     made = zip(*pairs, strict=True)
-    index = next(number for number, (old, new) in enumerate(made) if old != new)
-    assert index > 0
-    return index
+    differ = [number for number, (old, new) in enumerate(made) if old != new]
+    assert differ, "it had ended before the change"
+    assert differ[0] > 0, "it had not begun before the change"
+    return differ[0]
 
 
 async def test_in_place_tensors_and_a_restarted_trainer(bench: Bench) -> None:

@@ -169,7 +169,9 @@ async def test_a_coordinator_and_its_agents(
                     slot=0,
                     weights=weights_of(version),
                 )
-                await one_version(events, bus, ready, AGENTS)
+                workers, _ = await one_version(events, bus, ready)
+                # The first one may find one of them only.
+                assert workers == AGENTS or version == 1
                 if version in (SETTLED, CYCLES):
                     children = (agents, coordinator)
                     held[version] = [await resources(child.pid) for child in children]
