@@ -36,7 +36,12 @@ from dynamo.refit.protocol import StageTimings
 from graphs.client import Client, Completion, Load
 from graphs.local import LocalGraph
 from graphs.references import MAX_TOKENS, Answer, prompts
-from tests.support.live_fleet import HOLD_SECONDS, Fleet, live_fleet
+from tests.support.live_fleet import (
+    HOLD_SECONDS,
+    ORPHAN_SECONDS,
+    Fleet,
+    live_fleet,
+)
 from tests.support.process_group import rank_process
 from tests.support.processes import Trainer
 
@@ -342,7 +347,7 @@ async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     (other,) = set(before) - {gone}
     assert dict(failed.serving)[other] == before[other]["version"]
     assert fleet.events.of(WorkerRefitted, version) == []
-    await asyncio.to_thread(fleet.wait_for_the_end, worker)
+    await asyncio.to_thread(fleet.wait_for_the_end, worker, ORPHAN_SECONDS)
     await fleet.assert_serves(fleet.serving, workers=1)
 
 

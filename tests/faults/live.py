@@ -32,7 +32,12 @@ from graphs.client import Client
 from graphs.references import MAX_TOKENS
 from tests.faults.judge import END, Judge, Observation, phase_at
 from tests.faults.kinds import FAULTS, LATEST_SECONDS, Fault
-from tests.support.live_fleet import HOLD_SECONDS, Fleet, live_fleet
+from tests.support.live_fleet import (
+    HOLD_SECONDS,
+    ORPHAN_SECONDS,
+    Fleet,
+    live_fleet,
+)
 from tests.support.process_group import Held, held, rank_process
 from tests.support.processes import Trainer
 
@@ -161,7 +166,7 @@ class LiveFaults:
         if fault.strike is not None:
             await self._strike(fault, index)
         end = await self._await_end(version, fault)
-        phase = phase_at(self.fleet.events.seen, version, moment)
+        phase = self._phase(fault, version, moment)
         self.outcome.hit.setdefault(fault.name, Counter())[phase] += 1
         await answers
         if fault.never_served and not isinstance(end, RefitFailed):
@@ -171,6 +176,12 @@ class LiveFaults:
             await asyncio.to_thread(self._bring_back, index)
         self._torn.unlink(missing_ok=True)
         self.fleet.forget_orders()
+
+    def _phase(self, fault: Fault, version: int, moment: float) -> str:
+        """How far the refit had come when it was struck; an order waits for its step."""
+        if fault.strike is None:
+            return "ordered"
+        return phase_at(self.fleet.events.seen, version, moment)
 
     async def _strike(self, fault: Fault, index: int) -> None:
         graph = self.fleet.graph
@@ -196,7 +207,7 @@ class LiveFaults:
         graph = self.fleet.graph
         worker = graph.processes.pop(f"worker{index}")
         try:
-            self.fleet.wait_for_the_end(worker)
+            self.fleet.wait_for_the_end(worker, ORPHAN_SECONDS)
         except AssertionError as error:
             self._violated("leaked", str(error))
             worker.kill()
