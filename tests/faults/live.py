@@ -178,7 +178,7 @@ class LiveFaults:
         self.fleet.forget_orders()
 
     def _phase(self, fault: Fault, version: int, moment: float) -> str:
-        """How far the refit had come when it was struck; an order waits for its step."""
+        """How far the refit had come; an order waits for its step by itself."""
         if fault.strike is None:
             return "ordered"
         return phase_at(self.fleet.events.seen, version, moment)
