@@ -71,6 +71,8 @@ class Outcome:
     violated: Counter[str] = field(default_factory=Counter)
     #: Responses, by the judge's verdict.
     verdicts: Counter[str] = field(default_factory=Counter)
+    #: The most that a worker held more than after its first refit.
+    grown: Held = Held(0, 0)
 
     @property
     def phases(self) -> Counter[str]:
@@ -93,6 +95,7 @@ def real_faults(count: int, seed: int, console: Console) -> Outcome:
     console.print(table)
     console.print(f"responses: {dict(outcome.verdicts)}")
     console.print(f"versions ended: {dict(outcome.ends)}")
+    console.print(f"a worker held at most this more than at first: {outcome.grown}")
     return outcome
 
 
@@ -332,6 +335,10 @@ class LiveFaults:
         before = self.baseline.setdefault(group, now)
         threads = now.threads - before.threads
         descriptors = now.descriptors - before.descriptors
+        most = self.outcome.grown
+        self.outcome.grown = Held(
+            max(threads, most.threads), max(descriptors, most.descriptors)
+        )
         if threads > THREADS or descriptors > DESCRIPTORS:
             what = f"after {after}: worker{index} holds {now}, after its first refit"
             self._violated("leaked", f"{what} {before}")
