@@ -72,7 +72,7 @@ class Outcome:
     #: Responses, by the judge's verdict.
     verdicts: Counter[str] = field(default_factory=Counter)
     #: The most that a worker held more than after its first refit.
-    grown: Held = Held(0, 0)
+    grown: Held = field(default_factory=lambda: Held(0, 0))
 
     @property
     def phases(self) -> Counter[str]:
