@@ -96,11 +96,6 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
             first = await client.complete(prompt, 24)
             again = await client.complete(prompt, 24)
             straddling = await running
-            print(
-                "RATE",
-                undisturbed.times[-1] - undisturbed.times[0],
-                straddling.times[-1] - straddling.times[0],
-            )
             changed = first_difference(undisturbed.answer, straddling.answer)
             anew = await client.complete(
                 [*prompt, *straddling.answer.tokens[:changed]],
