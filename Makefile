@@ -8,6 +8,7 @@
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
 #   make bench              make bench-gpu          make faults
+#   make bench-fleet        make bench-scale
 #   make servers            make prometheus
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
@@ -58,7 +59,7 @@ PROMETHEUS := .cache/prometheus/usr/bin/prometheus
 APT := $(CURDIR)/.cache/apt
 
 .PHONY: setup servers prometheus demo test test-unit test-integration test-e2e bench \
-	bench-gpu faults lint format clean
+	bench-gpu bench-fleet bench-scale faults lint format clean
 
 setup: $(STAMP)
 
@@ -141,6 +142,14 @@ bench-gpu:
 		PYTHONPATH=$(GPU_SITE):components/src:. VLLM_ALLREDUCE_USE_SYMM_MEM=0 \
 		VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0 \
 		$(GPU_PYTHON) -m tests.benchmarks.gpu $(BENCH_ARGS)
+
+# Fifty refits of two replicas under load; BENCH_ARGS="--plane etcd" after make servers.
+bench-fleet: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m tests.benchmarks.fleet $(BENCH_ARGS)
+
+# What a version costs the control plane, by replicas; no engine.
+bench-scale: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m tests.benchmarks.scale $(BENCH_ARGS)
 
 # About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)

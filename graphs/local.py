@@ -265,11 +265,15 @@ class LocalGraph:
         """Start the graph's own etcd and NATS, and wait until they answer."""
         data = self.directory / "etcd"
         self._spawn("etcd", etcd_command(self._etcd_port, free_port(), data))
-        self._spawn("nats", nats_command(self._nats_port))
         etcd = f"http://127.0.0.1:{self._etcd_port}/health"
         self.wait_until(
             "etcd is healthy", lambda: (fetch(etcd) or {}).get("health") == "true"
         )
+        self.start_nats()
+
+    def start_nats(self) -> None:
+        """Start the graph's own NATS, where it was before if it has ended."""
+        self._spawn("nats", nats_command(self._nats_port))
         self.wait_until("NATS listens", lambda: listens(self._nats_port))
 
     def start_frontend(self) -> Process:

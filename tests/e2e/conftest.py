@@ -7,7 +7,6 @@ parallel ranks, and the coordinator. Its worker takes orders to fail (see
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from graphs.client import Client, Completion
 from graphs.local import CPU_WORKER_ARGS, LocalGraph, free_port
 from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
 from graphs.tiny_model import make_checkpoint
+from tests.support import orders
 from tests.support.processes import Events, Trainer
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
@@ -61,9 +61,15 @@ class Bench:
 
     def order(self, **steps: dict) -> None:
         """Order faults; see ``tests/support/faulty.py``."""
-        temporary = self.faults.with_suffix(".tmp")
-        temporary.write_text(json.dumps(steps))
-        temporary.rename(self.faults)
+        orders.give(self.faults, **steps)
+
+    def wait_until_at(self, step: str, seconds: float = 60.0) -> None:
+        """Until a rank waits at ``step``, as it was ordered to."""
+        self.graph.wait_until(
+            f"a rank waits at its {step}",
+            lambda: orders.waits_at(self.faults) == step,
+            seconds,
+        )
 
     async def ask(self, client: Client) -> list[Completion]:
         return [await client.complete(prompt, MAX_TOKENS) for prompt in self.asked]
@@ -120,4 +126,4 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture
 def no_faults(bench: Bench) -> Iterator[None]:
     yield
-    bench.faults.unlink(missing_ok=True)
+    orders.forget(bench.faults)

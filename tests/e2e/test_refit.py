@@ -14,7 +14,7 @@ import pytest
 from dynamo.refit.events import WorkerStaged
 from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
 from graphs.client import Client, Load
-from graphs.references import prompts
+from graphs.references import Answer, prompts
 from graphs.trainer import load_weights
 from tests.e2e.conftest import Bench
 from tests.support.processes import Trainer, ask_cli, fleet_status
@@ -29,7 +29,10 @@ pytestmark = [
     pytest.mark.usefixtures("no_faults"),
 ]
 
-LENGTH = 200
+LENGTH = 600
+
+#: How long a request decodes before the version is staged; it takes longer itself.
+STRADDLING_SECONDS = 0.6
 
 
 async def test_start_up_weights_answer_like_a_fresh_engine(bench: Bench) -> None:
@@ -69,7 +72,9 @@ async def test_four_versions_under_load(bench: Bench) -> None:
 @pytest.mark.parametrize("in_flight", ["continue", "recompute"])
 async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -> None:
     """A prompt whose KV is hot under the old weights, and is still being decoded with
-    when they change: a later request has no cached token, then its own."""
+    when they change: a later request has no cached token, then its own. What was being
+    decoded goes on as if it had been asked for anew with ``recompute``, and on its old
+    KV with ``continue``."""
     prompt = bench.asked[2]
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         async with Client(bench.graph.url, bench.graph.name) as client:
@@ -77,21 +82,47 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
             await client.complete(prompt, 8)
             hot = await client.complete(prompt, 8)
             assert hot.cached_tokens == 96  # 100 tokens, blocks of 32
+            undisturbed = await client.complete(prompt, LENGTH, ignore_eos=True)
+            bench.order(stage={"rank": 0, "seconds": STRADDLING_SECONDS})
+            refit = asyncio.create_task(
+                asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            )
+            await asyncio.to_thread(bench.wait_until_at, "stage")
             running = asyncio.create_task(
                 client.complete(prompt, LENGTH, ignore_eos=True)
             )
-            await asyncio.sleep(0.5)
-            refitted = await asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            refitted = await refit
             assert refitted.in_flight == in_flight
             first = await client.complete(prompt, 24)
             again = await client.complete(prompt, 24)
             straddling = await running
+            changed = first_difference(undisturbed.answer, straddling.answer)
+            anew = await client.complete(
+                [*prompt, *straddling.answer.tokens[:changed]],
+                LENGTH - changed,
+                ignore_eos=True,
+            )
     assert first.answer == bench.expected[name][2]
     assert first.cached_tokens == 0
     assert again.answer == bench.expected[name][2]
     assert again.cached_tokens == 96
     assert straddling.error is None
     assert len(straddling.answer.tokens) == LENGTH
+    rest = Answer(
+        straddling.answer.tokens[changed:], straddling.answer.logprobs[changed:]
+    )
+    assert (rest == anew.answer) == (in_flight == "recompute")
+
+
+def first_difference(undisturbed: Answer, straddling: Answer) -> int:
+    """The first token that was made with the new weights: until then, tokens and log
+    probabilities are those of the old ones."""
+    pairs = [zip(a.tokens, a.logprobs, strict=True) for a in (undisturbed, straddling)]
+    made = zip(*pairs, strict=True)
+    differ = [number for number, (old, new) in enumerate(made) if old != new]
+    assert differ, "it had ended before the change"
+    assert differ[0] > 0, "it had not begun before the change"
+    return differ[0]
 
 
 async def test_in_place_tensors_and_a_restarted_trainer(bench: Bench) -> None:

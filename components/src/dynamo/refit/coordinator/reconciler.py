@@ -223,10 +223,13 @@ class Reconciler:
         for worker in sorted(set(before) - there):
             if worker not in self.fleet:
                 self._upkeep.forget(worker)
-            if transaction is not None:
+            if transaction is None:
+                continue
+            if transaction.commit is None:
+                actions += transaction.staging.left(worker)
+            else:
                 actions += transaction.staging.forget(worker)
-                if transaction.commit is not None:
-                    transaction.commit.left(worker)
+                transaction.commit.left(worker)
         return actions
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
@@ -499,7 +502,8 @@ class Reconciler:
         for worker in transaction.commit.changed:
             self._upkeep.came(worker)
         actions = self._settle(transaction, now)
-        excluded = _bounded(tuple(_unchanged(transaction).values()))
+        without = {**transaction.staging.lost, **_unchanged(transaction)}
+        excluded = _bounded(tuple(without.values()))
         if not transaction.catch_up:
             return [*actions, *self._complete(ready, seconds, excluded)]
         event = self._completed(ready, seconds, excluded, catch_up=True)
