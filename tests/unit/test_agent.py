@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from dynamo.refit.errors import (
 )
 from dynamo.refit.events import (
     RefitFailed,
+    StageProgress,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
@@ -46,6 +48,7 @@ from dynamo.refit.protocol import (
     Poll,
     RankAnswer,
     RankCall,
+    RankProgress,
     Refused,
     Restore,
     Running,
@@ -114,6 +117,42 @@ async def test_a_rank_that_cannot_be_refitted_fails_the_start(bench: Bench) -> N
     with pytest.raises(RanksFailed, match="packed") as caught:
         await bench.agent.start()
     assert caught.value.failure.rank == 1
+
+
+async def test_a_stage_that_takes_long_tells_how_far_each_rank_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "PROGRESS_SECONDS", 0.02)
+    slow, quick = bench.engine.ranks
+    slow.held.add("stage")
+    slow.progress = (8, 24)
+    staging = asyncio.create_task(bench.agent.answer(bench.prepare(5)))
+    await until(lambda: len(bench.events) >= 2)
+    slow.progress = (16, 24)
+    seen = len(bench.events)
+    await until(lambda: len(bench.events) > seen)
+    slow.held.clear()
+    assert isinstance(await staging, Vote)
+
+    told = [event for event in bench.events if isinstance(event, StageProgress)]
+    assert bench.events == [*told, WorkerStaged(worker=WORKER, version=5, ranks=VOTES)]
+    done = RankProgress(rank=quick.rank, nbytes=24, total_nbytes=24)
+    for event, nbytes in ((told[0], 8), (told[-1], 16)):
+        so_far = RankProgress(rank=slow.rank, nbytes=nbytes, total_nbytes=24)
+        assert event == StageProgress(worker=WORKER, version=5, ranks=(so_far, done))
+
+
+async def test_progress_is_told_a_few_times_a_second(bench: Bench) -> None:
+    """And first after that long: this bench's other stages tell nothing."""
+    bench.engine.hold("stage")
+    began = time.monotonic()
+    staging = asyncio.create_task(bench.agent.answer(bench.prepare(5)))
+    async with asyncio.timeout(10):
+        while len(bench.events) < 3:
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - began >= 3 * ranks_module.PROGRESS_SECONDS >= 0.6
+    bench.engine.let("stage")
+    await staging
 
 
 async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:

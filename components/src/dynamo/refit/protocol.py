@@ -109,6 +109,15 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
     timings: StageTimings
 
 
+class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """Of what a rank reads for a version, ``nbytes`` of ``total_nbytes`` are there; the
+    total is 0 until it is known."""
+
+    rank: int
+    nbytes: int
+    total_nbytes: int
+
+
 class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one worker's commit.
 
@@ -613,7 +622,14 @@ class Described(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Running(Message, frozen=True, kw_only=True, tag=True):
-    """What was started is under way."""
+    """What was started is under way.
+
+    Of a pull ``nbytes`` of ``total_nbytes`` are there and fingerprinted; the total is 0
+    until the rank knows it, and for other work.
+    """
+
+    nbytes: int = 0
+    total_nbytes: int = 0
 
 
 class Staged(Message, frozen=True, kw_only=True, tag=True):

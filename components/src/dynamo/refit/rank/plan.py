@@ -122,6 +122,11 @@ class Wave:
     pieces: tuple[Piece, ...]
     half: int | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(int(segments.nbytes.sum()) for segments in self.segments)
+
 
 @dataclass(frozen=True)
 class Plan:

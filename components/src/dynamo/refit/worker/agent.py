@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from dynamo.refit.errors import (
 from dynamo.refit.events import (
     Event,
     RefitFailed,
+    StageProgress,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
@@ -55,6 +57,7 @@ from dynamo.refit.protocol import (
     GetStatus,
     Message,
     Prepare,
+    RankProgress,
     RankReply,
     RankRequest,
     Refused,
@@ -278,7 +281,8 @@ class RefitAgent:
         try:
             async with self._verifying:
                 await self._peer.end()
-                votes = await self._ranks.stage(request)
+                report = functools.partial(self._progress, version)
+                votes = await self._ranks.stage(request, report)
         except asyncio.CancelledError:
             return self._given_up(request)
         # A task's result crosses the process boundary: every cause is kept.
@@ -298,6 +302,10 @@ class RefitAgent:
         )
         self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
         return Vote(version=version, weights=request.weights, ranks=votes)
+
+    def _progress(self, version: int, ranks: tuple[RankProgress, ...]) -> None:
+        event = StageProgress(worker=self._worker, version=version, ranks=ranks)
+        self._publish(event)
 
     def _given_up(self, request: Prepare) -> Refused:
         error = StagingCancelled("aborted or superseded while staging")
