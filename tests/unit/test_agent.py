@@ -29,6 +29,7 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
+    SCHEMA,
     RefitFailed,
     StageProgress,
     WorkerFenced,
@@ -38,6 +39,8 @@ from dynamo.refit.events import (
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     Aborted,
+    CacheCounters,
+    CacheUse,
     Committed,
     Describe,
     Discard,
@@ -59,10 +62,12 @@ from dynamo.refit.protocol import (
     WeightsVerified,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker import engine as engine_module
 from dynamo.refit.worker import ranks as ranks_module
 from dynamo.refit.worker.engine import RefitEngine, with_epoch
+from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.ranks import RanksFailed, WeightsUnknown
 from tests.support.fake_replica import (
     COMMIT_STEPS,
@@ -77,6 +82,7 @@ from tests.support.fake_replica import (
     manifest,
     refusal,
     until,
+    vote_of,
     weights_of,
 )
 
@@ -109,7 +115,36 @@ async def test_before_the_first_refit(bench: Bench) -> None:
         epoch=0,
         kv_epoch="",
         ranks=2,
+        staging="device",
+        release=RELEASE,
+        schema=SCHEMA,
     )
+
+
+async def test_the_status_tells_what_the_last_refit_was_like(bench: Bench) -> None:
+    before = time.time()
+    committed = await bench.committed(5)
+    status = bench.agent.status()
+    assert before <= status.since <= time.time()
+    assert status.stall_ms == committed.timings.stall_ms
+    counters = CacheCounters(allocations=2)
+    assert status.cache == CacheUse(session="cold", counters=counters)
+
+
+def test_the_rank_that_had_to_build_most_counts() -> None:
+    last = LastRefit()
+    votes = tuple(
+        msgspec.structs.replace(
+            vote_of(rank, "host"),
+            session=session,
+            counters=CacheCounters(descriptor_builds=rank, hits=1),
+        )
+        for rank, session in enumerate(("warm", "re-addressed", "warm"))
+    )
+    last.staged(votes)
+    counters = CacheCounters(descriptor_builds=3, hits=3)
+    assert last.cache == CacheUse(session="re-addressed", counters=counters)
+    assert (last.staging, last.since, last.stall_ms) == ("host", None, None)
 
 
 async def test_a_rank_that_cannot_be_refitted_fails_the_start(bench: Bench) -> None:

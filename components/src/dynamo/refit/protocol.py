@@ -65,6 +65,14 @@ class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
     hits: int = 0
 
 
+class CacheUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of a worker had to build for the stage before, all in all; the
+    session is the one of the rank that had to build most."""
+
+    session: SessionUse
+    counters: CacheCounters
+
+
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that a rank's staging takes, in its mode."""
 
@@ -291,7 +299,10 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     ``version`` is what it serves (``None``: the weights it started with) and
     ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
     ``epoch`` the highest seen. One that is not ``admitted`` is unknown to routers, and
-    serves nobody.
+    serves nobody. ``since`` (Unix seconds) it serves that version, which cost it
+    ``stall_ms``; ``staging`` and ``cache`` are the last stage's. ``release`` and
+    ``schema`` (of the events) say what it runs, and are empty and 0 in releases that
+    did not tell.
     """
 
     model: str
@@ -303,6 +314,12 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     kv_epoch: str
     ranks: int
     admitted: bool = True
+    since: float | None = None
+    stall_ms: float | None = None
+    staging: StagingMode | None = None
+    cache: CacheUse | None = None
+    release: str = ""
+    schema: int = 0
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -508,16 +525,55 @@ WorkerReply = (
 # --- anyone to coordinator --------------------------------------------------
 
 
+class GetHistory(Message, frozen=True, kw_only=True, tag=True):
+    """What became of the versions that came?"""
+
+
+class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One announcement and how it ended.
+
+    It came at ``announced_at`` and ended ``seconds`` later, at ``ended_at`` (Unix
+    seconds); ``stall_ms`` is the longest stall of a worker. ``workers`` served it in
+    the end, all but those ``excluded``, each with a failure that names it.
+    """
+
+    version: int
+    announcement: str
+    outcome: ReleaseOutcome | Literal["under way"]
+    announced_at: float
+    ended_at: float | None = None
+    seconds: float | None = None
+    stall_ms: float | None = None
+    detail: str = ""
+    workers: tuple[int, ...] = ()
+    excluded: tuple[Failure, ...] = ()
+
+
+class History(Message, frozen=True, kw_only=True, tag=True):
+    """The last announcements, oldest first, since this coordinator began (``since``,
+    Unix seconds): nothing is kept from one to the next."""
+
+    since: float
+    records: tuple[RefitRecord, ...]
+
+
 class FleetMember(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker as the coordinator last saw it."""
+    """One worker as the coordinator last saw it.
+
+    It is ``behind`` by so many announced versions, since the first of them was
+    announced ``behind_seconds`` ago (``None``: before this coordinator began).
+    """
 
     worker: int
     component: str
     status: WorkerStatus
+    behind: int = 0
+    behind_seconds: float | None = None
 
 
 class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
-    """The coordinator's view: what is wanted, what is under way, who serves what."""
+    """The coordinator's view: what is wanted, what is under way, who serves what; and
+    its own ``release`` and ``schema``, as in :class:`WorkerStatus`."""
 
     model: str
     epoch: int
@@ -525,6 +581,8 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
     completed: int | None
     under_way: int | None
     members: tuple[FleetMember, ...]
+    release: str = ""
+    schema: int = 0
 
 
 # --- worker to rank ---------------------------------------------------------

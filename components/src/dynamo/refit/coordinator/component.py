@@ -42,11 +42,13 @@ from dynamo.refit.coordinator.actions import (
     Tick,
 )
 from dynamo.refit.coordinator.fleet import FleetWatch
+from dynamo.refit.coordinator.history import RefitHistory
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
+    SCHEMA,
     WEIGHT_VERSIONS,
     Event,
     RefitRefused,
@@ -62,6 +64,7 @@ from dynamo.refit.protocol import (
     Done,
     Fence,
     FleetStatus,
+    GetHistory,
     GetStatus,
     Message,
     Prepare,
@@ -72,6 +75,7 @@ from dynamo.refit.protocol import (
     Vote,
     WeightsServed,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 
 logger = logging.getLogger(__name__)
@@ -127,7 +131,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(
                 serve(
                     status,
-                    unary(GetStatus, coordinator.status, "status"),
+                    unary(GetStatus | GetHistory, coordinator.answer, "status"),
                     health_check=GetStatus(),
                 )
             )
@@ -174,6 +178,7 @@ class Coordinator:
         self._publish = publish
         self._epoch = epoch
         self._reconciler = Reconciler(config.model, config.policy)
+        self._history = RefitHistory(time.time())
         self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
         # A lease is taken and given back in the order that was decided.
@@ -200,13 +205,22 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
-                for action in self._reconciler.handle(what, loop.time()):
+                actions = self._reconciler.handle(what, loop.time())
+                desired = self._reconciler.desired
+                self._history.hear(what, actions, desired, time.time())
+                for action in actions:
                     self._perform(action)
         finally:
             for call in self._calls:
                 call.cancel()
 
-    async def status(self, request: GetStatus) -> Message:
+    async def answer(self, request: GetStatus | GetHistory) -> Message:
+        """The fleet as it is seen now, or what became of the versions that came."""
+        if isinstance(request, GetHistory):
+            return self._history.view()
+        return self.status()
+
+    def status(self) -> FleetStatus:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(
@@ -215,7 +229,11 @@ class Coordinator:
             desired=desired.version if desired else None,
             completed=reconciler.completed,
             under_way=transaction.ready.version if transaction else None,
-            members=tuple(m for _, m in sorted(reconciler.fleet.items())),
+            members=self._history.place(
+                [m for _, m in sorted(reconciler.fleet.items())], time.time()
+            ),
+            release=RELEASE,
+            schema=SCHEMA,
         )
 
     # --- actions --------------------------------------------------------------

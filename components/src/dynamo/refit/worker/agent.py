@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,6 +38,7 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
+    SCHEMA,
     Event,
     RefitFailed,
     StageProgress,
@@ -72,7 +74,9 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.worker.barrier import Barrier
+from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.peer import PeerSource
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
@@ -150,6 +154,7 @@ class RefitAgent:
         self._size = 0
         self._version: int | None = None
         self._weights = ""
+        self._last = LastRefit()
         self._epoch = 0
         self._fenced = False
         self._transaction: Transaction | None = None
@@ -168,6 +173,7 @@ class RefitAgent:
         described = await self._ranks.describe()
         self._size = len(described)
         first = described[0]
+        self._last.staging = first.memory.mode
         logger.info(
             "refit agent of worker %d: model %s, %d ranks of %.1f MiB of parameters; "
             "staging in mode %s takes %.1f MiB of device and %.1f MiB of host memory "
@@ -229,6 +235,12 @@ class RefitAgent:
             kv_epoch=self._engine.kv_epoch,
             ranks=self._size,
             admitted=self._routing.admitted,
+            since=self._last.since,
+            stall_ms=self._last.stall_ms,
+            staging=self._last.staging,
+            cache=self._last.cache,
+            release=RELEASE,
+            schema=SCHEMA,
         )
 
     def _check_not_fenced(self) -> None:
@@ -292,6 +304,7 @@ class RefitAgent:
                 await self._ranks.discard(version)
             self._transaction = None
             return Refused(failure=self._failure(error, "stage", version))
+        self._last.staged(votes)
         transaction = self._transaction
         transaction.phase = "staged"
         # Others may take until the stage's deadline, and the commit comes after that.
@@ -438,6 +451,7 @@ class RefitAgent:
             self._transaction = None
         self._routing.admit()
         self._last_commit = (staged.epoch, committed)
+        self._last.stall_ms = committed.timings.stall_ms
         self._publish(
             WorkerRefitted(
                 worker=self._worker,
@@ -468,6 +482,7 @@ class RefitAgent:
 
     def _now_serving(self, staged: Prepare) -> None:
         self._version, self._weights = staged.version, staged.weights
+        self._last.since = time.time()
 
     async def _verify(self) -> Message:
         """Check the live weights while nothing else is under way."""
