@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit import cli
-from dynamo.refit.cli.checkpoint import _describe, _is_last
+from dynamo.refit.cli.checkpoint import _is_last
+from dynamo.refit.cli.words import describe
 from dynamo.refit.errors import Failure
 from dynamo.refit.events import RefitFailed, RefitStarted, WorkerFenced
 
@@ -96,8 +97,8 @@ def test_the_last_event_of_a_version_is_the_coordinators() -> None:
 
 def test_events_are_told_in_one_line() -> None:
     started = RefitStarted(model="m", version=3, workers=(1, 2))
-    assert _describe(started) == "staging on 2 workers"
+    assert describe(started) == "staging on 2 workers"
     failure = Failure(kind="PointerMoved", message="it moved", stage="install")
     fenced = WorkerFenced(worker=7, version=3, failure=failure)
     told = "worker 7 was taken out of service: install: PointerMoved: it moved"
-    assert _describe(fenced) == told
+    assert describe(fenced) == told

@@ -17,14 +17,23 @@ import typer
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
-from dynamo.refit.cli.fleet import status, verify, watch
+from dynamo.refit.cli.history import history
 from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.status import status
+from dynamo.refit.cli.verify import verify
+from dynamo.refit.cli.watch import watch
 from dynamo.refit.errors import RefitError, UnsupportedConfiguration
 from dynamo.refit.protocol import InFlightPolicy
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help=__doc__,
+    rich_markup_mode="markdown",
+)
 app.command()(status)
 app.command()(watch)
+app.command()(history)
 app.command()(verify)
 
 

@@ -22,6 +22,7 @@ import msgspec
 from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.fleet import fetch_status
 from dynamo.refit.cli.output import complain, time_of
+from dynamo.refit.cli.words import describe
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import (
     REFIT_EVENTS,
@@ -29,11 +30,7 @@ from dynamo.refit.events import (
     RefitCompleted,
     RefitFailed,
     RefitRefused,
-    RefitStarted,
     RefitSuperseded,
-    WorkerFenced,
-    WorkerRefitted,
-    WorkerStaged,
 )
 from dynamo.refit.protocol import FleetStatus, InFlightPolicy
 from dynamo.refit.publish.checkpoint import CheckpointInvalid, checkpoint_shards
@@ -198,7 +195,7 @@ class _Report:
     def event(self, event: Event) -> None:
         if self._as_json:
             print(msgspec.json.encode(event).decode(), flush=True)
-        elif line := _describe(event):
+        elif line := describe(event):
             print(f"{time_of(event)}  {line}", flush=True)
 
     def ended(self, model: str, release: Release) -> int:
@@ -229,36 +226,3 @@ class _Report:
             f"interrupted; version {self._version} is withdrawn, but a worker that "
             f"held all of it already may install it: {LOOK}"
         )
-
-
-def _describe(event: Event) -> str | None:
-    """The event in one line; ``None`` for one that has nothing to tell here."""
-    match event:
-        case RefitStarted(workers=workers):
-            return f"staging on {_count(len(workers), 'worker')}"
-        case WorkerStaged(worker=worker, ranks=ranks):
-            mib = sum(rank.nbytes for rank in ranks) / 2**20
-            where = _count(len(ranks), "rank")
-            return f"worker {worker} holds it: {mib:.1f} MiB on {where}"
-        case WorkerRefitted(worker=worker, timings=timings):
-            return (
-                f"worker {worker} serves it, after a stall of {timings.stall_ms:.1f} ms"
-            )
-        case WorkerFenced(worker=worker, failure=failure):
-            return f"worker {worker} was taken out of service: {failure}"
-        case RefitCompleted(workers=workers, seconds=seconds):
-            took = (
-                "" if seconds is None else f", {seconds:.2f} s after its announcement"
-            )
-            return f"completed: {_count(len(workers), 'worker')} refitted{took}"
-        case RefitFailed(failure=failure):
-            return f"failed: {failure}"
-        case RefitSuperseded(by=by):
-            return f"superseded by version {by}"
-        case RefitRefused(reason=reason, detail=detail):
-            return f"refused ({reason}): {detail}"
-    return None
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
