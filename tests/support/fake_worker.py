@@ -22,7 +22,12 @@ from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
 from dynamo.refit.errors import FingerprintMismatch, RefitError, TransferFailed
-from dynamo.refit.events import REFIT_EVENTS, WorkerRefitted, WorkerStaged
+from dynamo.refit.events import (
+    REFIT_EVENTS,
+    SCHEMA,
+    WorkerRefitted,
+    WorkerStaged,
+)
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
 from dynamo.refit.protocol import (
@@ -46,6 +51,7 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.transport.nixl import NixlAgent
 
@@ -60,6 +66,7 @@ class FakeWorker:
 
     def __init__(self, runtime: DistributedRuntime, namespace: str, model: str) -> None:
         self.model = model
+        self.release = RELEASE
         self.version: int | None = None
         self.weights = ""
         self.live: Bytes = {}
@@ -106,6 +113,8 @@ class FakeWorker:
             epoch=self._epoch,
             kv_epoch="",
             ranks=1,
+            release=self.release,
+            schema=SCHEMA,
         )
 
     async def _prepare(self, request: Prepare) -> Message:

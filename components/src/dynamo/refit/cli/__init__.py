@@ -17,6 +17,7 @@ import typer
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
+from dynamo.refit.cli.doctor import doctor
 from dynamo.refit.cli.history import history
 from dynamo.refit.cli.output import AsJson, Namespace, complain
 from dynamo.refit.cli.status import status
@@ -35,6 +36,7 @@ app.command()(status)
 app.command()(watch)
 app.command()(history)
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()
