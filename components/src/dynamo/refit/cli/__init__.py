@@ -17,6 +17,7 @@ import typer
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
+from dynamo.refit.cli import trainer as repeat
 from dynamo.refit.cli.doctor import doctor
 from dynamo.refit.cli.history import history
 from dynamo.refit.cli.output import AsJson, Namespace, complain
@@ -42,14 +43,29 @@ app.command()(doctor)
 @app.command()
 def publish(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="a safetensors checkpoint")
-    ],
+        Path | None, typer.Argument(metavar="DIR", help="a safetensors checkpoint")
+    ] = None,
     version: Annotated[
-        int, typer.Option(min=0, help="higher than any version before it")
-    ],
+        int | None,
+        typer.Option(
+            min=0,
+            help="higher than any version before it; with --from-trainer by default "
+            "the trainer's own",
+        ),
+    ] = None,
+    from_trainer: Annotated[
+        bool,
+        typer.Option(
+            "--from-trainer",
+            help="announce again the newest version that a running trainer holds",
+        ),
+    ] = False,
+    trainer: Annotated[
+        str, typer.Option(help="that trainer's Dynamo component")
+    ] = "trainer",
     model: Annotated[
         str | None,
-        typer.Option(help="served model name; by default the coordinator's"),
+        typer.Option(help="of DIR: served model name; by default the coordinator's"),
     ] = None,
     policy: Annotated[
         InFlightPolicy | None,
@@ -57,18 +73,37 @@ def publish(
     ] = None,
     namespace: Namespace = "dynamo",
     timeout: Annotated[
-        float, typer.Option(min=1, help="seconds until the version is withdrawn")
+        float,
+        typer.Option(min=1, help="seconds to wait; DIR is then withdrawn"),
     ] = 600.0,
     as_json: AsJson = False,
 ) -> int:
-    """Install a checkpoint: map its files, announce it, and wait until it is served.
+    """Install a checkpoint, or what a trainer holds, and wait until it is served.
 
-    The workers read it from this process, so it runs until they are done. Exits with 0
-    when every worker serves the version, and with 1 when it failed, was refused or was
-    superseded; Ctrl-C withdraws it.
+    A checkpoint's files are mapped, and the workers read them from this process, so it
+    runs until they are done; Ctrl-C withdraws the version. With --from-trainer they
+    read from the trainer, as when it published; Ctrl-C only ends the waiting.
+
+    Exits with 0 when every worker serves the version, with 1 when it failed, was
+    refused or was superseded, and with 2 for wrong arguments.
     """
-    # Loaded on use: torch and NIXL take seconds, and `status` and `watch` are to
-    # answer at once, also where neither is installed.
+    if from_trainer == (directory is not None):
+        raise typer.BadParameter("give either a DIR or --from-trainer")
+    if from_trainer:
+        return repeat.run(
+            repeat.Repetition(
+                component=trainer,
+                version=version,
+                in_flight=policy,
+                namespace=namespace,
+                timeout=timeout,
+                as_json=as_json,
+            )
+        )
+    if version is None:
+        raise typer.BadParameter("a DIR needs a --version: higher than any before it")
+    # Loaded on use: torch and NIXL take seconds, and the other commands are to answer
+    # at once, also where neither is installed.
     try:
         command = importlib.import_module("dynamo.refit.cli.checkpoint")
     except ModuleNotFoundError as error:
