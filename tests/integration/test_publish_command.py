@@ -20,7 +20,7 @@ import torch
 from dynamo.runtime import DistributedRuntime
 from safetensors.torch import save_file
 
-from dynamo.refit.cli.fleet import fetch_status
+from dynamo.refit.cli.fleet import fetch_history, fetch_status
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.events import (
     AnyEvent,
@@ -30,6 +30,7 @@ from dynamo.refit.events import (
     WorkerStaged,
 )
 from dynamo.refit.publish.checkpoint import INDEX_NAME
+from dynamo.refit.publish.publisher import WeightPublisher
 from dynamo.refit.rpc import Caller
 from tests.support.fake_worker import FakeWorker, fake_worker
 
@@ -283,6 +284,62 @@ async def test_a_version_that_does_not_end_is_withdrawn(
     assert ended.code == 1
     assert "had not ended after 2 s and is withdrawn" in ended.complaint
     assert bench.worker.version is None
+
+
+async def test_what_a_trainer_holds_is_announced_again(
+    bench: Bench, weights: dict[str, torch.Tensor]
+) -> None:
+    """A version that failed, once its cause is gone; then under another number. The
+    trainer publishes on as if nothing had been."""
+    bench.worker.refuse = LayoutRefused("has another shape", tensor="lm_head.weight")
+    publisher = await asyncio.to_thread(WeightPublisher, "tiny", weights)
+    try:
+        failed = await publisher.publish(3).released()
+        assert failed.outcome == "failed"
+        bench.worker.refuse = None
+
+        ended = await bench.publish("--from-trainer")
+        assert (ended.code, ended.complaints) == (0, [])
+        assert ended.out[0] == "trainer: version 3 of 'tiny' is announced"
+        assert ended.out[-1] == "version 3 is served"
+        assert bench.worker.version == 3
+        assert_live(bench.worker, weights)
+
+        numbered = ("--from-trainer", "--version", 7, "--policy", "recompute", "--json")
+        ended = await bench.publish(*numbered)
+        assert (ended.code, ended.complaints) == (0, [])
+        expected = {"model": "tiny", "version": 7, "outcome": "completed", "detail": ""}
+        assert json.loads(ended.out[-1]) == expected
+        assert bench.worker.in_flight == ["continue", "recompute"]
+
+        with torch.no_grad():
+            weights["model.norm.weight"] += 1
+        assert (await publisher.publish(8).released()).outcome == "completed"
+        assert bench.worker.version == 8
+        assert_live(bench.worker, weights)
+
+        ended = await bench.publish("--from-trainer", "--version", 6)
+        assert ended.code == 1
+        assert "version 6 was not installed: refused: stale" in ended.complaint
+    finally:
+        await asyncio.to_thread(publisher.close)
+    history = await fetch_history(bench.caller, "dynamo")
+    told = [(r.version, r.outcome) for r in history.records]
+    assert told == [
+        (3, "failed"),
+        (3, "completed"),
+        (7, "completed"),
+        (8, "completed"),
+        (6, "refused"),
+    ]
+    assert history.records[1].stall_ms == 1.5
+    assert history.records[1].workers == (bench.worker.worker,)
+
+
+async def test_without_a_trainer(bench: Bench) -> None:
+    ended = await bench.publish("--from-trainer", "--trainer", "nobody")
+    assert (ended.code, ended.out) == (1, [])
+    assert "no trainer runs as component 'nobody': start it" in ended.complaint
 
 
 @pytest.fixture
