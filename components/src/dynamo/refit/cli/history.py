@@ -44,7 +44,7 @@ def history_table(past: History) -> RenderableType:
     began = f"since the coordinator's start at {_moment(past.since)}"
     if not past.records:
         return Text(f"no version has come {began}")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("version", "announced", "took", "stall", "outcome"):
         table.add_column(heading, no_wrap=True)
     table.add_column("", overflow="fold")

@@ -18,6 +18,8 @@ from dynamo.refit.cli.words import lasting
 from dynamo.refit.protocol import CacheUse, FleetMember, FleetStatus
 from dynamo.refit.rpc import Caller, runtime_from_environment
 
+LEGEND = "cache: session of the last stage, and buffers/registrations/requests built"
+
 
 def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     """Show which worker serves which version, and what its last refit was like.
@@ -44,20 +46,20 @@ def fleet_table(fleet: FleetStatus, now: float) -> RenderableType:
         title.append(f"  under way {fleet.under_way}")
     if not fleet.members:
         return Group(title, Text("no worker has come yet"))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("worker", "ranks", "serves", "since", "behind", "state", "stall"):
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("worker", no_wrap=True)
+    for heading in ("ranks", "serves", "since", "behind", "state", "stall", "cache"):
         table.add_column(heading, overflow="fold")
-    table.add_column("cache", overflow="fold")
     for member in fleet.members:
         table.add_row(*_row(member, now))
-    return Group(title, table)
+    return Group(title, table, Text(LEGEND, style="dim"))
 
 
 def _row(member: FleetMember, now: float) -> tuple[str, ...]:
     view = member.status
-    state = view.phase if view.pending is None else f"{view.phase} {view.pending}"
-    if not view.admitted:
-        state += ", not admitted"
+    state = view.phase if view.pending is None else f"{view.phase}\n{view.pending}"
+    if view.phase == "serving" and not view.admitted:
+        state = "waiting"
     return (
         f"{member.worker}\n{member.component}",
         str(view.ranks),
@@ -71,23 +73,15 @@ def _row(member: FleetMember, now: float) -> tuple[str, ...]:
 
 
 def _staleness(member: FleetMember) -> str:
-    if not member.behind:
-        return "0"
-    if member.behind_seconds is None:
+    if not member.behind or member.behind_seconds is None:
         return str(member.behind)
-    return f"{member.behind}, {lasting(member.behind_seconds)}"
+    return f"{member.behind}\n{lasting(member.behind_seconds)}"
 
 
 def _cache(use: CacheUse) -> str:
-    """What the last stage had to build, all ranks together."""
     counters = use.counters
-    built = (
-        (counters.allocations, "buffers"),
-        (counters.registrations, "registrations"),
-        (counters.descriptor_builds, "requests"),
-    )
-    told = [f"{number} {what}" for number, what in built if number]
-    return f"{use.session}\n{', '.join(told) or 'nothing built'}"
+    built = counters.allocations, counters.registrations, counters.descriptor_builds
+    return f"{use.session}\n{'/'.join(map(str, built))} built"
 
 
 def _show(version: int | None) -> str:
