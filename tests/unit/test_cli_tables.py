@@ -117,8 +117,8 @@ def test_a_history() -> None:
         "version announced      took   stall   outcome",
         "4       01-15 08:00:04 0.50 s -       failed     stage: MemoryShort: no room",
         "5       01-15 08:00:05 1.25 s 41.5 ms completed  1 worker",
-        "                                                 without commit: WorkerLeft: it",
-        "                                                 left (worker 7215758003448591)",
+        f"{' ' * 49}without commit: WorkerLeft: it",
+        f"{' ' * 49}left (worker 7215758003448591)",
         "6       01-15 08:00:06 0.12 s -       superseded by version 7",
         "7       01-15 08:00:07 -      -       under way",
     ]

@@ -246,6 +246,11 @@ def test_a_read_tells_its_rate_and_its_transports() -> None:
     )
 
 
+def test_a_log_that_says_nothing_is_no_all_clear() -> None:
+    read, used = read_once("noise")
+    assert (read.level, used.level) == ("ok", "warning")
+
+
 def test_tcp_only_is_found_with_what_forces_it() -> None:
     _, used = read_once(TCP, UCX_TLS="tcp")
     assert used.level == "failure"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from dynamo.refit.cli.doctor.finding import Finding, failure, ok
+from dynamo.refit.cli.doctor.finding import Finding, failure, ok, warning
 from dynamo.refit.cli.doctor.trial import Trial, run_probe
 
 NIXL = "NIXL"
@@ -103,7 +103,8 @@ def judge_transports(
 ) -> list[Finding]:
     """What the transports in ``used`` mean for a refit."""
     if not used:
-        return []
+        summary = "UCX did not say which it uses"
+        return [warning(TRANSPORTS, summary, "look for cfg# with UCX_LOG_LEVEL=info")]
     known = {
         meaning: sorted(used.intersection(names)) for meaning, names in MEANINGS.items()
     }
