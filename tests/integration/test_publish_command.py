@@ -73,20 +73,25 @@ class Bench:
     caller: Caller
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(
+        self, *arguments: str, heard: bool = False
+    ) -> asyncio.subprocess.Process:
+        """Unless it is ``heard``, what it says goes nowhere: a pipe that nobody reads
+        from fills up, and stops it."""
+        output = asyncio.subprocess.PIPE if heard else asyncio.subprocess.DEVNULL
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             *arguments,
             env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
         self.running.append(child)
         return child
 
     async def start_publish(self, *arguments: object) -> asyncio.subprocess.Process:
         words = ["-m", "dynamo.refit.cli", "publish", *map(str, arguments)]
-        return await self.start(*words)
+        return await self.start(*words, heard=True)
 
     async def publish(self, *arguments: object) -> Ended:
         return await end_of(await self.start_publish(*arguments))
