@@ -610,6 +610,10 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
     schema: int = 0
 
 
+CoordinatorRequest = GetStatus | GetHistory
+CoordinatorReply = FleetStatus | History | Refused
+
+
 # --- worker to rank ---------------------------------------------------------
 
 

@@ -61,6 +61,8 @@ from dynamo.refit.protocol import (
     Admit,
     Commit,
     Committed,
+    CoordinatorReply,
+    CoordinatorRequest,
     Done,
     Fence,
     FleetStatus,
@@ -131,7 +133,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(
                 serve(
                     status,
-                    unary(GetStatus | GetHistory, coordinator.answer, "status"),
+                    unary(CoordinatorRequest, coordinator.answer, "status"),
                     health_check=GetStatus(),
                 )
             )
@@ -214,7 +216,7 @@ class Coordinator:
             for call in self._calls:
                 call.cancel()
 
-    async def answer(self, request: GetStatus | GetHistory) -> Message:
+    async def answer(self, request: CoordinatorRequest) -> CoordinatorReply:
         """The fleet as it is seen now, or what became of the versions that came."""
         if isinstance(request, GetHistory):
             return self._history.view()
