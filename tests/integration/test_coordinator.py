@@ -86,6 +86,17 @@ def test_status_of_an_empty_fleet(
     assert (status["desired"], status["completed"]) == (None, None)
 
 
+def test_dynamo_s_own_log_is_seen_where_it_is_asked_for_only(
+    system_port: int, environment: dict[str, str]
+) -> None:
+    asked = run_cli(environment)
+    assert "route request completed" in asked.stderr
+    del environment["DYN_LOG"]
+    answer = run_cli(environment)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout == asked.stdout
+
+
 def test_without_a_coordinator_the_cli_says_what_to_do(
     environment: dict[str, str],
 ) -> None:

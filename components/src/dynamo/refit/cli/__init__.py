@@ -5,17 +5,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# Read when they are imported: Dynamo tells a lot about itself by default, and NIXL on
-# standard output.
-os.environ.setdefault("DYN_LOG", "warn")
-os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+# First, as others read what it sets when they are imported.
+from dynamo.refit.cli import runtime  # noqa: F401  # isort: skip
 
 from dynamo.refit.cli import trainer as repeat
 from dynamo.refit.cli.doctor import doctor

@@ -20,6 +20,7 @@ from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.fleet import fetch_status
 from dynamo.refit.cli.output import cancel_on_signals, complain
 from dynamo.refit.cli.report import LOOK, Report
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import count, size
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
@@ -27,7 +28,7 @@ from dynamo.refit.protocol import FleetStatus, InFlightPolicy
 from dynamo.refit.publish.checkpoint import CheckpointInvalid, checkpoint_shards
 from dynamo.refit.publish.publisher import PublishedVersion, Release, WeightPublisher
 from dynamo.refit.publish.shard import LocalShard
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 #: The Dynamo component that this process shows up as.
 COMPONENT = "checkpoint"
@@ -71,7 +72,7 @@ async def _publish(
     publication: Publication, shards: Sequence[LocalShard], report: Report
 ) -> int:
     cancel_on_signals()
-    runtime = runtime_from_environment()
+    runtime = connect(alone_on_terminal=report.in_place)
     namespace = publication.namespace
     caller = Caller(runtime)
     fleet = await fetch_status(caller, namespace)

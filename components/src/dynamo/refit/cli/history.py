@@ -14,9 +14,10 @@ from rich.text import Text
 
 from dynamo.refit.cli.fleet import fetch_history
 from dynamo.refit.cli.output import AsJson, Namespace
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import count
 from dynamo.refit.protocol import History, RefitRecord
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 STYLES = {"completed": "green", "under way": "cyan", "superseded": "yellow"}
 
@@ -36,7 +37,7 @@ def history(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
 
 
 async def _history(namespace: str) -> History:
-    return await fetch_history(Caller(runtime_from_environment()), namespace)
+    return await fetch_history(Caller(connect()), namespace)
 
 
 def history_table(past: History) -> RenderableType:

@@ -18,7 +18,7 @@ from dynamo.refit.cli.words import count, size
 from dynamo.refit.protocol import RankProgress
 
 #: Columns of a progress bar.
-BAR = 14
+BAR = 12
 
 #: Lines besides replicas and events: what it is about, headings, what is left out.
 FRAME = 6

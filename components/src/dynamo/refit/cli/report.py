@@ -35,6 +35,8 @@ LOOK = "`dynamo-refit status` shows what each worker serves"
 class Report:
     """Says what happens to ``version``.
 
+    On a terminal that is ``in_place``, without other output meanwhile.
+
     Args:
         as_json: events as JSON, and the outcome as the last line.
     """
@@ -43,6 +45,7 @@ class Report:
         self.version = version
         self._as_json = as_json
         self._console = Console()
+        self.in_place = self._console.is_terminal and not as_json
         self._live: LiveView | None = None
         self._showing: asyncio.Task[None] | None = None
         self._announced = False
@@ -62,7 +65,7 @@ class Report:
     ) -> AsyncIterator[None]:
         """Show the version's events, until the end of the block at the latest."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._console.is_terminal and not self._as_json:
+            if self.in_place:
                 live = LiveView(self._console, caller, namespace, self._concerns)
                 self._live = await stack.enter_async_context(live)
             self._showing = asyncio.create_task(self._show(events))

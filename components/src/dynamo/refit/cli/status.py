@@ -14,9 +14,10 @@ from rich.text import Text
 
 from dynamo.refit.cli.fleet import fetch_status
 from dynamo.refit.cli.output import AsJson, Namespace
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import lasting
 from dynamo.refit.protocol import CacheUse, FleetMember, FleetStatus
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 LEGEND = "cache: session of the last stage, and buffers/registrations/requests built"
 
@@ -34,7 +35,7 @@ def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
 
 
 async def _status(namespace: str) -> FleetStatus:
-    return await fetch_status(Caller(runtime_from_environment()), namespace)
+    return await fetch_status(Caller(connect()), namespace)
 
 
 def fleet_table(fleet: FleetStatus, now: float) -> RenderableType:

@@ -17,6 +17,7 @@ from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.fleet import fetch_history, fetch_status
 from dynamo.refit.cli.output import cancel_on_signals
 from dynamo.refit.cli.report import LOOK, Report
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.protocol import (
@@ -28,7 +29,7 @@ from dynamo.refit.protocol import (
     RefitRecord,
     Refused,
 )
-from dynamo.refit.rpc import Caller, PeerLost, runtime_from_environment
+from dynamo.refit.rpc import Caller, PeerLost
 
 #: How long a trainer may take to answer.
 TRAINER_SECONDS = 10.0
@@ -69,7 +70,7 @@ def run(repetition: Repetition) -> int:
 
 async def _announce(repetition: Repetition, report: Report) -> int:
     cancel_on_signals()
-    runtime = runtime_from_environment()
+    runtime = connect(alone_on_terminal=report.in_place)
     namespace, caller = repetition.namespace, Caller(runtime)
     fleet = await fetch_status(caller, namespace)
     path = f"{namespace}.{repetition.component}.weights"

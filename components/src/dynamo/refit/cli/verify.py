@@ -10,8 +10,9 @@ import msgspec
 
 from dynamo.refit.cli.fleet import fetch_status
 from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.protocol import Refused, VerifyWeights, WeightsVerified, to_wire
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 #: How long a worker may take to read all of its weights once.
 VERIFY_SECONDS = 120.0
@@ -39,7 +40,7 @@ def verify(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
 
 
 async def _verify(namespace: str) -> dict[int, WeightsVerified | Refused]:
-    caller = Caller(runtime_from_environment())
+    caller = Caller(connect())
     fleet = await fetch_status(caller, namespace)
     replies = {}
     for member in fleet.members:

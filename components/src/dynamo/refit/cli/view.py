@@ -188,6 +188,9 @@ def after_status(view: View, status: FleetStatus, now: float) -> View:
 def _as_told(member: FleetMember, known: Replica | None) -> Replica:
     told = member.status
     same = known is not None and known.target == told.pending
+    stall = told.stall_ms
+    if stall is None and known is not None and known.version == told.version:
+        stall = known.stall_ms
     return Replica(
         worker=member.worker,
         component=member.component,
@@ -196,6 +199,6 @@ def _as_told(member: FleetMember, known: Replica | None) -> Replica:
         admitted=told.admitted,
         target=told.pending,
         ranks=known.ranks if same else (),
-        stall_ms=told.stall_ms,
+        stall_ms=stall,
         heard=known.heard if known is not None else float("-inf"),
     )

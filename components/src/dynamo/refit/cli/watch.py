@@ -13,9 +13,10 @@ from rich.console import Console
 from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.cli.live import LiveView
 from dynamo.refit.cli.output import AsJson, Namespace, complain, time_of
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import headline
 from dynamo.refit.events import REFIT_EVENTS
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 
 def watch(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
@@ -32,10 +33,11 @@ def watch(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
 
 
 async def _watch(namespace: str, as_json: bool, console: Console) -> None:
-    runtime = runtime_from_environment()
+    in_place = console.is_terminal and not as_json
+    runtime = connect(alone_on_terminal=in_place)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     async with EventSubscriber(topic) as events:
-        if as_json or not console.is_terminal:
+        if not in_place:
             await _print(events, as_json)
             return
         async with LiveView(console, Caller(runtime), namespace) as live:
