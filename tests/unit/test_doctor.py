@@ -129,20 +129,23 @@ def test_etcd_and_nats_are_there_or_not() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         etcd = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{closed},http://127.0.0.1:{port}"}
-        (found,) = discovery.check_discovery(etcd, NOW)
-        assert found.level == "ok"
         nats = {"DYN_EVENT_PLANE": "nats", "NATS_SERVER": f"nats://127.0.0.1:{port}"}
-        assert [f.level for f in discovery.check_servers(nats)] == ["ok"]
+        assert [f.level for f in discovery.check_servers(etcd | nats)] == ["ok", "ok"]
     gone = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{closed}"}
-    (found,) = discovery.check_discovery(gone, NOW)
+    (found,) = discovery.check_servers(gone)
     assert found.level == "failure"
     assert f"no etcd answers: http://127.0.0.1:{closed} (Conn" in found.summary
-    assert discovery.check_servers({}) == []
+    assert discovery.check_discovery(gone, NOW) == []
+    assert discovery.check_servers({"DYN_DISCOVERY_BACKEND": "file"}) == []
 
 
 def test_without_nats_there_is_no_event_plane() -> None:
     server = f"nats://127.0.0.1:{closed_port()}"
-    environment = {"DYN_EVENT_PLANE": "nats", "NATS_SERVER": server}
+    environment = {
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_EVENT_PLANE": "nats",
+        "NATS_SERVER": server,
+    }
     (found,) = discovery.check_servers(environment)
     assert found.level == "failure"
     assert found.summary.endswith("there is no event plane")

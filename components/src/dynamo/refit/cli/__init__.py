@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 # First, as others read what it sets when they are imported.
-from dynamo.refit.cli import runtime  # noqa: F401  # isort: skip
+from dynamo.refit.cli import runtime  # isort: skip
 
 from dynamo.refit.cli import trainer as repeat
 from dynamo.refit.cli.doctor import doctor
@@ -132,4 +132,13 @@ def main() -> None:
         sys.exit(error.exit_code)
     except RefitError as error:
         complain(error)
+        sys.exit(1)
+    # Dynamo raises plain Exceptions for what the environment has wrong.
+    except Exception as error:
+        if runtime.LOG_WANTED:
+            raise
+        complain(
+            f"{type(error).__name__}: {error}; `dynamo-refit doctor` looks for what is "
+            "wrong here, and DYN_LOG=debug shows where it happened"
+        )
         sys.exit(1)

@@ -19,6 +19,8 @@ LOG_WANTED = "DYN_LOG" in os.environ
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
+from dynamo.refit.cli.doctor import discovery  # noqa: E402
+from dynamo.refit.errors import RefitError  # noqa: E402
 from dynamo.refit.rpc import runtime_from_environment  # noqa: E402
 
 if TYPE_CHECKING:
@@ -27,7 +29,14 @@ if TYPE_CHECKING:
 
 def connect(*, alone_on_terminal: bool = False) -> DistributedRuntime:
     """A runtime on the running loop, which logs only where DYN_LOG is set; never if it
-    would write into a view that is ``alone_on_terminal``."""
+    would write into a view that is ``alone_on_terminal``.
+
+    Raises:
+        RefitError: a server that it needs does not answer: it would wait for minutes.
+    """
+    for finding in discovery.check_servers(os.environ):
+        if finding.level == "failure":
+            raise RefitError(f"{finding.summary}: {finding.remedy}")
     if not LOG_WANTED or (alone_on_terminal and os.isatty(2)):
         _silence()
     return runtime_from_environment()

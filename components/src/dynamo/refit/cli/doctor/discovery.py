@@ -51,7 +51,8 @@ def check_discovery(environment: Mapping[str, str], now: float) -> list[Finding]
         case "file":
             return _check_directory(_directory(environment), now)
         case "etcd":
-            return [_check_etcd(environment)]
+            # With the other servers.
+            return []
         case "kubernetes":
             return [_check_kubernetes(environment)]
         case "mem":
@@ -151,10 +152,10 @@ def _check_etcd(environment: Mapping[str, str]) -> Finding:
     for endpoint in endpoints.split(","):
         why = unreachable(endpoint.strip(), 2379)
         if why is None:
-            return ok(DISCOVERY, f"etcd answers at {endpoint.strip()}")
+            return ok(SERVERS, f"etcd answers at {endpoint.strip()}")
         refused.append(why)
     return failure(
-        DISCOVERY,
+        SERVERS,
         f"no etcd answers: {'; '.join(refused)}",
         "start etcd, set ETCD_ENDPOINTS to the graph's, or DYN_DISCOVERY_BACKEND to "
         "the backend that the graph uses (etcd is Dynamo's default)",
@@ -172,7 +173,14 @@ def _check_kubernetes(environment: Mapping[str, str]) -> Finding:
 
 
 def check_servers(environment: Mapping[str, str]) -> list[Finding]:
-    """The servers that the planes of ``environment`` need, besides discovery's."""
+    """The servers that ``environment`` needs, for discovery and for its planes."""
+    etcd = []
+    if environment.get("DYN_DISCOVERY_BACKEND", "etcd") == "etcd":
+        etcd.append(_check_etcd(environment))
+    return [*etcd, *_check_nats(environment)]
+
+
+def _check_nats(environment: Mapping[str, str]) -> list[Finding]:
     planes = [
         variable
         for variable, default in (
