@@ -6,10 +6,13 @@ files' bytes over NIXL."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import sys
+import termios
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +29,11 @@ from dynamo.refit.events import (
     AnyEvent,
     RefitCompleted,
     RefitStarted,
+    StageProgress,
     WorkerRefitted,
     WorkerStaged,
 )
+from dynamo.refit.protocol import RankProgress
 from dynamo.refit.publish.checkpoint import INDEX_NAME
 from dynamo.refit.publish.publisher import WeightPublisher
 from dynamo.refit.rpc import Caller
@@ -339,6 +344,57 @@ async def test_what_a_trainer_holds_is_announced_again(
     ]
     assert history.records[1].stall_ms == 1.5
     assert history.records[1].workers == (bench.worker.worker,)
+
+
+async def test_on_a_terminal_it_is_shown_in_place(
+    bench: Bench, checkpoint: Path
+) -> None:
+    """With bars from the worker's progress, and nothing of Dynamo's log between."""
+    worker = bench.worker
+    worker.gate.clear()
+    del bench.environment["DYN_LOG"]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    words = ["-m", "dynamo.refit.cli", "publish", str(checkpoint), "--version", "3"]
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *words,
+        env=bench.environment | {"TERM": "xterm-256color"},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    bench.running.append(child)
+    os.close(theirs)
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, ours))
+    await bench.prepared(1)
+    half = RankProgress(rank=0, nbytes=1 << 30, total_nbytes=2 << 30)
+    for _ in range(5):
+        worker.events.publish(
+            StageProgress(worker=worker.worker, version=3, ranks=(half,))
+        )
+        await asyncio.sleep(0.2)
+    worker.gate.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", await reading)
+    assert await child.wait() == 0, shown
+    assert "tiny  completed start-up weights  under way 3  0 of 1 vote" in shown
+    assert "50% of 2.00 GiB" in shown
+    assert f"worker {worker.worker} serves it, stall 1.5 ms" in shown
+    assert shown.splitlines()[-1] == "version 3 is served"
+    assert "INFO" not in shown
+    _, *view = re.split(r"[\r\n]+", shown)
+    assert max(map(len, view)) <= 80
+
+
+def _read_all(descriptor: int) -> str:
+    """What comes over a terminal until its other side is closed."""
+    read = bytearray()
+    # That is how it ends on Linux.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(descriptor, 4096):
+            read += chunk
+    os.close(descriptor)
+    return read.decode(errors="replace")
 
 
 async def test_without_a_trainer(bench: Bench) -> None:
