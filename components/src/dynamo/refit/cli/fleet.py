@@ -25,26 +25,27 @@ STATUS_SECONDS = 5.0
 
 
 async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
-    """The newest coordinator's view of its fleet.
-
-    Raises:
-        RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
-            not answer.
-    """
-    return (await _newest(caller, namespace))[0]
+    """The newest coordinator's view of its fleet; see :func:`find_coordinator`."""
+    return (await find_coordinator(caller, namespace))[0]
 
 
 async def fetch_history(caller: Caller, namespace: str) -> History:
     """What the newest coordinator remembers of the versions that came.
 
     Raises:
-        RefitError: as :func:`fetch_status`.
+        RefitError: as :func:`find_coordinator`.
     """
-    _, instance = await _newest(caller, namespace)
+    _, instance = await find_coordinator(caller, namespace)
     return await _ask(caller, namespace, instance, GetHistory(), History)
 
 
-async def _newest(caller: Caller, namespace: str) -> tuple[FleetStatus, int]:
+async def find_coordinator(caller: Caller, namespace: str) -> tuple[FleetStatus, int]:
+    """The newest coordinator's view, and its instance of the status endpoint.
+
+    Raises:
+        RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
+            not answer.
+    """
     deadline = asyncio.get_running_loop().time() + STATUS_SECONDS
     while not (found := await caller.instances(_path(namespace))):
         if asyncio.get_running_loop().time() > deadline:
