@@ -19,7 +19,6 @@ from dynamo.refit.cli.doctor.trial import PlaneReport, Trial
 from dynamo.refit.events import SCHEMA
 from dynamo.refit.protocol import FleetStatus
 from dynamo.refit.publish.checkpoint import checkpoint_sizes
-from dynamo.refit.rank.memory import HEADROOM
 from dynamo.refit.release import RELEASE
 from tests.support.fleet import member
 
@@ -388,25 +387,43 @@ def test_a_shadow_that_fits_beside_the_model_on_the_cpu() -> None:
     assert memory.plan(4 * GIB, 2, "auto", one_byte_less, 0.9).level == "warning"
 
 
-def test_on_a_gpu_what_vllm_leaves_counts() -> None:
+def test_on_a_gpu_staging_comes_before_the_kv_cache() -> None:
+    """16 GiB of parameters of 80 GiB: 72 of them vLLM's."""
     machine = Machine(64 * GIB, 80 * GIB)
-    found = memory.plan(16 * GIB, 1, "device", machine, 0.75)
-    assert found.level == "ok"
-    assert "mode device takes 16.2 GiB of device and 16.0 GiB of host" in found.summary
     found = memory.plan(16 * GIB, 1, "auto", machine, 0.9)
+    assert found.level == "ok"
+    assert found.summary == (
+        "16.0 GiB of parameters on one rank: mode device takes 16.5 GiB of "
+        "device and 16.0 GiB of host memory of each; 39.2 GiB are left for KV cache "
+        "and activations, and 64.0 GiB of host memory are free"
+    )
+
+
+def test_a_shadow_that_would_take_most_of_the_cache_goes_elsewhere() -> None:
+    """30 GiB of parameters leave 42: the cache keeps them all."""
+    machine = Machine(64 * GIB, 80 * GIB)
+    found = memory.plan(30 * GIB, 1, "auto", machine, 0.9)
     assert (found.level, "mode host takes" in found.summary) == ("ok", True)
-    found = memory.plan(16 * GIB, 1, "auto", Machine(8 * GIB, 80 * GIB), 0.9)
+    assert "42.0 GiB are left for KV cache" in found.summary
+    found = memory.plan(30 * GIB, 1, "auto", Machine(8 * GIB, 80 * GIB), 0.9)
     assert (found.level, "mode direct takes" in found.summary) == ("warning", True)
     assert "gpu-memory-utilization" in found.remedy
+    found = memory.plan(30 * GIB, 1, "device", machine, 0.9)
+    assert "mode device takes 30.5 GiB of device" in found.summary
+    assert "11.2 GiB are left for KV cache" in found.summary
 
 
 def test_staging_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    machine = Machine(8 * GIB, 80 * GIB)
-    found = memory.plan(16 * GIB, 4, "device", machine, 0.9)
-    left = 8 - HEADROOM / GIB
+    machine = Machine(64 * GIB, 80 * GIB)
+    found = memory.plan(40 * GIB, 4, "device", machine, 0.9)
     assert found.level == "failure"
     assert found.summary == (
-        "16.0 GiB of parameters on each of 4 ranks: device takes 16.25 GiB of device "
-        f"and 16.00 GiB of host memory; {left:.2f} GiB of device and 8.00 GiB of host "
-        "memory are free: give vLLM less KV cache or the host more memory"
+        "40.0 GiB of parameters on each of 4 ranks: staging in mode device takes 40.75 "
+        "GiB of device memory, and 32.00 GiB are left for it and the KV cache: raise "
+        "--gpu-memory-utilization, or use --refit-staging host"
+    )
+    found = memory.plan(16 * GIB, 1, "host", Machine(8 * GIB, 80 * GIB), 0.9)
+    assert found.level == "failure"
+    assert "host takes 0.00 GiB of device and 32.50 GiB of host memory" in (
+        found.summary
     )

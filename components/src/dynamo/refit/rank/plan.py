@@ -70,7 +70,7 @@ class Limits:
 #: one request.
 LIMITS = {
     "cpu": Limits(scratch=8 << 20, arena=16 << 20),
-    "cuda": Limits(scratch=128 << 20),
+    "cuda": Limits(scratch=256 << 20),
 }
 
 

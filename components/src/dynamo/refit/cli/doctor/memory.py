@@ -15,11 +15,17 @@ from pathlib import Path
 import torch
 
 from dynamo.refit.cli.doctor.finding import Finding, failure, ok, warning
-from dynamo.refit.cli.words import count, size
+from dynamo.refit.cli.words import size
 from dynamo.refit.errors import MemoryShort
 from dynamo.refit.protocol import StagingChoice
 from dynamo.refit.publish.checkpoint import TensorSize, checkpoint_sizes
-from dynamo.refit.rank.memory import HEADROOM, FreeMemory, choose, free_memory
+from dynamo.refit.rank.memory import (
+    HEADROOM,
+    FreeMemory,
+    choose,
+    free_memory,
+    room_for_cache,
+)
 from dynamo.refit.rank.plan import LIMITS
 
 MEMORY = "memory plan"
@@ -77,38 +83,56 @@ def plan(
     """Whether ``nbytes`` of parameters per rank can be staged, and where.
 
     Args:
-        utilization: vLLM's share of the GPU, for weights and KV cache.
+        utilization: vLLM's share of the GPU: for weights, staging and KV cache.
     """
+    where = "one rank" if ranks == 1 else f"each of {ranks} ranks"
+    model = f"{size(nbytes)} of parameters on {where}"
     on_gpu = machine.device is not None
+    scratch = 2 * LIMITS["cuda" if on_gpu else "cpu"].scratch
+    remedy = "give the worker a host, or a container, with more memory"
     if on_gpu:
-        left = machine.device * (1 - utilization) - HEADROOM
-        free = FreeMemory(max(0, int(left)), machine.host)
-    else:
-        # Its own parameters come first.
-        free = FreeMemory(None, max(0, machine.host - nbytes))
-    limits = LIMITS["cuda" if on_gpu else "cpu"]
-    model = f"{size(nbytes)} of parameters on each of {count(ranks, 'rank')}"
-    remedy = (
-        "lower --gpu-memory-utilization of the worker"
-        if on_gpu
-        else "give the worker a host, or a container, with more memory"
-    )
+        remedy = "raise --gpu-memory-utilization of the worker, or use more ranks"
     try:
-        use = choose(staging, arena=nbytes, scratch=2 * limits.scratch, free=free)
+        free, beside = _room(nbytes, scratch, staging, machine, utilization)
+        use = choose(staging, arena=nbytes, scratch=scratch, free=free)
     except MemoryShort as error:
         return failure(MEMORY, f"{model}: {error}", f"{remedy}, or use another mode")
     takes = (
         f"{model}: mode {use.mode} takes {size(use.device_nbytes)} of device and "
-        f"{size(use.host_nbytes)} of host memory of each"
+        f"{size(use.host_nbytes)} of host memory of each; {beside}"
     )
-    there = f"{size(free.host)} of host memory are free for each"
-    if free.device is not None:
-        there = f"{size(free.device)} of device and {there}"
     if use.mode == "direct" and staging == "auto":
         return warning(
             MEMORY,
-            f"{takes}: a shadow of the weights does not fit ({there}), so the pause "
-            "holds the transfer and an install cannot be undone",
+            f"{takes}. A shadow of the weights does not fit, so the pause holds the "
+            "transfer and an install cannot be undone",
             remedy,
         )
-    return ok(MEMORY, f"{takes}; {there}")
+    return ok(MEMORY, takes)
+
+
+def _room(
+    nbytes: int,
+    scratch: int,
+    staging: StagingChoice,
+    machine: Machine,
+    utilization: float,
+) -> tuple[FreeMemory, str]:
+    """What a rank finds when its model and its KV cache are there, and in words.
+
+    Raises:
+        MemoryShort: with the mode that is asked for nothing is left for the KV cache.
+    """
+    if machine.device is None:
+        host = max(0, machine.host - nbytes)
+        beside = f"{size(host)} of host memory are free beside the parameters"
+        return FreeMemory(None, host), beside
+    # As the worker does, but for vLLM's activations, which it measures.
+    available = int(machine.device * utilization) - nbytes
+    cache = room_for_cache(available, staging, arena=nbytes, scratch=scratch)
+    left = machine.device - nbytes - max(0, cache) - HEADROOM
+    beside = (
+        f"{size(max(0, cache))} are left for KV cache and activations, and "
+        f"{size(machine.host)} of host memory are free"
+    )
+    return FreeMemory(max(0, left), machine.host), beside
