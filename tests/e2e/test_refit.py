@@ -176,6 +176,12 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
     assert cache["counters"]["hits"] == sum(r.counters.hits for r in staged.ranks)
 
 
+async def test_the_doctor_finds_nothing_wrong(bench: Bench) -> None:
+    """Or it would end with 1, which is not taken."""
+    last = await asyncio.to_thread(ask_cli, bench.graph, "doctor")
+    assert (last["check"], last["level"]) == ("UCX transports", "ok")
+
+
 async def test_the_history_tells_what_came_last(bench: Bench) -> None:
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         refitted = await asyncio.to_thread(bench.refit, trainer, "B")
