@@ -28,7 +28,12 @@ from dynamo.refit.errors import (
     RefitError,
     TransferFailed,
 )
-from dynamo.refit.events import REFIT_EVENTS, WorkerRefitted, WorkerStaged
+from dynamo.refit.events import (
+    REFIT_EVENTS,
+    SCHEMA,
+    WorkerRefitted,
+    WorkerStaged,
+)
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
 from dynamo.refit.protocol import (
@@ -52,6 +57,7 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.transport.nixl import NixlAgent
 
@@ -66,6 +72,7 @@ class FakeWorker:
 
     def __init__(self, runtime: DistributedRuntime, namespace: str, model: str) -> None:
         self.model = model
+        self.release = RELEASE
         self.version: int | None = None
         self.weights = ""
         self.live: Bytes = {}
@@ -117,6 +124,8 @@ class FakeWorker:
             ranks=1,
             kept_version=kept_version,
             kept_weights=kept_weights,
+            release=self.release,
+            schema=SCHEMA,
         )
 
     async def _prepare(self, request: Prepare) -> Message:

@@ -14,7 +14,12 @@ from typing import Literal
 import msgspec
 
 from dynamo.refit.errors import EventRefused, Failure
-from dynamo.refit.protocol import CommitTimings, InFlightPolicy, RankVote
+from dynamo.refit.protocol import (
+    CommitTimings,
+    InFlightPolicy,
+    RankProgress,
+    RankVote,
+)
 
 #: Raised when a field changes its meaning; new optional fields do not count.
 SCHEMA = 1
@@ -79,6 +84,15 @@ class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     workers: tuple[int, ...]
     catch_up: bool = False
     restores: int | None = None
+
+
+class StageProgress(Event, frozen=True, kw_only=True, tag=True):
+    """How far the ranks of a worker are with ``version``: a few times a second, and not
+    at all for a stage that ends sooner."""
+
+    worker: int
+    version: int
+    ranks: tuple[RankProgress, ...]
 
 
 class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
@@ -196,6 +210,7 @@ class WorkerAdmitted(Event, frozen=True, kw_only=True, tag=True):
 AnyEvent = (
     WeightVersionReady
     | RefitStarted
+    | StageProgress
     | WorkerStaged
     | WorkerRefitted
     | RefitCompleted

@@ -44,6 +44,7 @@ from dynamo.refit.coordinator.actions import (
 )
 from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.fleet import FleetWatch
+from dynamo.refit.coordinator.history import RefitHistory
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.coordinator.rollback import announce_rollback
@@ -51,6 +52,7 @@ from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
+    SCHEMA,
     WEIGHT_VERSIONS,
     Event,
     RefitRefused,
@@ -65,10 +67,12 @@ from dynamo.refit.protocol import (
     Admit,
     Commit,
     Committed,
+    CoordinatorReply,
     CoordinatorRequest,
     Done,
     Fence,
     FleetStatus,
+    GetHistory,
     GetStatus,
     Message,
     Prepare,
@@ -81,6 +85,7 @@ from dynamo.refit.protocol import (
     Vote,
     WeightsServed,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 
 logger = logging.getLogger(__name__)
@@ -122,7 +127,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
     name = f"coordinator-{status.connection_id()}"
 
-    async def answer(request: CoordinatorRequest) -> Message:
+    async def answer(request: CoordinatorRequest) -> CoordinatorReply:
         if isinstance(request, Rollback):
             # What workers keep changes with every version.
             return coordinator.roll_back(request, await fleet.look())
@@ -203,6 +208,7 @@ class Coordinator:
         self._publish = publish
         self._epoch = epoch
         self._reconciler = Reconciler(config.model, config.policy)
+        self._history = RefitHistory(time.time())
         self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
         self._rollbacks: OrderedDict[str, WeightVersionReady] = OrderedDict()
@@ -230,14 +236,19 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
-                for action in self._reconciler.handle(what, loop.time()):
+                actions = self._reconciler.handle(what, loop.time())
+                desired = self._reconciler.desired
+                self._history.hear(what, actions, desired, time.time())
+                for action in actions:
                     self._perform(action)
         finally:
             for call in self._calls:
                 call.cancel()
 
-    async def answer(self, request: GetStatus) -> Message:
-        """The fleet as it is seen now."""
+    async def answer(self, request: GetStatus | GetHistory) -> CoordinatorReply:
+        """The fleet as it is seen now, or what became of the versions that came."""
+        if isinstance(request, GetHistory):
+            return self._history.view()
         return self.status()
 
     def status(self) -> FleetStatus:
@@ -249,7 +260,11 @@ class Coordinator:
             desired=desired.version if desired else None,
             completed=reconciler.completed,
             under_way=transaction.ready.version if transaction else None,
-            members=tuple(m for _, m in sorted(reconciler.fleet.items())),
+            members=self._history.place(
+                [m for _, m in sorted(reconciler.fleet.items())], time.time()
+            ),
+            release=RELEASE,
+            schema=SCHEMA,
         )
 
     def roll_back(self, wish: Rollback, seen: FleetSeen) -> RollbackStatus:

@@ -48,20 +48,12 @@ from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
-from dynamo.refit.rank.plan import Limits, Plan, make_plan
+from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
-
-#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them,
-#: and small ones are still in a cache then; on a GPU the wire is the faster the more is
-#: in one request.
-LIMITS = {
-    "cpu": Limits(scratch=8 << 20, arena=16 << 20),
-    "cuda": Limits(scratch=256 << 20),
-}
 
 
 @dataclass(frozen=True)
