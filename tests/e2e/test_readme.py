@@ -6,6 +6,7 @@ share a graph: two engines at a time are too many for two cores."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -49,6 +50,9 @@ LONG_RUNNING = {
     "python -m graphs.agg ": "DYN_NAMESPACE=",
     "dynamo-refit watch": None,
 }
+
+#: Where the README writes and reads, and what stands for it in the test's directory.
+PLACES = {"/tmp/": "/", "./checkpoint": "/model-a"}
 
 COMMAND_SECONDS = 150.0
 START_SECONDS = 240.0
@@ -103,17 +107,17 @@ class Program:
             assert time.monotonic() < deadline, f"{text!r} never came:\n{self.said}"
             time.sleep(0.1)
 
-    def interrupt(self) -> None:
-        """As Ctrl-C does: to everything that the terminal runs."""
+    def interrupt(self) -> int:
+        """As Ctrl-C does, to everything that the terminal runs; the exit code."""
         if self.child.poll() is None:
             os.killpg(self.child.pid, signal.SIGINT)
-        self.child.wait(STOP_SECONDS)
-        self._reader.join(STOP_SECONDS)
-
-    def kill(self) -> None:
-        if self.child.poll() is None:
+        try:
+            code = self.child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
             os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
+            code = self.child.wait()
+        self._reader.join(STOP_SECONDS)
+        return code
 
 
 class Reader:
@@ -132,6 +136,8 @@ class Reader:
             if command in EXEMPT:
                 continue
             self.ran.append(command)
+            for shown, here in PLACES.items():
+                command = command.replace(f" {shown}", f" {self.directory}{here}")
             if command.split()[0] in ("source", "export"):
                 self._prelude.append(command)
             elif ready := [k for k in LONG_RUNNING if f"{command} ".startswith(k)]:
@@ -141,13 +147,10 @@ class Reader:
         return said
 
     def run(self, command: str) -> str:
-        child = self._start(command)
-        program = Program(child)
-        try:
-            code = child.wait(COMMAND_SECONDS)
-            program.interrupt()
-        finally:
-            program.kill()
+        program = Program(self._start(command))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            program.child.wait(COMMAND_SECONDS)
+        code = program.interrupt()
         assert code == 0, f"{command}: {code}\n{program.said}"
         return program.said
 
@@ -160,7 +163,7 @@ class Reader:
         file = self.directory / f"block-{step}.py"
         file.write_text(code + OUTCOME)
         torchrun = f"torchrun --standalone --nproc-per-node {ranks}"
-        return self.run(f"{torchrun if ranks > 1 else 'python'} {file.name}")
+        return self.run(f"{torchrun if ranks > 1 else 'python'} {file}")
 
     def _begin(self, command: str, ready: str | None) -> str:
         program = self.running[command] = Program(self._start(command))
@@ -172,8 +175,6 @@ class Reader:
         return program.said
 
     def _start(self, command: str) -> subprocess.Popen:
-        for shown, here in (("/tmp/", "/"), ("./checkpoint", "/model-a")):
-            command = command.replace(f" {shown}", f" {self.directory}{here}")
         return subprocess.Popen(
             ["bash", "-c", "\n".join([*self._prelude, f"exec {command}"])],
             cwd=ROOT,
@@ -190,8 +191,9 @@ class Reader:
 def reader(tmp_path: Path) -> Iterator[Reader]:
     reader = Reader(tmp_path)
     yield reader
+    # A graph that is killed would leave its processes.
     for program in reversed(reader.running.values()):
-        program.kill()
+        program.interrupt()
 
 
 def test_what_the_readme_says_happens(reader: Reader) -> None:
@@ -240,11 +242,11 @@ def ask(reader: Reader, fields: dict) -> None:
 def end(reader: Reader) -> None:
     """Ctrl-C in every terminal: nothing complains, and the graph says that it stops."""
     for command, program in reversed(list(reader.running.items())):
-        program.interrupt()
+        code = program.interrupt()
         assert "Traceback" not in program.said, program.said
         if command.startswith("dynamo-refit watch"):
             # One version after the other went by.
             assert program.said.count("Completed") >= 5, program.said
         else:
-            assert program.child.returncode == 0
+            assert code == 0
             assert program.lines[-1] == "stopping\n"

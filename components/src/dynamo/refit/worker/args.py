@@ -14,6 +14,9 @@ from typing import get_args
 from dynamo.refit.protocol import StagingChoice
 from dynamo.refit.worker.routing import Admission
 
+#: Dynamo's: appended to the namespace that a worker serves in.
+GENERATION = "DYN_NAMESPACE_WORKER_SUFFIX"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,6 +56,17 @@ def take_own_arguments() -> Options:
     own, rest = build_parser().parse_known_args()
     sys.argv = [sys.argv[0], *rest]
     return Options(**vars(own))
+
+
+def graph_namespace(namespace: str) -> str:
+    """Where coordinator and trainer are, for a worker that serves in ``namespace``.
+
+    On Kubernetes the operator gives every generation of workers (one per change of
+    their pods) a namespace of its own; refits go through the graph's, so that a new
+    generation is brought to what the old one serves, by the old one.
+    """
+    suffix = os.environ.get(GENERATION)
+    return namespace.removesuffix(f"-{suffix}") if suffix else namespace
 
 
 def _add(

@@ -26,7 +26,7 @@ from dynamo.refit.events import REFIT_EVENTS, Event
 from dynamo.refit.protocol import GetStatus, WorkerRequest
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
-from dynamo.refit.worker.args import Options, take_own_arguments
+from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
 from dynamo.refit.worker.routing import WorkerRouting
@@ -109,9 +109,10 @@ def _start_agent(
 ) -> Registration:
     config = handler.config
     engine = RefitEngine(handler)
-    topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
+    namespace = graph_namespace(config.namespace)
+    topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     events = WorkerEvents(topic, generate_endpoint.connection_id())
-    commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
+    commands = runtime.endpoint(f"{namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
         generate_endpoint,
