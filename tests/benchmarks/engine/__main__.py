@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from tests.benchmarks.gpu_refit import Streams, spread
+from tests.benchmarks.gpu.streams import Streams, spread
 from tests.benchmarks.shapes import tensors, write_config
 from tests.benchmarks.sources import Held, Sources, fill
 from tests.support.child import answer_requests

@@ -112,14 +112,17 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
 class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one worker's commit.
 
-    ``stall_ms`` is from the call that pauses the scheduler to the return of the
-    one that resumes it: the time in which no token can be made. An install between two
-    steps has no pause, and its stall is the install. ``verify_ms`` is the
-    check of the live weights after it.
+    ``stall_ms`` is the time in which no token can be made, at the most: from the call
+    that pauses the scheduler to the return of the one that resumes it. ``install_ms``
+    is the ranks' answer to the install, and ``copy_ms`` how long the slowest device
+    wrote; on a GPU it does so beside the answer, and the longer of the two counts. An
+    install between two steps has no pause. ``verify_ms`` is the check of the live
+    weights after it.
     """
 
     pause_ms: float
     install_ms: float
+    copy_ms: float
     resume_ms: float
     stall_ms: float
     probe_ms: float
@@ -652,18 +655,22 @@ class Offered(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Installed(Message, frozen=True, kw_only=True, tag=True):
-    """The live parameters hold the bytes that were asked for."""
+    """The live parameters hold the bytes that were asked for, or will before the
+    next step: on a GPU the copy is queued like a step."""
 
     rank: int
-    copy_ms: float
 
 
 class Verified(Message, frozen=True, kw_only=True, tag=True):
     """The live parameters are those of the version, but for ``unchecked`` ones whose
-    live layout cannot be compared with what was published."""
+    live layout cannot be compared with what was published.
+
+    ``copy_ms``: how long the device wrote for the install, or for the undoing of one.
+    """
 
     rank: int
     unchecked: int
+    copy_ms: float
 
 
 RankRequest = (

@@ -62,13 +62,16 @@ from dynamo.refit.protocol import (
 from dynamo.refit.rank.capture import build_twin
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
 from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.reserve import leave_room_for_staging
 from dynamo.refit.rank.stager import RankStager
 
 logger = init_logger("vllm.dynamo_refit")
 
 # vLLM imports this module in every worker process before it loads the model; it
-# is the only moment at which an extension can have a say in the layout.
+# is the only moment at which an extension can have a say in the layout, and in what
+# memory the KV cache takes.
 keep_plain_layout()
+leave_room_for_staging()
 
 
 def check_supported(config: VllmConfig) -> None:
@@ -134,8 +137,8 @@ class RefitRank:
                 return self._install(request)
             case Restore(version=version):
                 self._require_idle()
-                ms = self._stager.restore(version)
-                return Installed(rank=self.rank, copy_ms=ms)
+                self._stager.restore(version)
+                return Installed(rank=self.rank)
             case Verify(version=version):
                 return self._start(
                     "verify", version, math.inf, lambda _: self._verify(version)
@@ -189,11 +192,9 @@ class RefitRank:
         if not self._all_ranks(failure is None):
             # Nobody has written anything.
             raise failure or InstallUndone(f"another rank cannot install {version}")
-        began = time.perf_counter()
         failure = _failure_of(self._stager.install, version, _forever())
         if self._all_ranks(failure is None):
-            ms = (time.perf_counter() - began) * 1e3
-            return Installed(rank=self.rank, copy_ms=ms)
+            return Installed(rank=self.rank)
         stuck = _failure_of(self._stager.restore, version)
         if not self._all_ranks(stuck is None):
             # The next step would run on a mixture: there must be none.
@@ -220,11 +221,14 @@ class RefitRank:
         return bool(flag.item())
 
     def _install_now(self, version: int, limit: Limit) -> RankReply:
-        ms = self._stager.install(version, limit)
-        return Installed(rank=self.rank, copy_ms=ms)
+        self._stager.install(version, limit)
+        return Installed(rank=self.rank)
 
     def _verify(self, version: int) -> RankReply:
-        return Verified(rank=self.rank, unchecked=self._stager.verify(version))
+        checked = self._stager.verify(version)
+        return Verified(
+            rank=self.rank, unchecked=checked.unchecked, copy_ms=checked.copy_ms
+        )
 
     def _start(
         self,

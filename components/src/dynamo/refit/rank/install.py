@@ -6,10 +6,15 @@ CUDA graphs and compiled code hold the addresses of the tensors they were captur
 with, so an install writes in place and no address may change. The only code that
 writes live weights, itself or through :mod:`layerwise`; it is called between steps,
 on the thread that runs the model.
+
+On a GPU an install is queued on the model's stream, like a step, and not waited for:
+the step before it ends with the old weights, whatever is queued after it runs on the
+new ones, and the engine gets the next step ready meanwhile.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +59,7 @@ class LiveParameters:
         plain = _all_as_loaded(model, layout) if layers is None else layers.plain
         self._plain = [n for n, name in enumerate(self._names) if name in plain]
         self._tensors = [plain[self._names[n]].detach() for n in self._plain]
+        self._clock = _clock(self._device)
 
     @property
     def can_copy_out(self) -> bool:
@@ -82,10 +88,11 @@ class LiveParameters:
                 )
 
     def copy_from(self, staged: list[torch.Tensor]) -> None:
-        """Overwrite the live parameters with ``staged``; returns when it is done.
+        """Overwrite the live parameters with ``staged``, on the current stream.
 
-        ``staged`` is in the layout's order, and only read; the call may be repeated,
-        also after a failure.
+        ``staged`` is in the layout's order, and only read; on a GPU it has to stay as
+        it is until :meth:`wait` has returned. The call may be repeated, also after a
+        failure. What a device refuses later ends its process, as in any step.
 
         Raises:
             PointerMoved: see :meth:`check_addresses`.
@@ -93,16 +100,26 @@ class LiveParameters:
                 again, or with the version before, or stop serving.
         """
         self.check_addresses()
+        self._clock.start()
         if self._layers is not None:
             # They may fail, so they come before anything else has changed.
             self._layers.install(dict(zip(self._names, staged, strict=True)))
         with torch.inference_mode():
             if self._plain:
-                torch._foreach_copy_(self._tensors, [staged[n] for n in self._plain])
+                torch._foreach_copy_(
+                    self._tensors, [staged[n] for n in self._plain], non_blocking=True
+                )
         if self._layers is not None:
             self._layers.refresh_attention()
-        synchronize(self._device)
+        self._clock.stop()
         self.check_addresses()
+
+    def wait(self) -> float:
+        """Block until what :meth:`copy_from` queued last is there, on any thread.
+
+        Returns the milliseconds that it took; 0 if there was nothing.
+        """
+        return self._clock.wait()
 
     @torch.inference_mode()
     def copy_to(self, backup: list[torch.Tensor]) -> None:
@@ -150,6 +167,49 @@ def _places(
             for key, value in held.items():
                 if isinstance(value, torch.Tensor):
                     yield f"{prefix}.{key}".lstrip("."), held, key
+
+
+class _HostClock:
+    """Times work that is done when its call returns."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._ms = 0.0
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        self._ms = (time.perf_counter() - self._began) * 1e3
+
+    def wait(self) -> float:
+        return self._ms
+
+
+class _StreamClock:
+    """Times work that is queued on the current stream."""
+
+    def __init__(self) -> None:
+        self._began = torch.cuda.Event(enable_timing=True)
+        self._ended: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        self._ended = None
+        self._began.record()
+
+    def stop(self) -> None:
+        self._ended = torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+
+    def wait(self) -> float:
+        if self._ended is None:
+            return 0.0
+        self._ended.synchronize()
+        return self._began.elapsed_time(self._ended)
+
+
+def _clock(device: torch.device) -> _HostClock | _StreamClock:
+    return _StreamClock() if device.type == "cuda" else _HostClock()
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,6 +24,9 @@ from dynamo.refit.protocol import MemoryUse, StagingChoice, StagingMode
 #: Left alone on either side, for whatever else grows while the model serves.
 HEADROOM = 256 << 20
 
+#: The staging mode that the worker was started with, for its rank processes.
+STAGING_VARIABLE = "DYN_REFIT_STAGING"
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -90,6 +93,36 @@ def choose(
     raise MemoryShort(
         f"{'; '.join(short)}; {there}: give vLLM less KV cache or the host more memory"
     )
+
+
+def room_for_cache(
+    available: int, wanted: StagingChoice, *, arena: int, scratch: int
+) -> int:
+    """What is left of ``available`` device bytes for the KV cache beside staging.
+
+    With ``auto`` a shadow on the device may take half of it; where it would take more,
+    the cache keeps all, and staging what it finds.
+
+    Args:
+        wanted, arena, scratch: as for :func:`choose`.
+
+    Raises:
+        MemoryShort: ``wanted`` takes all there is.
+    """
+    mode: StagingMode = "device" if wanted == "auto" else wanted
+    staging = _use(mode, arena, scratch, on_host=False).device_nbytes
+    if staging:
+        staging += HEADROOM
+    left = available - staging
+    if wanted == "auto":
+        return left if 2 * staging <= available else available
+    if left <= 0:
+        raise MemoryShort(
+            f"staging in mode {wanted} takes {_gib(staging)} of device memory, and "
+            f"{_gib(max(0, available))} are left for it and the KV cache: raise "
+            "--gpu-memory-utilization, or use --refit-staging host"
+        )
+    return left
 
 
 def _use(mode: StagingMode, arena: int, scratch: int, on_host: bool) -> MemoryUse:

@@ -8,7 +8,6 @@ background thread while the model serves; install and restore run while it is pa
 
 from __future__ import annotations
 
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -77,6 +76,15 @@ class _Live:
     parts: LiveParts
     landed: np.ndarray
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The live parameters are right, but for ``unchecked`` ones that cannot be
+    compared; the device wrote ``copy_ms`` for the install."""
+
+    unchecked: int
+    copy_ms: float
 
 
 class RankStager:
@@ -172,6 +180,8 @@ class RankStager:
         self, request: Stage, manifest: Manifest, limit: Limit, cycle: Cycle
     ) -> Staged:
         self._use_own_stream()
+        # The last install reads what is about to be overwritten.
+        self._live.wait()
         self._abandoned.sweep(self._offers.holds)
         self._evict()
         session, use = self._find_session(manifest, request, cycle)
@@ -213,20 +223,20 @@ class RankStager:
         self._holding(version)
         self._live.check_addresses()
 
-    def install(self, version: int, limit: Limit) -> float:
-        """Put the staged ``version`` into the live parameters; milliseconds.
+    def install(self, version: int, limit: Limit) -> None:
+        """Put the staged ``version`` into the live parameters.
 
-        While the model is paused only. Repeating it is safe.
+        Between two steps only; see :meth:`LiveParameters.copy_from` for when it is
+        done. Repeating it is safe.
 
         Raises:
             NothingStaged: another version, or none, is staged.
             PointerMoved: a live tensor has moved; before the copy nothing was
-                written, after it everything was.
+                written, after it everything is.
             RefitError: ``direct`` only: a source broke off, or has other bytes than
                 it had before the vote. Some parameters are written then.
         """
         session, staged = self._holding(version)
-        start = time.perf_counter()
         if session.arena is not None:
             self._live.copy_from(session.arena.staged)
             session.arena.installed()
@@ -238,10 +248,9 @@ class RankStager:
             version, session.live_parts, session.landed, session.plan
         )
         self._proven = session
-        return (time.perf_counter() - start) * 1e3
 
-    def restore(self, version: int) -> float:
-        """Put back what was live before ``version`` was installed; milliseconds.
+    def restore(self, version: int) -> None:
+        """Put back what was live before ``version`` was installed, as an install does.
 
         Raises:
             NoWayBack: there is no copy of it.
@@ -254,17 +263,15 @@ class RankStager:
                 "some layers keep their weights in another layout than they are "
                 "loaded in, and this is the first version that was installed"
             )
-        start = time.perf_counter()
         self._live.copy_from(session.arena.old)
         session.arena.restored()
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
-        return (time.perf_counter() - start) * 1e3
 
-    def verify(self, version: int) -> int:
+    def verify(self, version: int) -> Checked:
         """Compare the live parameters with ``version``, which was installed last.
 
-        Blocks for one read of them. Returns how many could not be compared.
+        Blocks until they are written, and for one read of them.
 
         Raises:
             FingerprintMismatch: names a parameter that is something else.
@@ -279,8 +286,9 @@ class RankStager:
         self._use_own_stream()
         with self._offers.agent_use:
             self._evict()
+        copy_ms = self._live.wait()
         live.parts.check(live.landed, self._rank)
-        return live.parts.unchecked
+        return Checked(live.parts.unchecked, copy_ms)
 
     def discard(self) -> None:
         """Forget what is staged; the session stays. Others may not read it any more,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.errors import TransferFailed
+from dynamo.refit.transport.ucx import allow_reads_on_one_gpu
 
 
 def _import_nixl() -> tuple[Any, Any]:
@@ -67,6 +68,7 @@ class NixlAgent:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        allow_reads_on_one_gpu()
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         self._agent = api.nixl_agent(name, config)
         if "UCX" not in self._agent.backends:

@@ -471,10 +471,12 @@ class RefitAgent:
         async with self._verifying:
             version, weights = self._version, self._weights
             try:
-                unchecked = await self._ranks.verify(version)
+                checked = await self._ranks.verify(version)
             except RanksFailed as error:
                 return Refused(failure=self._failure(error, "verify", version))
-        return WeightsVerified(version=version, weights=weights, unchecked=unchecked)
+        return WeightsVerified(
+            version=version, weights=weights, unchecked=checked.unchecked
+        )
 
     def _leave(self, request: Fence) -> Message:
         """Its weights are whole, but not the fleet's: no new requests, and when the

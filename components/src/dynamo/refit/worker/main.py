@@ -24,6 +24,7 @@ from dynamo.vllm.main import shutdown_endpoints
 from dynamo.refit.bus import EventPlaneUnavailable, EventPublisher
 from dynamo.refit.events import REFIT_EVENTS, Event
 from dynamo.refit.protocol import GetStatus, WorkerRequest
+from dynamo.refit.rank.memory import STAGING_VARIABLE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
@@ -82,6 +83,8 @@ class WorkerEvents:
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
     options = take_own_arguments()
+    # The rank processes reckon with it before the agent talks to them.
+    os.environ[STAGING_VARIABLE] = options.staging
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
         sys.argv += ["--worker-extension-cls", EXTENSION]
     if options.admission == "coordinator":

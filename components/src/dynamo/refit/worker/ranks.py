@@ -127,6 +127,15 @@ class HeldVersion:
 
 
 @dataclass(frozen=True)
+class LiveCheck:
+    """``unchecked`` parameters of all ranks cannot be compared, the others are right;
+    the slowest rank's device wrote ``copy_ms`` for the install."""
+
+    unchecked: int
+    copy_ms: float
+
+
+@dataclass(frozen=True)
 class _Proven:
     """What each rank reads of a layout, and the proof that rests on it."""
 
@@ -341,13 +350,17 @@ class Ranks:
         if self._live is not self._staged:
             self._previous, self._live = self._live, self._staged
 
-    async def verify(self, version: int) -> int:
+    async def verify(self, version: int) -> LiveCheck:
         """Compare the live weights of every rank with ``version``, while serving.
 
-        Returns how many parameters cannot be compared; raises :class:`RanksFailed`.
+        Raises:
+            RanksFailed: those of a rank are something else.
         """
         verified = await self._call_to_the_end(Verify(version=version))
-        return sum(reply.unchecked for reply in verified)
+        return LiveCheck(
+            unchecked=sum(reply.unchecked for reply in verified),
+            copy_ms=max(reply.copy_ms for reply in verified),
+        )
 
     async def _call_to_the_end(self, request: Install | Verify) -> list:
         """As :meth:`_call`, for work that ranks may only have started."""

@@ -26,7 +26,7 @@ from dynamo.refit.protocol import (
     RankRequest,
 )
 from dynamo.refit.worker.barrier import Barrier
-from dynamo.refit.worker.ranks import Ranks, RanksFailed, WeightsUnknown
+from dynamo.refit.worker.ranks import LiveCheck, Ranks, RanksFailed, WeightsUnknown
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Switch:
                 if not engine.paused_by_user:
                     await engine.probe()
                 clock.append(time.perf_counter())
-                unchecked = await self._check_live(version)
+                checked = await self._check_live(version)
             except BaseException:
                 await self._silence()
                 raise
@@ -110,13 +110,14 @@ class Switch:
         return Committed(
             version=version,
             weights=staged.weights,
-            unchecked=unchecked,
+            unchecked=checked.unchecked,
             kv_epoch=engine.kv_epoch,
             timings=CommitTimings(
                 pause_ms=pause,
                 install_ms=install,
+                copy_ms=checked.copy_ms,
                 resume_ms=resume,
-                stall_ms=pause + install + resume,
+                stall_ms=pause + max(install, checked.copy_ms) + resume,
                 probe_ms=probe,
                 verify_ms=verify,
                 install_retries=retries,
@@ -219,7 +220,7 @@ class Switch:
         self._now_serving(staged)
         self._engine.begin_epoch(staged.version)
 
-    async def _check_live(self, version: int) -> int:
+    async def _check_live(self, version: int) -> LiveCheck:
         """
         Raises:
             WeightsUnknown: what is live is not what was installed.

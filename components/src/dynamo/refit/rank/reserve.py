@@ -1,0 +1,60 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Room for staging on a GPU, set aside before vLLM gives what is left to the KV cache.
+
+vLLM asks each rank once, after it has loaded and profiled the model, how many bytes
+the cache may have: that answer is made smaller. An operator who sets the size of the
+cache (``--kv-cache-memory-bytes``) has decided: then the start-up check of
+:mod:`memory` alone says whether staging still fits. On a CPU this does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker
+
+from dynamo.refit.rank.capture import build_twin, describe_parameters
+from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
+from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.stager import LIMITS
+
+logger = init_logger("vllm.dynamo_refit")
+
+_determine_available_memory = Worker.determine_available_memory
+
+
+def leave_room_for_staging() -> None:
+    """Have vLLM's GPU workers of this process reckon with staging; call it before
+    they are asked."""
+    if current_platform.is_cuda():
+        Worker.determine_available_memory = determine_with_staging
+
+
+@functools.wraps(_determine_available_memory)
+def determine_with_staging(worker: Worker) -> int:
+    """Bytes for the KV cache of this rank.
+
+    Raises:
+        MemoryShort: none are left.
+    """
+    available = _determine_available_memory(worker)
+    if worker.cache_config.kv_cache_memory_bytes:
+        return available
+    twin = build_twin(worker.vllm_config)
+    parameters = describe_parameters(twin, worker.model_runner.get_model())
+    left = room_for_cache(
+        available,
+        os.environ.get(STAGING_VARIABLE, "auto"),
+        arena=ArenaLayout(parameters).nbytes,
+        scratch=2 * LIMITS["cuda"].scratch,
+    )
+    logger.info(
+        "dynamo-refit: of %d bytes for the KV cache, %d are left for staging",
+        available,
+        available - left,
+    )
+    return left
