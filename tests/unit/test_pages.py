@@ -12,6 +12,7 @@ import pytest
 
 from dynamo.refit.events import RefusalReason
 from dynamo.refit.protocol import ReleaseOutcome
+from tests.support.pages import Block, blocks, missing_lines
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -50,3 +51,42 @@ def test_every_error_is_on_the_failure_page() -> None:
     # Neither does it explain what is no more.
     others = {*get_args(RefusalReason), *get_args(ReleaseOutcome)}
     assert rows - errors == others
+
+
+def test_what_a_page_shows_is_compared_up_to_numbers() -> None:
+    said = (
+        'worker 75878 serves version 3, fingerprint 51ac51ac51ac51ac\n{"loss": 8.5}\n'
+    )
+    assert (
+        missing_lines("worker 1 serves version 2, fingerprint 0f0f0f0f0f0f0f0f", said)
+        == []
+    )
+    assert missing_lines('{"loss": 7.25}\n...', said) == []
+    assert missing_lines("worker 1 serves ...", said) == []
+    wrong = ["worker 1 serves nothing", "{'loss': 8.5}", "worker 1 serves version 2"]
+    assert missing_lines("\n".join(wrong), said) == wrong
+
+
+def test_blocks_of_a_page() -> None:
+    page = """
+1. In a list:
+
+   ```python
+   if x:
+       y = 1
+   ```
+
+```bash
+make demo    # sets up
+publish ./a \\
+    --version 1
+```
+
+```
+a drawing
+```
+"""
+    python, bash, drawing = blocks(page)
+    assert python == Block("python", "if x:\n    y = 1\n")
+    assert bash.commands == ["make demo", "publish ./a      --version 1"]
+    assert drawing.language == ""
