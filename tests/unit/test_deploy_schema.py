@@ -25,6 +25,7 @@ import yaml
 
 from dynamo.refit.args import parse_args
 from tests.support.dgd_schema import faults
+from tests.support.pages import blocks
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -52,6 +53,16 @@ def test_a_manifest_is_accepted(name: str) -> None:
 def test_manifests_of_dynamo_itself_are_accepted(name: str) -> None:
     """The schema is no stricter than the one that these were made for."""
     assert faults(yaml.safe_load((TEMPLATES / name).read_text())) == []
+
+
+def test_what_the_page_adds_to_a_manifest_is_accepted() -> None:
+    page = (DEPLOY / "README.md").read_text()
+    shown = [b.text for b in blocks(page) if b.language == "yaml"]
+    assert shown
+    for text in shown:
+        manifest = load("agg.yaml")
+        manifest["spec"]["components"] += yaml.safe_load(text)
+        assert faults(manifest) == []
 
 
 def test_what_is_wrong_is_found() -> None:
