@@ -105,9 +105,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         ],
         worker_env={
             "DYN_SYSTEM_PORT": str(system_port),
-            # As on Kubernetes: the worker serves in a namespace of its generation.
+            # As on Kubernetes: the worker serves in a namespace of its generation,
+            # and the frontend looks into those of all generations.
             GENERATION: "a1b2c3d4",
         },
+        frontend_args=["--namespace-prefix=dynamo"],
         coordinator_args=[
             f"--stage-seconds={STAGE_SECONDS}",
             f"--commit-seconds={COMMIT_SECONDS}",
