@@ -10,7 +10,7 @@ import torch
 
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
-from dynamo.refit.rank.install import LiveParameters, synchronize
+from dynamo.refit.rank.install import LiveParameters, copy_out, synchronize
 from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
@@ -136,8 +136,10 @@ class Arena:
             return
         if self._live is not None:
             names = list(self.shadows[0].by_name)
-            for name in processed:
-                self._backup[names.index(name)].copy_(self.shadows[0].by_name[name])
+            numbers = [names.index(name) for name in processed]
+            copy_out(
+                [self.staged[n] for n in numbers], [self._backup[n] for n in numbers]
+            )
             self._backup_is_whole = True
         self._live = None
 

@@ -8,6 +8,7 @@ background thread while the model serves; install and restore run while it is pa
 
 from __future__ import annotations
 
+import gc
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from dynamo.refit.protocol import (
     Staged,
     StagingChoice,
 )
+from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.capture import capture_slices, describe_parameters
 from dynamo.refit.rank.cycle import Cycle, Limit
@@ -57,7 +59,7 @@ logger = init_logger("vllm.dynamo_refit")
 #: in one request.
 LIMITS = {
     "cpu": Limits(scratch=8 << 20, arena=16 << 20),
-    "cuda": Limits(scratch=128 << 20),
+    "cuda": Limits(scratch=256 << 20),
 }
 
 
@@ -131,6 +133,8 @@ class RankStager:
         )
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
+        if self._device.type == "cuda":
+            host_copy.warm_up()
 
     @property
     def nbytes(self) -> int:
@@ -194,6 +198,10 @@ class RankStager:
             self._retire(session, error)
             raise
         self._put_in_place(session)
+        if use == "cold":
+            # As vLLM does at its start: what stays is not looked through again and
+            # again, while no token can be made.
+            gc.freeze()
         self._staged = _Staged(request.version, request.slot, parts)
         return Staged(
             vote=RankVote(
