@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
@@ -13,8 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import psutil
 from dynamo.common.utils import graceful_shutdown
@@ -26,13 +24,14 @@ from dynamo.refit import tracing
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.metrics import WorkerMetrics, export
 from dynamo.refit.presence import LastingPublisher
-from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
+from dynamo.refit.protocol import GetStatus, WorkerRequest
 from dynamo.refit.rank.memory import STAGING_VARIABLE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
+from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
-from dynamo.refit.worker.routing import Admission, WorkerRouting
+from dynamo.refit.worker.routing import WorkerRouting
 from dynamo.refit.worker.telemetry import WorkerTelemetry
 
 logger = logging.getLogger(__name__)
@@ -48,17 +47,9 @@ HEALTHY_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
 _tasks: set[asyncio.Task] = set()
 
 
-@dataclass(frozen=True)
-class Options:
-    """Our own arguments."""
-
-    staging: StagingChoice
-    admission: Admission
-
-
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
-    options = _take_own_arguments()
+    options = take_own_arguments()
     # The rank processes reckon with it before the agent talks to them.
     os.environ[STAGING_VARIABLE] = options.staging
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
@@ -67,26 +58,6 @@ def main() -> None:
         _be_healthy_before_admission()
     on_worker_ready(functools.partial(_start_agent, options))
     dynamo_vllm()
-
-
-def _take_own_arguments() -> Options:
-    """Our own arguments, taken out of what dynamo.vllm will parse."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    taken = {
-        "staging": ("auto", get_args(StagingChoice)),
-        "admission": ("coordinator", get_args(Admission)),
-    }
-    for name, (default, choices) in taken.items():
-        variable = f"DYN_REFIT_{name.upper()}"
-        value = os.environ.get(variable, default)
-        if value not in choices:
-            parser.error(f"{variable}={value!r} is none of {', '.join(choices)}")
-        parser.add_argument(
-            f"--refit-{name}", dest=name, choices=choices, default=value
-        )
-    own, rest = parser.parse_known_args()
-    sys.argv = [sys.argv[0], *rest]
-    return Options(**vars(own))
 
 
 def _be_healthy_before_admission() -> None:
@@ -108,9 +79,10 @@ def _start_agent(
 ) -> Registration:
     config = handler.config
     engine = RefitEngine(handler)
-    topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
+    namespace = graph_namespace(config.namespace)
+    topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     events = LastingPublisher(topic, f"worker-{generate_endpoint.connection_id()}")
-    commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
+    commands = runtime.endpoint(f"{namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
         generate_endpoint,
@@ -154,7 +126,8 @@ async def _run_agent(
     await events.start()
     worker = commands.connection_id()
     tracer, metrics = tracing.from_environment(), WorkerMetrics()
-    export(metrics.registry, commands, f"{config.namespace}.{config.component}.refit")
+    namespace = graph_namespace(config.namespace)
+    export(metrics.registry, commands, f"{namespace}.{config.component}.refit")
     telemetry = WorkerTelemetry(metrics, tracer, worker)
     agent = RefitAgent(
         engine,
