@@ -46,6 +46,8 @@ class ObservedWorld(World):
         self.tracer = Tracer(SimpleSpanProcessor(self.exporter) if traced else None)
         self.metrics = CoordinatorMetrics(clock=self.loop.time)
         self._publishing = PublishTelemetry(self.tracer)
+        #: By version, until its announcement has a name.
+        self._taken: dict[int, TakeSlot] = {}
         self._coordinating = CoordinatorTelemetry(self.metrics, self.tracer)
 
     def start_worker(self) -> None:
@@ -77,17 +79,19 @@ class ObservedWorld(World):
     def publish_under(self, parent: str | None) -> bool:
         """The next version, published by a trainer that is in the span ``parent``."""
         version = self.versions + 1
-        slot = TakeSlot(
+        self._taken[version] = TakeSlot(
             member="rank 0",
             turn=version,
             version=version,
             in_flight=None,
             traceparent=parent,
         )
-        self._publishing.taken(f"a{version}", slot)
         return self.publish()
 
     def announce(self, event: WeightVersionReady) -> None:
+        if event.version in self._taken:
+            taken = self._taken.pop(event.version)
+            self._publishing.taken(event.announcement, taken)
         traceparent = self._publishing.announced(event.announcement)
         event = msgspec.structs.replace(event, traceparent=traceparent)
         self._coordinating.heard(event)
