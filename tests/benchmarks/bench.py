@@ -107,7 +107,7 @@ def cases(sizes: Sequence[int], names: Sequence[str]) -> list[Case]:
     small = dense(middle * MIB)
     found = [
         *(Case(f"dense-{size}", dense(size * MIB)) for size in sizes),
-        Case(f"moe-{middle}", experts(middle * MIB)),
+        *(Case(f"moe-{s}", experts(s * MIB)) for s in sorted({min(sizes), middle})),
         Case(f"columns-{middle}", small, sources=2, row_parallel=True),
         Case(f"tp2-{middle}", small, ranks=2, row_parallel=True),
     ]

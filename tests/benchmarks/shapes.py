@@ -50,23 +50,24 @@ def dense(nbytes: int, *, tied: bool = True) -> dict:
 
 def experts(nbytes: int) -> dict:
     """A config of about ``nbytes``: Qwen3's MoE with 64 experts in each of 16 layers,
-    one tensor per expert and projection, 3 219 in all."""
+    one tensor per expert and projection, 3 219 in all. Small ones are narrower."""
+    hidden, heads = (512, 8) if nbytes >= 256 << 20 else (256, 4)
     per_expert = nbytes * 0.9 / (16 * 64) / ITEMSIZE
     config = {
         **_COMMON,
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "hidden_size": 512,
+        "hidden_size": hidden,
         "intermediate_size": 1024,
-        "moe_intermediate_size": max(32, int(per_expert / 3 / 512) // 32 * 32),
+        "moe_intermediate_size": max(32, int(per_expert / 3 / hidden) // 32 * 32),
         "num_experts": 64,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "num_hidden_layers": 16,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
         "tie_word_embeddings": False,
     }
     return _fill_up(config, nbytes)

@@ -7,7 +7,6 @@ parallel ranks, and the coordinator. Its worker takes orders to fail (see
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit.events import RefitCompleted, WorkerRefitted
+from dynamo.refit.worker.args import GENERATION
 from graphs.client import Client, Completion
 from graphs.local import CPU_WORKER_ARGS, LocalGraph, free_port
 from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
 from graphs.tiny_model import make_checkpoint
+from tests.support import orders
 from tests.support.processes import Events, Trainer
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
@@ -61,9 +62,15 @@ class Bench:
 
     def order(self, **steps: dict) -> None:
         """Order faults; see ``tests/support/faulty.py``."""
-        temporary = self.faults.with_suffix(".tmp")
-        temporary.write_text(json.dumps(steps))
-        temporary.rename(self.faults)
+        orders.give(self.faults, **steps)
+
+    def wait_until_at(self, step: str, seconds: float = 60.0) -> None:
+        """Until a rank waits at ``step``, as it was ordered to."""
+        self.graph.wait_until(
+            f"a rank waits at its {step}",
+            lambda: orders.waits_at(self.faults) == step,
+            seconds,
+        )
 
     async def ask(self, client: Client) -> list[Completion]:
         return [await client.complete(prompt, MAX_TOKENS) for prompt in self.asked]
@@ -102,7 +109,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             *CPU_WORKER_ARGS,
             "--worker-extension-cls=tests.support.faulty.FaultyExtension",
         ],
-        worker_env={"DYN_SYSTEM_PORT": str(system_port)},
+        worker_env={
+            "DYN_SYSTEM_PORT": str(system_port),
+            # As on Kubernetes: the worker serves in a namespace of its generation,
+            # and the frontend looks into those of all generations.
+            GENERATION: "a1b2c3d4",
+        },
+        frontend_args=["--namespace-prefix=dynamo"],
         coordinator_args=[
             f"--stage-seconds={STAGE_SECONDS}",
             f"--commit-seconds={COMMIT_SECONDS}",
@@ -120,4 +133,4 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture
 def no_faults(bench: Bench) -> Iterator[None]:
     yield
-    bench.faults.unlink(missing_ok=True)
+    orders.forget(bench.faults)

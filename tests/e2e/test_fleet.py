@@ -6,17 +6,14 @@ joiners from a peer, taints, drains; on files and ZMQ, and on etcd and NATS."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 import zmq
 from vllm.distributed.kv_events import (
@@ -38,8 +35,14 @@ from dynamo.refit.events import (
 from dynamo.refit.protocol import StageTimings
 from graphs.client import Client, Completion, Load
 from graphs.local import LocalGraph
-from graphs.references import MAX_TOKENS, prompts
-from tests.support.live_fleet import HOLD_SECONDS, Fleet, live_fleet
+from graphs.references import MAX_TOKENS, Answer, prompts
+from tests.support.live_fleet import (
+    HOLD_SECONDS,
+    ORPHAN_SECONDS,
+    Fleet,
+    live_fleet,
+)
+from tests.support.process_group import rank_process
 from tests.support.processes import Trainer, ask_cli
 
 pytestmark = [
@@ -65,8 +68,7 @@ def fleet(
 @pytest.fixture(autouse=True)
 def no_faults(fleet: Fleet) -> Iterator[None]:
     yield
-    for env in fleet.graph.worker_envs:
-        Path(env["REFIT_TEST_FAULTS"]).unlink(missing_ok=True)
+    fleet.forget_orders()
 
 
 async def test_start_up_weights_serve_where_there_is_no_version(fleet: Fleet) -> None:
@@ -274,16 +276,92 @@ async def test_a_coordinator_that_dies_leaves_nobody_paused(fleet: Fleet) -> Non
     await fleet.assert_serves(name)
 
 
+async def test_nothing_stays_paused_when_all_of_them_die(fleet: Fleet) -> None:
+    """At the barrier: one installs slowly, the other one waits. Coordinator, trainer
+    and, where the bus has one, its server are killed at once. Everyone goes on by
+    itself, on one version, and when all are back there is another refit."""
+    graph = fleet.graph
+    before, name = fleet.serving, fleet.other()
+    fleet.order(0, install={"rank": 0, "seconds": 2.0})
+    members = await asyncio.to_thread(fleet.members)
+    with Trainer(graph, fleet.models["A"]) as trainer:
+        fleet.version = next(fleet.versions)
+        trainer.publish(fleet.version, fleet.models[name])
+        await asyncio.to_thread(fleet.wait_until_at, 0, "install")
+        # Before anybody has changed.
+        assert fleet.events.of(WorkerRefitted, fleet.version) == []
+        dead = [graph.processes.pop("coordinator"), graph.processes.pop("nats", None)]
+        trainer.child.kill()
+        for process in filter(None, dead):
+            process.kill()
+    assert (dead[1] is not None) == (graph.environment["DYN_EVENT_PLANE"] == "nats")
+    began = time.monotonic()
+    async with Client(graph.url, graph.name) as client:
+        await asyncio.gather(*(ask_all(fleet, client, worker) for worker in members))
+        # They wait for an order from their pause on, and not longer.
+        assert time.monotonic() - began < HOLD_SECONDS + 5
+        for worker in members:
+            # What each serves now is one version, the old or the new one.
+            answers = await ask_all(fleet, client, worker)
+            assert answers in (fleet.expected[before], fleet.expected[name])
+    if dead[1] is not None:
+        await asyncio.to_thread(graph.start_nats)
+    await asyncio.to_thread(fleet.restart_coordinator)
+    with Trainer(graph, fleet.models["A"]) as trainer:
+        done = await asyncio.to_thread(fleet.refit, trainer, "A")
+    assert set(done.workers) == set(members)
+    await fleet.assert_serves("A")
+
+
+async def ask_all(fleet: Fleet, client: Client, worker: int) -> list[Answer]:
+    """Every prompt to one worker; its answers, none failed or cut short."""
+    pinned = {"backend_instance_id": worker}
+    completions = [
+        await client.complete(prompt, MAX_TOKENS, nvext=pinned)
+        for prompt in fleet.asked
+    ]
+    assert [c.error for c in completions] == [None] * len(completions)
+    assert {len(c.answer.tokens) for c in completions} == {MAX_TOKENS}
+    return [c.answer for c in completions]
+
+
+async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
+    """Only the process of its rank is killed, while it installs. The version fails and
+    says on which worker, that worker's process ends, and the other one serves on."""
+    before = await asyncio.to_thread(fleet.members)
+    fleet.order(1, install={"rank": 0, "seconds": 2.0})
+    worker = fleet.graph.processes["worker1"]
+    with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        version = next(fleet.versions)
+        trainer.publish(version, fleet.models[fleet.other()])
+        await asyncio.to_thread(fleet.wait_until_at, 1, "install")
+        del fleet.graph.processes["worker1"]
+        rank_process(worker.pid).kill()
+        failed = await asyncio.to_thread(
+            fleet.events.wait_for, RefitFailed, lambda e: e.version == version
+        )
+        assert trainer.released()["outcome"] == "failed"
+    gone = failed.failure.worker
+    assert await asyncio.to_thread(fleet.index_of, gone) == 1
+    # One event says who, why, and what is served now.
+    (other,) = set(before) - {gone}
+    assert dict(failed.serving)[other] == before[other]["version"]
+    assert fleet.events.of(WorkerRefitted, version) == []
+    await asyncio.to_thread(fleet.wait_for_the_end, worker, ORPHAN_SECONDS)
+    await fleet.assert_serves(fleet.serving, workers=1)
+
+
 async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
     fleet: Fleet,
 ) -> None:
-    """A replica is killed and comes back on the start-up weights, with the trainer long
+    """A replica is gone and comes back on the start-up weights, with the trainer long
     gone. All the while clients ask, and get tokens of the fleet's version only."""
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         for name in ("C", "B"):
             await asyncio.to_thread(fleet.refit, trainer, name)
     before = await asyncio.to_thread(fleet.members)
-    fleet.graph.processes.pop("worker1").kill()
+    if "worker1" in fleet.graph.processes:
+        fleet.graph.processes.pop("worker1").kill()
     asking = asyncio.create_task(ask_until_told(fleet, stop := asyncio.Event()))
     await asyncio.to_thread(fleet.graph.start_worker, 1)
     admitted = await asyncio.to_thread(
@@ -407,7 +485,7 @@ async def test_one_that_cannot_follow_is_fenced(fleet: Fleet) -> None:
     await asyncio.to_thread(fleet.restart_coordinator, "--commit-policy=canary")
     members = await asyncio.to_thread(fleet.members)
     canary = min(members)
-    index = await asyncio.to_thread(index_of, fleet, max(members))
+    index = await asyncio.to_thread(fleet.index_of, max(members))
     fleet.order(index, install={"rank": 0, "error": "cannot write"})
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         done = await asyncio.to_thread(fleet.refit, trainer, fleet.other())
@@ -418,12 +496,8 @@ async def test_one_that_cannot_follow_is_fenced(fleet: Fleet) -> None:
     fenced = await asyncio.to_thread(fleet.events.find, WorkerFenced, fleet.version)
     assert fenced.worker == max(members)
     worker = fleet.graph.processes.pop(f"worker{index}")
-    deadline = time.monotonic() + 60
-    while worker.running and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
-    assert not worker.running
-    # Its engine went with it.
-    assert living(worker.pid) == []
+    # Its engine goes with it.
+    await asyncio.to_thread(fleet.wait_for_the_end, worker)
     await fleet.assert_serves(fleet.serving, workers=1)
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         version = next(fleet.versions)
@@ -432,23 +506,3 @@ async def test_one_that_cannot_follow_is_fenced(fleet: Fleet) -> None:
             fleet.events.wait_for, RefitRefused, lambda e: e.version == version
         )
         assert refused.reason == "unsafe_policy"
-
-
-def living(group: int) -> list[str]:
-    """The processes of a group; one that has ended may not be reaped yet."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            if os.getpgid(process.pid) == group and not ended:
-                found.append(process.name())
-    return found
-
-
-def index_of(fleet: Fleet, worker: int) -> int:
-    """Which process a worker is."""
-    for index in range(2):
-        log = fleet.graph.processes[f"worker{index}"].log.read_text()
-        if f"refit agent of worker {worker}" in log:
-            return index
-    raise AssertionError(f"no log tells of worker {worker}")

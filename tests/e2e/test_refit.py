@@ -11,10 +11,11 @@ import urllib.request
 
 import pytest
 
-from dynamo.refit.events import WorkerStaged
+from dynamo.refit.events import SCHEMA, StageProgress, WorkerStaged
 from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
+from dynamo.refit.release import RELEASE
 from graphs.client import Client, Load
-from graphs.references import prompts
+from graphs.references import Answer, prompts
 from graphs.trainer import load_weights
 from tests.e2e.conftest import Bench
 from tests.support.processes import Trainer, ask_cli, fleet_status
@@ -29,7 +30,10 @@ pytestmark = [
     pytest.mark.usefixtures("no_faults"),
 ]
 
-LENGTH = 200
+LENGTH = 600
+
+#: How long a request decodes before the version is staged; it takes longer itself.
+STRADDLING_SECONDS = 0.6
 
 
 async def test_start_up_weights_answer_like_a_fresh_engine(bench: Bench) -> None:
@@ -69,7 +73,9 @@ async def test_four_versions_under_load(bench: Bench) -> None:
 @pytest.mark.parametrize("in_flight", ["continue", "recompute"])
 async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -> None:
     """A prompt whose KV is hot under the old weights, and is still being decoded with
-    when they change: a later request has no cached token, then its own."""
+    when they change: a later request has no cached token, then its own. What was being
+    decoded goes on as if it had been asked for anew with ``recompute``, and on its old
+    KV with ``continue``."""
     prompt = bench.asked[2]
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         async with Client(bench.graph.url, bench.graph.name) as client:
@@ -77,21 +83,47 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
             await client.complete(prompt, 8)
             hot = await client.complete(prompt, 8)
             assert hot.cached_tokens == 96  # 100 tokens, blocks of 32
+            undisturbed = await client.complete(prompt, LENGTH, ignore_eos=True)
+            bench.order(stage={"rank": 0, "seconds": STRADDLING_SECONDS})
+            refit = asyncio.create_task(
+                asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            )
+            await asyncio.to_thread(bench.wait_until_at, "stage")
             running = asyncio.create_task(
                 client.complete(prompt, LENGTH, ignore_eos=True)
             )
-            await asyncio.sleep(0.5)
-            refitted = await asyncio.to_thread(bench.refit, trainer, name, in_flight)
+            refitted = await refit
             assert refitted.in_flight == in_flight
             first = await client.complete(prompt, 24)
             again = await client.complete(prompt, 24)
             straddling = await running
+            changed = first_difference(undisturbed.answer, straddling.answer)
+            anew = await client.complete(
+                [*prompt, *straddling.answer.tokens[:changed]],
+                LENGTH - changed,
+                ignore_eos=True,
+            )
     assert first.answer == bench.expected[name][2]
     assert first.cached_tokens == 0
     assert again.answer == bench.expected[name][2]
     assert again.cached_tokens == 96
     assert straddling.error is None
     assert len(straddling.answer.tokens) == LENGTH
+    rest = Answer(
+        straddling.answer.tokens[changed:], straddling.answer.logprobs[changed:]
+    )
+    assert (rest == anew.answer) == (in_flight == "recompute")
+
+
+def first_difference(undisturbed: Answer, straddling: Answer) -> int:
+    """The first token that was made with the new weights: until then, tokens and log
+    probabilities are those of the old ones."""
+    pairs = [zip(a.tokens, a.logprobs, strict=True) for a in (undisturbed, straddling)]
+    made = zip(*pairs, strict=True)
+    differ = [number for number, (old, new) in enumerate(made) if old != new]
+    assert differ, "it had ended before the change"
+    assert differ[0] > 0, "it had not begun before the change"
+    return differ[0]
 
 
 async def test_in_place_tensors_and_a_restarted_trainer(bench: Bench) -> None:
@@ -120,6 +152,12 @@ async def test_tokens_flow_while_a_pull_is_under_way(bench: Bench) -> None:
             await load.stop()
     staged = bench.events.find(WorkerStaged, refitted.version)
     assert staged.at - min(r.timings.started_at for r in staged.ranks) > 1.9
+    progress = bench.events.of(StageProgress, refitted.version)
+    assert 4 <= len(progress) <= 12, "a few times a second"
+    held = [(r.rank, r.nbytes, r.total_nbytes) for r in progress[2].ranks]
+    nbytes = staged.ranks[1].nbytes
+    # The first rank's source has not said a byte; the other rank has all of them.
+    assert held == [(0, 0, 0), (1, nbytes, nbytes)]
     offset = time.time() - time.monotonic()
     times = [t + offset for c in load.completions for t in c.times]
     during = [t for t in times if staged.at - 2.0 < t < staged.at]
@@ -157,3 +195,29 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
     assert member["status"]["version"] == refitted.version
     assert member["status"]["kv_epoch"] == refitted.kv_epoch
     assert member["status"]["phase"] == "serving"
+    assert member["behind"] == 0
+    assert member["status"]["stall_ms"] == refitted.timings.stall_ms
+    assert abs(member["status"]["since"] - refitted.at) < 60
+    ours = {"release": RELEASE, "schema": SCHEMA}
+    for view in (status, member["status"]):
+        assert {name: view[name] for name in ours} == ours
+    staged = bench.events.find(WorkerStaged, refitted.version)
+    cache = member["status"]["cache"]
+    assert cache["session"] == staged.ranks[0].session
+    assert cache["counters"]["hits"] == sum(r.counters.hits for r in staged.ranks)
+
+
+async def test_the_doctor_finds_nothing_wrong(bench: Bench) -> None:
+    """Or it would end with 1, which is not taken."""
+    last = await asyncio.to_thread(ask_cli, bench.graph, "doctor")
+    assert (last["check"], last["level"]) == ("UCX transports", "ok")
+
+
+async def test_the_history_tells_what_came_last(bench: Bench) -> None:
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        refitted = await asyncio.to_thread(bench.refit, trainer, "B")
+    last = await asyncio.to_thread(ask_cli, bench.graph, "history")
+    assert (last["version"], last["outcome"]) == (refitted.version, "completed")
+    assert last["workers"] == [refitted.worker]
+    assert last["stall_ms"] == refitted.timings.stall_ms
+    assert 0 < last["seconds"] < last["ended_at"] - last["announced_at"] + 1

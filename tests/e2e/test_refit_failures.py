@@ -27,6 +27,7 @@ from dynamo.refit.events import (
 from graphs.client import Client, Completion
 from graphs.local import Process
 from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
+from tests.support.process_group import held
 from tests.support.processes import Trainer, fleet_status
 
 pytestmark = [
@@ -307,28 +308,13 @@ async def test_failures_leak_nothing(bench: Bench) -> None:
         for _ in range(6):
             bench.order(stage={"rank": 1, "error": "again", "times": 1})
             publish_and_fail(bench, trainer, other(bench))
-            counts.append(process_counts(bench.graph.processes["worker0"].pid))
+            counts.append(held(bench.graph.processes["worker0"].pid))
         bench.refit(trainer, other(bench))
     await bench.assert_serves(bench.serving)
-    threads, descriptors = zip(*counts[1:], strict=True)
+    threads = [each.threads for each in counts[1:]]
+    descriptors = [each.descriptors for each in counts[1:]]
     assert max(threads) - min(threads) <= 2
     assert max(descriptors) - min(descriptors) <= 4
-
-
-def process_counts(group: int) -> tuple[int, int]:
-    """Threads and open file descriptors of all processes in a process group."""
-    threads = descriptors = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) != group:
-                continue
-            threads += int(fields[17])
-            descriptors += len(list((stat.parent / "fd").iterdir()))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    assert threads > 0
-    return threads, descriptors
 
 
 async def test_a_worker_of_unknown_weights_is_fenced(bench: Bench) -> None:

@@ -241,10 +241,7 @@ def _what_is_left(world: World) -> dict[str, list[str]]:
         if status.version != world.versions:
             what = f"worker {number}: {status.version}, not {world.versions}"
             left["wrong_version"].append(what)
-    trainer = world.trainer
-    open_ = [name for name in trainer.held if name not in trainer.ended]
-    left["leaked"] += [f"announcement {name}" for name in open_]
-    left["leaked"] += [f"lease of {name}" for name in trainer.leased]
+    left["leaked"] += world.trainer.left()
     left["leaked"] += [f"rollback {n}" for n, how in world.rollbacks.items() if not how]
     if not world.workers:
         left["left_paused"].append("every worker")

@@ -14,6 +14,7 @@ import pytest
 
 from dynamo.refit.protocol import StagingChoice
 from graphs.tiny_model import ARCHITECTURES, make_checkpoint
+from tests.support.megatron_sources import MegatronSources
 from tests.support.rank_group import RankGroup, RanksRefused
 from tests.support.raw_sources import CUTS, RawSources, cut, name_cut, shapes
 
@@ -252,3 +253,23 @@ def test_other_places_to_stage(
         assert {vote.memory.mode for vote in votes} == {staging}
         assert differences(group, golden) == [], f"cycle {cycle}"
     held.release()
+
+
+@pytest.mark.parametrize("variant", ["uneven-vocabulary", "qwen3moe"])
+def test_megatron_shards_reach_every_rank(
+    groups: dict[int, RankGroup], variant: str, tmp_path: Path
+) -> None:
+    """Two ranks as Megatron-Core lays them out (fused QKV, gate and up in one, experts,
+    a padded vocabulary), published by the product; three versions."""
+    group = groups[2]
+    group.load(checkpoint(variant, "A"))
+    with MegatronSources(checkpoint(variant, "A"), 2, tmp_path) as sources:
+        published = {tensor.name: tensor.shape for tensor in sources.manifest.tensors}
+        served = shapes(checkpoint(variant, "A"))
+        assert published == {name: shape for name, _, shape in served}
+        for cycle, weights in enumerate("BCA"):
+            golden = checkpoint(variant, weights)
+            votes = group.refit(sources.write(cycle % 2, golden))
+            assert differences(group, golden) == [], f"cycle {cycle}"
+            session = "warm" if cycle else "cold"
+            assert [vote.session for vote in votes] == [session] * 2

@@ -6,10 +6,13 @@ worker that reads the files' bytes over NIXL."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import sys
+import termios
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +23,19 @@ import torch
 from dynamo.runtime import DistributedRuntime
 from safetensors.torch import save_file
 
-from dynamo.refit.cli.fleet import fetch_status
+from dynamo.refit.cli.fleet import fetch_history, fetch_status
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.events import (
     AnyEvent,
     RefitCompleted,
     RefitStarted,
+    StageProgress,
     WorkerRefitted,
     WorkerStaged,
 )
+from dynamo.refit.protocol import RankProgress
 from dynamo.refit.publish.checkpoint import INDEX_NAME
+from dynamo.refit.publish.publisher import WeightPublisher
 from dynamo.refit.rpc import Caller
 from tests.support.fake_worker import FakeWorker, fake_worker
 
@@ -72,19 +78,25 @@ class Bench:
     caller: Caller
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(
+        self, *arguments: str, heard: bool = False
+    ) -> asyncio.subprocess.Process:
+        """Unless it is ``heard``, what it says goes nowhere: a pipe that nobody reads
+        from fills up, and stops it."""
+        output = asyncio.subprocess.PIPE if heard else asyncio.subprocess.DEVNULL
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             *arguments,
             env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
         self.running.append(child)
         return child
 
     async def start_command(self, *words: object) -> asyncio.subprocess.Process:
-        return await self.start("-m", "dynamo.refit.cli", *map(str, words))
+        arguments = ["-m", "dynamo.refit.cli", *map(str, words)]
+        return await self.start(*arguments, heard=True)
 
     async def start_publish(self, *arguments: object) -> asyncio.subprocess.Process:
         return await self.start_command("publish", *arguments)
@@ -184,7 +196,7 @@ async def test_a_checkpoint_becomes_the_served_version(
     assert ended.out[0].startswith(f"{checkpoint}: 3 tensors, 0.0 MiB, publishing as ")
     assert ended.out[-1] == "version 3 is served"
     said = "\n".join(ended.out)
-    assert f"worker {bench.worker.worker} serves it, after a stall of 1.5 ms" in said
+    assert f"worker {bench.worker.worker} serves it, stall 1.5 ms" in said
     assert "completed: 1 worker refitted" in said
     assert bench.worker.version == 3
     # One registered region per file.
@@ -288,6 +300,113 @@ async def test_a_version_that_does_not_end_is_withdrawn(
     assert ended.code == 1
     assert "had not ended after 2 s and is withdrawn" in ended.complaint
     assert bench.worker.version is None
+
+
+async def test_what_a_trainer_holds_is_announced_again(
+    bench: Bench, weights: dict[str, torch.Tensor]
+) -> None:
+    """A version that failed, once its cause is gone; then under another number. The
+    trainer publishes on as if nothing had been."""
+    bench.worker.refuse = LayoutRefused("has another shape", tensor="lm_head.weight")
+    publisher = await asyncio.to_thread(WeightPublisher, "tiny", weights)
+    try:
+        failed = await publisher.publish(3).released()
+        assert failed.outcome == "failed"
+        bench.worker.refuse = None
+
+        ended = await bench.publish("--from-trainer")
+        assert (ended.code, ended.complaints) == (0, [])
+        assert ended.out[0] == "trainer: version 3 of 'tiny' is announced"
+        assert ended.out[-1] == "version 3 is served"
+        assert bench.worker.version == 3
+        assert_live(bench.worker, weights)
+
+        numbered = ("--from-trainer", "--version", 7, "--policy", "recompute", "--json")
+        ended = await bench.publish(*numbered)
+        assert (ended.code, ended.complaints) == (0, [])
+        expected = {"model": "tiny", "version": 7, "outcome": "completed", "detail": ""}
+        assert json.loads(ended.out[-1]) == expected
+        assert bench.worker.in_flight == ["continue", "recompute"]
+
+        with torch.no_grad():
+            weights["model.norm.weight"] += 1
+        assert (await publisher.publish(8).released()).outcome == "completed"
+        assert bench.worker.version == 8
+        assert_live(bench.worker, weights)
+
+        ended = await bench.publish("--from-trainer", "--version", 6)
+        assert ended.code == 1
+        assert "version 6 was not installed: refused: stale" in ended.complaint
+    finally:
+        await asyncio.to_thread(publisher.close)
+    history = await fetch_history(bench.caller, "dynamo")
+    told = [(r.version, r.outcome) for r in history.records]
+    assert told == [
+        (3, "failed"),
+        (3, "completed"),
+        (7, "completed"),
+        (8, "completed"),
+        (6, "refused"),
+    ]
+    assert history.records[1].stall_ms == 1.5
+    assert history.records[1].workers == (bench.worker.worker,)
+
+
+async def test_on_a_terminal_it_is_shown_in_place(
+    bench: Bench, checkpoint: Path
+) -> None:
+    """With bars from the worker's progress, and nothing of Dynamo's log between."""
+    worker = bench.worker
+    worker.gate.clear()
+    del bench.environment["DYN_LOG"]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    words = ["-m", "dynamo.refit.cli", "publish", str(checkpoint), "--version", "3"]
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *words,
+        env=bench.environment | {"TERM": "xterm-256color"},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    bench.running.append(child)
+    os.close(theirs)
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, ours))
+    await bench.prepared(1)
+    half = RankProgress(rank=0, nbytes=1 << 30, total_nbytes=2 << 30)
+    for _ in range(5):
+        worker.events.publish(
+            StageProgress(worker=worker.worker, version=3, ranks=(half,))
+        )
+        await asyncio.sleep(0.2)
+    worker.gate.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", await reading)
+    assert await child.wait() == 0, shown
+    assert "tiny  completed start-up weights  under way 3  0 of 1 vote" in shown
+    assert "50% of 2.00 GiB" in shown
+    assert f"worker {worker.worker} serves it, stall 1.5 ms" in shown
+    assert shown.splitlines()[-1] == "version 3 is served"
+    assert "INFO" not in shown
+    _, *view = re.split(r"[\r\n]+", shown)
+    assert max(map(len, view)) <= 80
+
+
+def _read_all(descriptor: int) -> str:
+    """What comes over a terminal until its other side is closed."""
+    read = bytearray()
+    # That is how it ends on Linux.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(descriptor, 4096):
+            read += chunk
+    os.close(descriptor)
+    return read.decode(errors="replace")
+
+
+async def test_without_a_trainer(bench: Bench) -> None:
+    ended = await bench.publish("--from-trainer", "--trainer", "nobody")
+    assert (ended.code, ended.out) == (1, [])
+    assert "no trainer runs as component 'nobody': start it" in ended.complaint
 
 
 @pytest.fixture

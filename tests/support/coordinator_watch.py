@@ -334,7 +334,8 @@ class Watch:
                     self._ended(event, after)
             case RefitFailed():
                 closed, self.open = self.open, None
-                assert closed.version == event.version
+                told = (event.version, event.catch_up)
+                assert told == (closed.version, closed.catch_up)
                 assert not closed.changed, "some have changed"
                 if not closed.catch_up:
                     self._ended(event, after)
@@ -344,7 +345,8 @@ class Watch:
                     self._ended(event, after)
                     return
                 closed, self.open = self.open, None
-                assert closed.version == event.version
+                told = (event.version, event.catch_up)
+                assert told == (closed.version, closed.catch_up)
                 if not closed.catch_up:
                     self._ended(event, after)
             case RefitRefused():

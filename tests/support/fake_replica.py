@@ -154,6 +154,8 @@ class FakeRank:
         self.started: Job | None = None
         self.staged: int | None = None
         self.held: set[str] = set()
+        #: Of a stage that is held: bytes that are there, and all.
+        self.progress = (0, 0)
         self.letting_go = 0
         self.manifest: str | None = None
         self.fail: dict[type, list[Exception]] = {}
@@ -275,7 +277,8 @@ class FakeRank:
         if job.reply is None:
             target = 1 - self.live_shadow
             if job.doing in self.held:
-                return Running()
+                nbytes, total = self.progress
+                return Running(nbytes=nbytes, total_nbytes=total)
             read_until = self.offered.get(target, 0.0)
             if job.doing == "stage" and read_until > asyncio.get_running_loop().time():
                 # Somebody reads what it would overwrite.

@@ -4,8 +4,9 @@
 
 It answers the coordinator as a worker with one rank does, reads every shard of the
 announced version from wherever the manifest says, checks the version's fingerprint,
-and keeps the bytes by tensor name, as "live" ones from the commit on; and those that
-were live before, which it goes back to when it is asked to.
+and keeps the bytes by tensor name, as "live" ones from the commit on; ``served`` has
+those of every version that was committed, and ``kept`` those that were live before,
+which it goes back to when it is asked to.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ from dynamo.refit.errors import (
     RefitError,
     TransferFailed,
 )
-from dynamo.refit.events import REFIT_EVENTS, WorkerRefitted, WorkerStaged
+from dynamo.refit.events import (
+    REFIT_EVENTS,
+    SCHEMA,
+    WorkerRefitted,
+    WorkerStaged,
+)
 from dynamo.refit.fingerprint import Part, version_fingerprint
-from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
+from dynamo.refit.manifest import ITEMSIZE, Manifest
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -52,6 +58,7 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.transport.nixl import NixlAgent
 
@@ -66,9 +73,11 @@ class FakeWorker:
 
     def __init__(self, runtime: DistributedRuntime, namespace: str, model: str) -> None:
         self.model = model
+        self.release = RELEASE
         self.version: int | None = None
         self.weights = ""
         self.live: Bytes = {}
+        self.served: dict[int, Bytes] = {}
         self.in_flight: list[InFlightPolicy] = []
         self.prepares = 0
         self.aborted: list[int] = []
@@ -117,6 +126,8 @@ class FakeWorker:
             ranks=1,
             kept_version=kept_version,
             kept_weights=kept_weights,
+            release=self.release,
+            schema=SCHEMA,
         )
 
     async def _prepare(self, request: Prepare) -> Message:
@@ -168,6 +179,7 @@ class FakeWorker:
         if self.version is not None:
             self.kept = self.version, self.weights, self.live
         self.version, self.weights, self.live = request.version, weights, held
+        self.served[request.version] = held
         self.in_flight.append(request.in_flight)
         timings = CommitTimings(
             pause_ms=0.0,
@@ -199,22 +211,21 @@ class FakeWorker:
         return committed
 
     def _read(self, manifest: Manifest, slot: int) -> Bytes:
-        """Every tensor's bytes, each shard by one READ."""
-        held = {
-            tensor.name: torch.zeros(_nbytes(tensor), dtype=torch.uint8)
+        """Every tensor's bytes, each source by one READ."""
+        blocks = [
+            torch.zeros(_nbytes(tensor.dtype, shard.shape), dtype=torch.uint8)
             for tensor in manifest.tensors
-        }
-        addresses = iter(manifest.shard_addresses(slot))
+            for shard in tensor.shards
+        ]
         remote: list[list[tuple[int, int]]] = [[] for _ in manifest.sources]
         local: list[list[tuple[int, int]]] = [[] for _ in manifest.sources]
-        for tensor in manifest.tensors:
-            # Whole tensors only: what a checkpoint is made of.
-            (shard,) = tensor.shards
-            size = _nbytes(tensor)
-            remote[shard.source].append((next(addresses), size))
-            local[shard.source].append((held[tensor.name].data_ptr(), size))
+        shards = (shard for tensor in manifest.tensors for shard in tensor.shards)
+        places = zip(shards, manifest.shard_addresses(slot), blocks, strict=True)
+        for shard, address, block in places:
+            remote[shard.source].append((address, block.numel()))
+            local[shard.source].append((block.data_ptr(), block.numel()))
         registration = self._agent.register(
-            [(t.data_ptr(), t.numel()) for t in held.values()], "DRAM", 0
+            [(block.data_ptr(), block.numel()) for block in blocks], "DRAM", 0
         )
         for number, source in enumerate(manifest.sources):
             peer = self._agent.connect(source.metadata)
@@ -232,7 +243,7 @@ class FakeWorker:
             read.release()
             self._agent.disconnect(peer)
         self._agent.deregister(registration)
-        return held
+        return _whole_tensors(manifest, blocks)
 
 
 @asynccontextmanager
@@ -251,8 +262,22 @@ async def fake_worker(
             serving.cancel()
 
 
-def _nbytes(tensor: TensorEntry) -> int:
-    return math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEMSIZE[dtype]
+
+
+def _whole_tensors(manifest: Manifest, blocks: list[torch.Tensor]) -> Bytes:
+    """The bytes of each tensor, its shards put where they belong."""
+    remaining = iter(blocks)
+    held = {}
+    for tensor in manifest.tensors:
+        dtype = getattr(torch, tensor.dtype)
+        whole = torch.zeros(tensor.shape, dtype=dtype)
+        for shard in tensor.shards:
+            box = tuple(slice(start, stop) for start, stop in shard.box)
+            whole[box] = next(remaining).view(dtype).view(shard.shape)
+        held[tensor.name] = whole.view(-1).view(torch.uint8)
+    return held
 
 
 def _fingerprint(manifest: Manifest, held: Bytes) -> str:

@@ -6,7 +6,8 @@ Passed to a real worker as ``--worker-extension-cls``. The file named by
 ``REFIT_TEST_FAULTS`` holds JSON, ``{"stage": ORDER, "install": ORDER}``; an order is
 ``{"rank": 1, "error": "text", "times": 1, "seconds": 2.0}``: the rank waits
 ``seconds``, then raises ``error`` (if there is one) for the first ``times`` calls.
-Without the file this is the product.
+Without the file this is the product. While it waits there is a file that says so; see
+:mod:`tests.support.orders`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dynamo.refit.protocol import Stage, Staged
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.extension import RefitRank, RefitWorkerExtension
 from dynamo.refit.rank.stager import RankStager
+from tests.support.orders import waiting_file
 
 
 class FaultyStager(RankStager):
@@ -56,7 +58,11 @@ class FaultyStager(RankStager):
         # A new file is a new order.
         key = f"{step} {path.stat().st_mtime_ns}"
         self._obeyed[key] += 1
-        time.sleep(order.get("seconds", 0.0))
+        if seconds := order.get("seconds"):
+            waiting = waiting_file(path, step)
+            waiting.touch()
+            time.sleep(seconds)
+            waiting.unlink(missing_ok=True)
         if "error" in order and self._obeyed[key] <= order.get("times", 1000):
             raise RuntimeError(order["error"])
 

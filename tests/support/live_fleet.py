@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,14 +17,20 @@ from pathlib import Path
 from dynamo.refit.events import RefitCompleted, WorkerRefitted
 from graphs import agg_router
 from graphs.client import Client
-from graphs.local import CPU_WORKER_ARGS, LocalGraph, Plane
+from graphs.local import CPU_WORKER_ARGS, LocalGraph, Plane, Process
 from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
 from graphs.tiny_model import make_checkpoint
+from tests.support import orders
+from tests.support.process_group import living
 from tests.support.processes import Events, Trainer, fleet_status
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 SEEDS = {"A": 1, "B": 2, "C": 3}
 HOLD_SECONDS = 8.0
+
+#: A worker whose rank has died ends at once; its engine core, which is vLLM's, takes
+#: most of a minute to give up, and longer where everything starts at once.
+ORPHAN_SECONDS = 180.0
 
 
 @dataclass
@@ -67,10 +72,12 @@ class Fleet:
         return sorted(refitted, key=lambda event: event.at)
 
     def restart_coordinator(self, *arguments: str) -> None:
-        self.graph.processes["coordinator"].kill()
+        """Another coordinator in place of the one before, which may be dead already."""
+        if coordinator := self.graph.processes.pop("coordinator", None):
+            coordinator.kill()
         # Epochs are milliseconds, or above all that were before.
         before = time.time() * 1e3
-        self.graph.coordinator_args = arguments
+        self.graph.coordinator_args = (f"--hold-seconds={HOLD_SECONDS}", *arguments)
         self.graph.start_coordinator()
 
         def there() -> bool:
@@ -83,10 +90,45 @@ class Fleet:
 
     def order(self, index: int, **steps: dict) -> None:
         """Order faults of one worker; see ``tests/support/faulty.py``."""
-        path = Path(self.graph.worker_envs[index]["REFIT_TEST_FAULTS"])
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(steps))
-        temporary.rename(path)
+        orders.give(self._orders(index), **steps)
+
+    def forget_orders(self) -> None:
+        for index in range(len(self.graph.worker_envs)):
+            orders.forget(self._orders(index))
+
+    def waits_at(self, index: int) -> str | None:
+        """The step at which a rank of worker ``index`` waits, as it was ordered to."""
+        return orders.waits_at(self._orders(index))
+
+    def wait_until_at(self, index: int, step: str, seconds: float = 60.0) -> None:
+        self.graph.wait_until(
+            f"worker{index} waits at its {step}",
+            lambda: self.waits_at(index) == step,
+            seconds,
+        )
+
+    def _orders(self, index: int) -> Path:
+        return Path(self.graph.worker_envs[index]["REFIT_TEST_FAULTS"])
+
+    def index_of(self, worker: int) -> int:
+        """Which process a worker is.
+
+        Raises:
+            AssertionError: none of this graph's, as far as their logs tell.
+        """
+        for index in range(len(self.graph.worker_envs)):
+            log = self.graph.directory / f"worker{index}.log"
+            if f"refit agent of worker {worker}" in log.read_text():
+                return index
+        raise AssertionError(f"no log tells of worker {worker}")
+
+    def wait_for_the_end(self, worker: Process, seconds: float = 60.0) -> None:
+        """Until a worker's process has ended by itself, and all of its group."""
+        deadline = time.monotonic() + seconds
+        while worker.running or living(worker.pid):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{worker.name}: {living(worker.pid)} still run")
+            time.sleep(0.1)
 
     async def assert_serves(self, name: str, workers: int = 2) -> None:
         """Every answer of every worker is a fresh engine's on ``name``."""

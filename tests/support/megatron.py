@@ -20,16 +20,38 @@ megatron/core/tensor_parallel/layers.py.
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from modelexpress_rl.train.engines.megatron.aliases import MegatronTensorSpec
 
 from dynamo.refit.manifest import Manifest, Region, Shard, Source, TensorEntry
 from dynamo.refit.publish.shard import LocalShard
 
 PADDING = -12345.0
+
+#: What ModelExpress calls each kind of parameter.
+ROLES = {
+    "qkv": "qkv_column",
+    "gated": "gated_mlp_column",
+    "column": "column",
+    "row": "row",
+    "same": "replicated",
+}
+
+#: Whose names differ: replicated parameters of a layer, as Hugging Face and Megatron
+#: call them.
+REPLICATED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
+    "self_attn.q_norm.weight": "self_attention.q_layernorm.weight",
+    "self_attn.k_norm.weight": "self_attention.k_layernorm.weight",
+    "mlp.gate.weight": "mlp.router.weight",
+}
 
 #: (heads, KV groups, head size, TP): groups per rank 4 to 1, one head for all, fewer
 #: groups than ranks, ranks that end in the middle of a head.
@@ -58,6 +80,21 @@ class Shape:
     experts: int = 4
     vocab: int = 50
     divisible: int = 8
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Shape:
+        """The numbers of a Hugging Face checkpoint of a Qwen3 model."""
+        config = json.loads((checkpoint / "config.json").read_text())
+        return cls(
+            heads=config["num_attention_heads"],
+            groups=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            hidden=config["hidden_size"],
+            ffn=config["intermediate_size"],
+            expert_ffn=config.get("moe_intermediate_size", 0),
+            experts=config.get("num_local_experts", 0),
+            vocab=config["vocab_size"],
+        )
 
     def padded_vocab(self, tp: int) -> int:
         step = self.divisible * tp
@@ -162,32 +199,64 @@ def megatron_rank(
         yield cut(name, "column", padded, (hf,), 0)
     norm = "model.norm.weight"
     yield cut("decoder.final_layernorm.weight", "same", checkpoint[norm], (norm,), None)
-    for layer in (0, 1):
+    mine = shape.experts // ep
+    for layer in _layers(checkpoint):
         here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
         for what in ("weight", "bias"):
             hf = tuple(f"{there}.self_attn.{p}_proj.{what}" for p in "qkv")
-            fused = _interleave(*(checkpoint[h] for h in hf), shape)
-            name = f"{here}.self_attention.linear_qkv.{what}"
-            yield cut(name, "qkv", fused, hf, 0)
+            if hf[0] in checkpoint:
+                fused = _interleave(*(checkpoint[h] for h in hf), shape)
+                name = f"{here}.self_attention.linear_qkv.{what}"
+                yield cut(name, "qkv", fused, hf, 0)
         hf = f"{there}.self_attn.o_proj.weight"
         name = f"{here}.self_attention.linear_proj.weight"
         yield cut(name, "row", checkpoint[hf], (hf,), 1)
-        hf = f"{there}.input_layernorm.weight"
-        name = f"{here}.self_attention.linear_qkv.layer_norm_weight"
-        yield cut(name, "same", checkpoint[hf], (hf,), None)
-    yield gated("decoder.layers.0.mlp.linear_fc1.weight", "model.layers.0.mlp")
-    hf = "model.layers.0.mlp.down_proj.weight"
-    yield cut("decoder.layers.0.mlp.linear_fc2.weight", "row", checkpoint[hf], (hf,), 1)
-    hf = "model.layers.1.mlp.gate.weight"
-    yield cut("decoder.layers.1.mlp.router.weight", "same", checkpoint[hf], (hf,), None)
-    mine = shape.experts // ep
-    for expert in range(ep_rank * mine, (ep_rank + 1) * mine):
-        here = "decoder.layers.1.mlp.experts"
-        there = f"model.layers.1.mlp.experts.{expert}"
-        yield gated(f"{here}.linear_fc1.weight{expert}", there)
-        hf = f"{there}.down_proj.weight"
-        name = f"{here}.linear_fc2.weight{expert}"
-        yield cut(name, "row", checkpoint[hf], (hf,), 1)
+        for theirs, ours in REPLICATED.items():
+            if (hf := f"{there}.{theirs}") in checkpoint:
+                yield cut(f"{here}.{ours}", "same", checkpoint[hf], (hf,), None)
+        if (hf := f"{there}.mlp.down_proj.weight") in checkpoint:
+            yield gated(f"{here}.mlp.linear_fc1.weight", f"{there}.mlp")
+            yield cut(f"{here}.mlp.linear_fc2.weight", "row", checkpoint[hf], (hf,), 1)
+            continue
+        for expert in range(ep_rank * mine, (ep_rank + 1) * mine):
+            experts = f"{there}.mlp.experts.{expert}"
+            yield gated(f"{here}.mlp.experts.linear_fc1.weight{expert}", experts)
+            hf = f"{experts}.down_proj.weight"
+            name = f"{here}.mlp.experts.linear_fc2.weight{expert}"
+            yield cut(name, "row", checkpoint[hf], (hf,), 1)
+
+
+def _layers(checkpoint: dict[str, torch.Tensor]) -> list[int]:
+    prefix = "model.layers."
+    return sorted({int(n.split(".")[2]) for n in checkpoint if n.startswith(prefix)})
+
+
+def spec_of(parameter: Parameter, shape: Shape) -> MegatronTensorSpec:
+    """What ModelExpress is told of a parameter."""
+    extras = {}
+    if parameter.kind == "qkv":
+        extras = {
+            "qkv_interleave": "by_head",
+            "head_dim": str(shape.head_dim),
+            "num_heads": str(shape.heads),
+            "num_kv_heads": str(shape.groups),
+        }
+    if parameter.kind == "gated":
+        extras = {"gated_mlp_order": "gate_then_up"}
+    role = ROLES[parameter.kind]
+    if ".experts." in parameter.name:
+        role = {"gated_mlp_column": "expert_column", "row": "expert_row"}[role]
+    return MegatronTensorSpec(
+        name=parameter.name,
+        tensor=parameter.local,
+        role=role,
+        hf_names=parameter.hf,
+        global_shape=parameter.global_shape,
+        placement_kind="REPLICATE" if parameter.axis is None else "SHARD",
+        shard_axis=parameter.axis,
+        local_shard_range=parameter.range,
+        extras=extras,
+    )
 
 
 def _interleave(

@@ -173,6 +173,7 @@ def main() -> None:
                 say(published=_described(error))
                 continue
             say(published=handle.slot)
+            waiting = [thread for thread in waiting if thread.is_alive()]
             waiting.append(threading.Thread(target=tell_end, args=(handle,)))
             waiting[-1].start()
     for thread in waiting:

@@ -135,6 +135,20 @@ def test_a_worker_that_leaves_during_its_commit_is_told_of_only() -> None:
     assert [(f.kind, f.worker) for f in event.excluded] == [("WorkerLeft", 2)]
 
 
+@pytest.mark.parametrize("voted_before", [True, False])
+def test_a_worker_that_leaves_before_the_commit_is_told_of(voted_before: bool) -> None:
+    reconciler = preparing(V5, 1, 2)
+    if voted_before:
+        reconciler.handle(voted(2, V5), 2.0)
+    reconciler.handle(fleet(1), 3.0)
+    assert reconciler.handle(voted(1, V5), 4.0) == commits(V5, 1)
+    actions = reconciler.handle(committed(1, V5), 5.0)
+    assert fences(actions) == {}
+    [event] = events(actions)
+    [why] = event.excluded
+    assert (why.kind, why.stage, why.worker) == ("WorkerLeft", "preparing", 2)
+
+
 def test_a_worker_that_has_fenced_itself_is_not_waited_for() -> None:
     reconciler = preparing(V5, 1, 2, 3)
     reconciler.handle(voted(1, V5), 2.0)
@@ -146,7 +160,11 @@ def test_a_worker_that_has_fenced_itself_is_not_waited_for() -> None:
     assert fences(actions) == {}
     [event] = events(actions, RefitCompleted)
     assert event.workers == (1,)
-    assert [(f.kind, f.worker) for f in event.excluded] == [("WorkerLeft", 2)]
+    # One while it staged, one during the commit.
+    assert [(f.stage, f.worker) for f in event.excluded] == [
+        ("preparing", 3),
+        ("committing", 2),
+    ]
     # Its late answer does not bring it back.
     reconciler.handle(committed(2, V5), 7.0)
     assert reconciler.serving() == ((1, 5), (2, None), (3, None))

@@ -248,8 +248,10 @@ def test_an_excluded_worker_that_leaves_does_not_count_against_the_quorum() -> N
     reconciler.handle(voted(1, V5), 2.0)
     assert reconciler.handle(fleet(1), 3.0) == commits(V5, 1)
     [end, _] = reconciler.handle(committed(1, V5), 4.0)
-    # It is told of all the same.
-    assert end.event.excluded == (failure(3),)
+    # It is told of all the same, and so is the one that only left.
+    gone, excluded = end.event.excluded
+    assert (gone.kind, gone.worker) == ("WorkerLeft", 2)
+    assert excluded == failure(3)
 
 
 def test_a_refit_without_anybody_in_the_quorum_s_other_half_fences_nobody() -> None:

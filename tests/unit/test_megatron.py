@@ -17,50 +17,15 @@ from dynamo.refit.publish.megatron import bridge_shards, megatron_shards
 from dynamo.refit.publish.torch_state import InPlaceBuffers, SnapshotBuffers
 from tests.support.megatron import (
     ATTENTION,
-    Parameter,
     Shape,
     assert_same,
     megatron_rank,
     random_checkpoint,
     read_back,
+    spec_of,
 )
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
-
-ROLES = {
-    "qkv": "qkv_column",
-    "gated": "gated_mlp_column",
-    "column": "column",
-    "row": "row",
-    "same": "replicated",
-}
-
-
-def spec_of(parameter: Parameter, shape: Shape) -> MegatronTensorSpec:
-    extras = {}
-    if parameter.kind == "qkv":
-        extras = {
-            "qkv_interleave": "by_head",
-            "head_dim": str(shape.head_dim),
-            "num_heads": str(shape.heads),
-            "num_kv_heads": str(shape.groups),
-        }
-    if parameter.kind == "gated":
-        extras = {"gated_mlp_order": "gate_then_up"}
-    role = ROLES[parameter.kind]
-    if ".experts." in parameter.name:
-        role = {"gated_mlp_column": "expert_column", "row": "expert_row"}[role]
-    return MegatronTensorSpec(
-        name=parameter.name,
-        tensor=parameter.local,
-        role=role,
-        hf_names=parameter.hf,
-        global_shape=parameter.global_shape,
-        placement_kind="REPLICATE" if parameter.axis is None else "SHARD",
-        shard_axis=parameter.axis,
-        local_shard_range=parameter.range,
-        extras=extras,
-    )
 
 
 def one_spec(**changes: object) -> MegatronTensorSpec:

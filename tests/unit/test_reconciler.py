@@ -22,6 +22,7 @@ from dynamo.refit.coordinator.actions import (
 from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.errors import Failure
 from dynamo.refit.events import RefitFailed, RefitRefused, WorkerJoined
 from dynamo.refit.protocol import FleetMember
 from tests.support.fleet import (
@@ -405,7 +406,16 @@ def test_a_worker_that_leaves_while_preparing_is_not_waited_for() -> None:
     reconciler = preparing(V5, 1, 2)
     assert reconciler.handle(voted(1, V5), 2.0) == []
     assert reconciler.handle(fleet(1), 3.0) == [SendCommit(1, V5, "continue")]
-    assert reconciler.handle(committed(1, V5), 4.0) == completed(V5, 1, seconds=4.0)
+    # And it is told of.
+    why = Failure(
+        kind="WorkerLeft",
+        message="left while the version was staged",
+        stage="preparing",
+        worker=2,
+        version=5,
+    )
+    end = completed(V5, 1, seconds=4.0, excluded=(why,))
+    assert reconciler.handle(committed(1, V5), 4.0) == end
 
 
 def test_a_worker_that_leaves_while_leasing_is_not_asked() -> None:

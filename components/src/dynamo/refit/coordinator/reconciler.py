@@ -194,7 +194,11 @@ class Reconciler:
         transaction = self.transaction
         if transaction is not None and transaction.phase != "committing":
             self.transaction = None
-            event = RefitSuperseded(version=transaction.ready.version, by=by.version)
+            event = RefitSuperseded(
+                version=transaction.ready.version,
+                by=by.version,
+                catch_up=transaction.catch_up,
+            )
             actions += [*transaction.staging.drop(detail), Publish(event)]
             actions += self._give_back(transaction, "superseded", detail)
         waiting = self._announcements.open
@@ -219,10 +223,13 @@ class Reconciler:
         for worker in sorted(set(before) - there):
             if worker not in self.fleet:
                 self._upkeep.forget(worker)
-            if transaction is not None:
+            if transaction is None:
+                continue
+            if transaction.commit is None:
+                actions += transaction.staging.left(worker)
+            else:
                 actions += transaction.staging.forget(worker)
-                if transaction.commit is not None:
-                    transaction.commit.left(worker)
+                transaction.commit.left(worker)
         return actions
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
@@ -495,7 +502,8 @@ class Reconciler:
         for worker in transaction.commit.changed:
             self._upkeep.came(worker)
         actions = self._settle(transaction, now)
-        excluded = _bounded(tuple(_unchanged(transaction).values()))
+        without = {**transaction.staging.lost, **_unchanged(transaction)}
+        excluded = _bounded(tuple(without.values()))
         if not transaction.catch_up:
             return [*actions, *self._complete(ready, seconds, excluded)]
         event = self._completed(ready, seconds, excluded, catch_up=True)
@@ -561,6 +569,7 @@ class Reconciler:
             version=ready.version,
             failure=failure,
             serving=self.serving(),
+            catch_up=transaction.catch_up,
             restores=ready.restores,
         )
         actions: list[Action] = [Publish(event)]

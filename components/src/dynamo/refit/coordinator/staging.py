@@ -23,6 +23,7 @@ from dynamo.refit.coordinator.actions import (
     SendServe,
     ServeAnswered,
 )
+from dynamo.refit.coordinator.commit import WorkerLeft
 from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.errors import Failure, RefitError, failure_from
 from dynamo.refit.events import WeightVersionReady
@@ -76,6 +77,8 @@ class Staging:
         #: The trainer's lease is held.
         self.from_trainer = False
         self.failures: dict[int, Failure] = {}
+        #: Those that left without it.
+        self.lost: dict[int, Failure] = {}
         self._ready = ready
         self._policy = policy
         self._bad: set[int] = set()
@@ -213,6 +216,13 @@ class Staging:
         self._asked.discard(worker)
         reader = self.readers.pop(worker, None)
         return self._release(reader) if reader is not None else []
+
+    def left(self, worker: int) -> list[Action]:
+        """As :meth:`forget`, before the commit: the version goes on without it."""
+        if worker in self.readers:
+            error = WorkerLeft("left while the version was staged")
+            self.lost[worker] = self._failure(error, worker)
+        return self.forget(worker)
 
     def end(self, error: RefitError) -> list[Action]:
         """Those that have not voted by now give up."""

@@ -19,10 +19,11 @@ from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.transport.nixl import Read
 
 #: Between two polls of a wave that is under way: a tenth of what it has taken so far,
-#: up to this. A GPU has hundreds of megabytes there in a tenth of a millisecond; but a
-#: poll needs the interpreter that also runs the model.
+#: within these bounds. A GPU has hundreds of megabytes there in a tenth of a
+#: millisecond; but a poll needs the interpreter that also runs the model.
 POLL_SHARE = 0.1
-POLL_SECONDS = 0.001
+MIN_POLL_SECONDS = 0.00005
+MAX_POLL_SECONDS = 0.001
 
 #: Starts local work on the follower's thread, which does one after the other.
 Submit = Callable[..., Future]
@@ -105,8 +106,8 @@ class Pipeline:
         first, began = self._flights[0], time.perf_counter()
         while not first.arrived():
             self._limit.check(f"pulling from {', '.join(r.peer for r in first.reads)}")
-            waited = time.perf_counter() - began
-            time.sleep(min(waited * POLL_SHARE, POLL_SECONDS))
+            wait = (time.perf_counter() - began) * POLL_SHARE
+            time.sleep(min(max(wait, MIN_POLL_SECONDS), MAX_POLL_SECONDS))
         self._hand_on()
 
     def _hand_on(self) -> None:

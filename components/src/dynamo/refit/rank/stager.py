@@ -48,20 +48,12 @@ from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
-from dynamo.refit.rank.plan import Limits, Plan, make_plan
+from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
-
-#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them,
-#: and small ones are still in a cache then; on a GPU the wire is the faster the more is
-#: in one request.
-LIMITS = {
-    "cpu": Limits(scratch=8 << 20, arena=16 << 20),
-    "cuda": Limits(scratch=256 << 20),
-}
 
 
 @dataclass(frozen=True)
@@ -157,6 +149,11 @@ class RankStager:
         self._kept: _Live | None = None
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
+        )
+        # Not the follower's: what has arrived would wait for the whole backup, and
+        # with it what is to be read into the same scratch.
+        self._backup = ThreadPoolExecutor(
+            1, "refit-backup", initializer=self._use_own_stream
         )
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
@@ -513,7 +510,7 @@ class RankStager:
         self._kept = None
         with cycle.time("backup"):
             arena.begin(self._live.processed)
-        backup = submit(self._preserve, arena, cycle)
+        backup = self._backup.submit(self._preserve, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle, land=True)
         finally:

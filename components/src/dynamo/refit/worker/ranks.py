@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -44,6 +45,7 @@ from dynamo.refit.protocol import (
     Offered,
     Poll,
     Prepare,
+    RankProgress,
     RankReply,
     RankRequest,
     RankVote,
@@ -64,9 +66,15 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
+Report = Callable[[tuple[RankProgress, ...]], object]
+"""Is told how far each rank is."""
+
 #: Between two polls of the ranks, at most: each one waits for the running step. A
 #: small model is staged in a millisecond, so the first polls come quicker.
 POLL_SECONDS = 0.02
+
+#: Between two reports of how far a stage is; one that ends sooner makes none.
+PROGRESS_SECONDS = 0.25
 
 #: How long the trainer may take to send its manifest, or a version's fingerprints.
 TRAINER_SECONDS = 60.0
@@ -189,8 +197,12 @@ class Ranks:
         self._staging = max(modes, key=get_args(StagingMode).index)
         return described
 
-    async def stage(self, request: Prepare) -> tuple[RankVote, ...]:
+    async def stage(
+        self, request: Prepare, report: Report = lambda progress: None
+    ) -> tuple[RankVote, ...]:
         """Have the version staged everywhere, and prove it; returns when it is.
+
+        ``report`` hears of the progress every :data:`PROGRESS_SECONDS`.
 
         Raises:
             RanksFailed: a rank, or the trainer, refused. LayoutRefused: all ranks
@@ -219,7 +231,7 @@ class Ranks:
         )
         self._ranks_manifest = held.fingerprint
         published = await self._fetch_fingerprints(request, held.manifest)
-        staged = await self._poll(request.version)
+        staged = await self._poll(request.version, report)
         self._proven = self._prove(held, staged)
         return self._vote(request, held, published, staged, self._proven.proof)
 
@@ -329,9 +341,10 @@ class Ranks:
             raise RanksFailed(reply.failure)
         return reply
 
-    async def _poll(self, version: int) -> list:
+    async def _poll(self, version: int, report: Report) -> list:
         """Wait until every rank has ended; the ranks keep their own deadline."""
         wait = POLL_SECONDS / 16
+        due = time.monotonic() + PROGRESS_SECONDS
         while True:
             replies = await self._caller.call_ranks(Poll(version=version))
             if not any(isinstance(reply, Running) for reply in replies):
@@ -339,6 +352,9 @@ class Ranks:
             if any(isinstance(reply, Refused) for reply in replies):
                 # One has failed: the others need not finish.
                 _all_or_raise([r for r in replies if not isinstance(r, Running)])
+            if time.monotonic() >= due:
+                due = time.monotonic() + PROGRESS_SECONDS
+                report(_progress(replies))
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
 
@@ -521,6 +537,18 @@ def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
         layout=manifest.layout_fingerprint(),
         payload=payload,
         manifest=manifest,
+    )
+
+
+def _progress(replies: list[Running | Staged]) -> tuple[RankProgress, ...]:
+    """How far each rank is; one that is done has what it voted for."""
+    return tuple(
+        RankProgress(rank=rank, nbytes=reply.nbytes, total_nbytes=reply.total_nbytes)
+        if isinstance(reply, Running)
+        else RankProgress(
+            rank=rank, nbytes=reply.vote.nbytes, total_nbytes=reply.vote.nbytes
+        )
+        for rank, reply in enumerate(replies)
     )
 
 

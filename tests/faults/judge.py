@@ -1,0 +1,152 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a response of a running graph may be, and how far a refit had come at a moment:
+computed from events, answers and times alone. Talks to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dynamo.refit.events import (
+    AnyEvent,
+    RefitCompleted,
+    RefitFailed,
+    RefitStarted,
+    RefitSuperseded,
+    WorkerRefitted,
+    WorkerStaged,
+)
+from graphs.client import Completion
+from graphs.references import MAX_TOKENS, Answer
+
+#: What is not in a commit's timings: the way of its replies, and the label.
+SLACK_SECONDS = 0.5
+
+#: A request may fail that began before its worker was killed, or moments after it.
+BLUR_SECONDS = 1.0
+
+END = RefitCompleted | RefitFailed | RefitSuperseded
+
+Phase = Literal["announce", "stage", "commit", "change", "ended"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One response of one worker; Unix seconds."""
+
+    worker: int
+    prompt: int
+    began: float
+    ended: float
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``right``: what its worker's version produces. ``straddled``: across a change,
+    begun as one version produces it. ``blended``: across a change, on blocks that were
+    cached before it. ``lost``: with its worker, which was killed."""
+
+    kind: Literal["right", "straddled", "blended", "lost", "wrong"]
+    why: str = ""
+
+
+class Judge:
+    """Knows what every worker served when.
+
+    Args:
+        expected: by checkpoint, a fresh engine's answer to every prompt.
+        checkpoints: which one a version is of; ``None``: what workers start with.
+        changes: of all workers.
+        first: the workers that were there before any version.
+        killed: when a worker was killed.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, Sequence[Answer]],
+        checkpoints: Mapping[int | None, str],
+        changes: Iterable[WorkerRefitted],
+        first: Iterable[int],
+        killed: Mapping[int, float],
+    ) -> None:
+        self._expected = expected
+        self._checkpoints = checkpoints
+        self._changes = sorted(changes, key=lambda event: event.at)
+        self._first = frozenset(first)
+        self._killed = killed
+
+    def verdict(self, seen: Observation) -> Verdict:
+        completion = seen.completion
+        if completion.error is not None:
+            killed = self._killed.get(seen.worker)
+            if killed is not None and seen.ended > killed - BLUR_SECONDS:
+                return Verdict("lost")
+            return Verdict("wrong", f"worker {seen.worker}: {completion.error}")
+        versions = self.possible(seen)
+        names = {self._checkpoints[version] for version in versions}
+        answers = [self._expected[name][seen.prompt] for name in names]
+        if completion.answer in answers:
+            return Verdict("right")
+        if len(versions) < 2:
+            what = f"worker {seen.worker} answered unlike version {versions}"
+            return Verdict("wrong", what)
+        return _across(seen, answers)
+
+    def possible(self, seen: Observation) -> set[int | None]:
+        """The versions that its worker may have served meanwhile."""
+        # Start-up weights are served by those only that were there before any version.
+        before: set[int | None] = {None} if seen.worker in self._first else set()
+        during: set[int | None] = set()
+        for event in self._changes:
+            if event.worker != seen.worker:
+                continue
+            if event.at < seen.began:
+                before = {event.version}
+            elif _earliest(event) < seen.ended:
+                during.add(event.version)
+        return before | during
+
+
+def _earliest(change: WorkerRefitted) -> float:
+    """Before this, no token was made with the new weights; Unix seconds."""
+    timings = change.timings
+    since = timings.resume_ms + timings.probe_ms + timings.verify_ms
+    return change.at - since / 1e3 - SLACK_SECONDS
+
+
+def _across(seen: Observation, answers: Sequence[Answer]) -> Verdict:
+    """Of a response that is like none of the ``answers`` as a whole."""
+    completion = seen.completion
+    tokens = len(completion.answer.tokens)
+    if (tokens, completion.finish_reason) != (MAX_TOKENS, "length"):
+        what = f"worker {seen.worker}: {tokens} tokens, {completion.finish_reason!r}"
+        return Verdict("wrong", f"{what}: cut short by a change")
+    if _start(completion.answer) in map(_start, answers):
+        return Verdict("straddled")
+    if completion.cached_tokens > 0:
+        # Admitted under the old key and computed with the new weights, as ``continue``
+        # lets requests that are in flight.
+        return Verdict("blended")
+    return Verdict("wrong", f"worker {seen.worker} began as none of its versions does")
+
+
+def _start(answer: Answer) -> tuple[int, float]:
+    return answer.tokens[0], answer.logprobs[0]
+
+
+def phase_at(events: Iterable[AnyEvent], version: int, moment: float) -> Phase:
+    """How far the refit to ``version`` had come at ``moment``, Unix seconds."""
+    told = [e for e in events if getattr(e, "version", None) == version]
+    past = [e for e in told if e.at <= moment]
+    if any(isinstance(event, END) for event in past):
+        return "ended"
+    if any(isinstance(event, WorkerRefitted) for event in past):
+        return "change"
+    started = [e for e in past if isinstance(e, RefitStarted)]
+    if not started:
+        return "announce"
+    staged = {e.worker for e in past if isinstance(e, WorkerStaged)}
+    return "commit" if staged >= set(started[-1].workers) else "stage"
