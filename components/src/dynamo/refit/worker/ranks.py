@@ -213,7 +213,7 @@ class Ranks:
         """
         self._staged = self._recalled = None
         if request.restores is not None:
-            return await self._recall(request)
+            return await self._recall(request, report)
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
         proven = self._proven is not None and self._proven.layout == held.layout
@@ -235,7 +235,7 @@ class Ranks:
         self._proven = self._prove(held, staged)
         return self._vote(request, held, published, staged, self._proven.proof)
 
-    async def _recall(self, request: Prepare) -> tuple[RankVote, ...]:
+    async def _recall(self, request: Prepare, report: Report) -> tuple[RankVote, ...]:
         """As :meth:`stage`, of the ranks' own copy of what was live before."""
         kept, wanted = self.kept, (request.restores, request.weights)
         if kept is None or (kept.version, kept.weights) != wanted:
@@ -251,7 +251,7 @@ class Ranks:
         )
         try:
             await self._call(recall)
-            staged = await self._poll(request.version)
+            staged = await self._poll(request.version, report)
         except RanksFailed as error:
             if error.failure.kind in COPY_LOST:
                 self.kept = None
