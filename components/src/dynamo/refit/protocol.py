@@ -576,6 +576,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     It came at ``announced_at`` and ended ``seconds`` later, at ``ended_at`` (Unix
     seconds); ``stall_ms`` is the longest stall of a worker. ``workers`` served it in
     the end, all but those ``excluded``, each with a failure that names it.
+    ``restores``: a rollback to the weights of that older version.
     """
 
     version: int
@@ -588,6 +589,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     workers: tuple[int, ...] = ()
     excluded: tuple[Failure, ...] = ()
+    restores: int | None = None
 
 
 class History(Message, frozen=True, kw_only=True, tag=True):

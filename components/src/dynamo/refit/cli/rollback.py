@@ -18,9 +18,10 @@ import typer
 
 from dynamo.refit.cli.fleet import find_coordinator
 from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.runtime import connect
 from dynamo.refit.errors import RefitError
 from dynamo.refit.protocol import InFlightPolicy, Refused, Rollback, RollbackStatus
-from dynamo.refit.rpc import Caller, PeerLost, runtime_from_environment
+from dynamo.refit.rpc import Caller, PeerLost
 
 #: Between two questions how far it is.
 ASK_SECONDS = 0.5
@@ -93,7 +94,7 @@ class _Following:
         cancel = asyncio.current_task().cancel
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, cancel)
-        caller = Caller(runtime_from_environment())
+        caller = Caller(connect())
         try:
             async with asyncio.timeout(self._timeout):
                 status = await self._ask(caller)
