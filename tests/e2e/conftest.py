@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit.events import RefitCompleted, WorkerRefitted
+from dynamo.refit.worker.args import GENERATION
 from graphs.client import Client, Completion
 from graphs.local import CPU_WORKER_ARGS, LocalGraph, free_port
 from graphs.references import MAX_TOKENS, Answer, prompts, reference_answers
@@ -108,7 +109,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             *CPU_WORKER_ARGS,
             "--worker-extension-cls=tests.support.faulty.FaultyExtension",
         ],
-        worker_env={"DYN_SYSTEM_PORT": str(system_port)},
+        worker_env={
+            "DYN_SYSTEM_PORT": str(system_port),
+            # As on Kubernetes: the worker serves in a namespace of its generation,
+            # and the frontend looks into those of all generations.
+            GENERATION: "a1b2c3d4",
+        },
+        frontend_args=["--namespace-prefix=dynamo"],
         coordinator_args=[
             f"--stage-seconds={STAGE_SECONDS}",
             f"--commit-seconds={COMMIT_SECONDS}",

@@ -11,8 +11,9 @@ import urllib.request
 
 import pytest
 
-from dynamo.refit.events import WorkerStaged
+from dynamo.refit.events import SCHEMA, StageProgress, WorkerStaged
 from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
+from dynamo.refit.release import RELEASE
 from graphs.client import Client, Load
 from graphs.references import Answer, prompts
 from graphs.trainer import load_weights
@@ -151,6 +152,12 @@ async def test_tokens_flow_while_a_pull_is_under_way(bench: Bench) -> None:
             await load.stop()
     staged = bench.events.find(WorkerStaged, refitted.version)
     assert staged.at - min(r.timings.started_at for r in staged.ranks) > 1.9
+    progress = bench.events.of(StageProgress, refitted.version)
+    assert 4 <= len(progress) <= 12, "a few times a second"
+    held = [(r.rank, r.nbytes, r.total_nbytes) for r in progress[2].ranks]
+    nbytes = staged.ranks[1].nbytes
+    # The first rank's source has not said a byte; the other rank has all of them.
+    assert held == [(0, 0, 0), (1, nbytes, nbytes)]
     offset = time.time() - time.monotonic()
     times = [t + offset for c in load.completions for t in c.times]
     during = [t for t in times if staged.at - 2.0 < t < staged.at]
@@ -188,3 +195,29 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
     assert member["status"]["version"] == refitted.version
     assert member["status"]["kv_epoch"] == refitted.kv_epoch
     assert member["status"]["phase"] == "serving"
+    assert member["behind"] == 0
+    assert member["status"]["stall_ms"] == refitted.timings.stall_ms
+    assert abs(member["status"]["since"] - refitted.at) < 60
+    ours = {"release": RELEASE, "schema": SCHEMA}
+    for view in (status, member["status"]):
+        assert {name: view[name] for name in ours} == ours
+    staged = bench.events.find(WorkerStaged, refitted.version)
+    cache = member["status"]["cache"]
+    assert cache["session"] == staged.ranks[0].session
+    assert cache["counters"]["hits"] == sum(r.counters.hits for r in staged.ranks)
+
+
+async def test_the_doctor_finds_nothing_wrong(bench: Bench) -> None:
+    """Or it would end with 1, which is not taken."""
+    last = await asyncio.to_thread(ask_cli, bench.graph, "doctor")
+    assert (last["check"], last["level"]) == ("UCX transports", "ok")
+
+
+async def test_the_history_tells_what_came_last(bench: Bench) -> None:
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        refitted = await asyncio.to_thread(bench.refit, trainer, "B")
+    last = await asyncio.to_thread(ask_cli, bench.graph, "history")
+    assert (last["version"], last["outcome"]) == (refitted.version, "completed")
+    assert last["workers"] == [refitted.worker]
+    assert last["stall_ms"] == refitted.timings.stall_ms
+    assert 0 < last["seconds"] < last["ended_at"] - last["announced_at"] + 1

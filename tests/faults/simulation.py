@@ -25,6 +25,7 @@ FAULTS = (
     "publish",
     "publish",
     "publish quickly",
+    "roll back",
     "kill worker",
     "stall worker",
     "kill coordinator",
@@ -54,6 +55,7 @@ class Result:
     completed: int
     failed: int
     fenced: int
+    rolled_back: int
 
 
 def simulate(seed: int, *, faults: bool = True) -> Result:
@@ -102,13 +104,17 @@ async def _live(seed: int, faults: bool) -> Result:
         completed=kinds.count(RefitCompleted),
         failed=kinds.count(RefitFailed),
         fenced=kinds.count(WorkerFenced),
+        rolled_back=list(world.rollbacks.values()).count("completed"),
     )
 
 
 async def _quiet(world: World) -> int:
-    for _ in range(5):
+    for number in range(5):
         await asyncio.sleep(8.0)
         world.publish()
+        if number % 2:
+            await asyncio.sleep(8.0)
+            world.roll_back()
     return 0
 
 
@@ -133,6 +139,8 @@ def _fault(world: World, draw: random.Random, name: str) -> None:
         case "publish quickly":
             for number in range(draw.randint(2, 4)):
                 world.after(0.01 * number, world.publish)
+        case "roll back":
+            world.roll_back()
         case "kill coordinator":
             world.kill_coordinator()
         case "second coordinator":
@@ -233,10 +241,8 @@ def _what_is_left(world: World) -> dict[str, list[str]]:
         if status.version != world.versions:
             what = f"worker {number}: {status.version}, not {world.versions}"
             left["wrong_version"].append(what)
-    trainer = world.trainer
-    open_ = [name for name in trainer.held if name not in trainer.ended]
-    left["leaked"] += [f"announcement {name}" for name in open_]
-    left["leaked"] += [f"lease of {name}" for name in trainer.leased]
+    left["leaked"] += world.trainer.left()
+    left["leaked"] += [f"rollback {n}" for n, how in world.rollbacks.items() if not how]
     if not world.workers:
         left["left_paused"].append("every worker")
     return left

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
+from dynamo.refit.coordinator.actions import FleetSeen
 from dynamo.refit.coordinator.component import (
     Coordinator,
     CoordinatorReplaced,
@@ -26,28 +27,28 @@ from dynamo.refit.coordinator.component import (
 )
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.policy import Policy
-from dynamo.refit.errors import (
-    LeaseHeld,
-    RefitError,
-    SourceLost,
-    failure_from,
-)
+from dynamo.refit.errors import RefitError, failure_from
 from dynamo.refit.events import Event, WeightVersionReady, WorkerRefitted
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
     FingerprintsReply,
+    FleetMember,
     GetFingerprints,
     GetManifest,
     ManifestReply,
     Message,
     Refused,
     ReleaseLease,
+    Rollback,
+    RollbackStatus,
     TrainerRequest,
     WorkerRequest,
     from_wire,
     to_wire,
 )
+from dynamo.refit.publish.lead import REANNOUNCE_SECONDS
+from dynamo.refit.publish.publication import Publication, PublicationLog
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker.agent import RefitAgent
 from tests.support.fake_replica import (
@@ -62,11 +63,14 @@ from tests.support.fake_routing import FakeRouting
 WORKERS = "sim.backend.refit"
 TRAINER = "sim.trainer.weights"
 
-#: How often a trainer says again what has not ended.
-REPEAT_SECONDS = 1.0
-
 #: How long a process takes to start.
 START_SECONDS = 8.0
+
+#: How long tokens may be of other weights than the worker's label says.
+LABEL_SECONDS = 0.1
+
+#: How long a full engine lets the request wait that probes it.
+PROBE_SECONDS = 2.0
 
 #: Between two tokens of the fleet: while things go wrong, and after that.
 TOKEN_SECONDS = 0.02, 0.5
@@ -99,6 +103,19 @@ class Network:
         return self.lossy and self.random.random() < 0.05
 
 
+class Engine(FakeEngine):
+    """One that is busy."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__()
+        self._draw = draw
+        self.installs_in_step = draw.random() < 0.5
+
+    async def probe(self) -> None:
+        await asyncio.sleep(self._draw.uniform(0.0, PROBE_SECONDS))
+        await super().probe()
+
+
 class Worker:
     """A replica: the product's agent over a fake engine."""
 
@@ -108,8 +125,9 @@ class Worker:
         self.alive = True
         #: Set while the process is stopped: it answers nobody, and makes no token.
         self.stalled = False
-        self.engine = FakeEngine()
-        self.engine.installs_in_step = world.random.random() < 0.5
+        self.engine = Engine(world.random)
+        #: Since when its tokens are of other weights than its label says.
+        self.mislabelled: float | None = None
         for rank in self.engine.ranks:
             rank.name = f"worker {number} rank {rank.rank}"
             rank.peers = world.ranks
@@ -164,18 +182,36 @@ class Worker:
                 "wrong_version", f"worker {self.number} made a token of {live}"
             )
         (version,) = live
-        said = self.agent.status().version
+        status = self.agent.status()
+        said = status.version
         if version != said:
             what = f"worker {self.number} made a token of {version}, and says {said}"
             raise Violated("wrong_version", what)
+        self._check_label(version)
+        for rank in self.engine.ranks:
+            content = rank.shadows[rank.live_shadow]
+            if version is not None and weights_of(content) != status.weights:
+                what = f"worker {self.number} serves {content} as version {version}"
+                raise Violated("wrong_version", what)
         if version is None and self.began > self.world.served_since:
             what = f"worker {self.number} joined, and serves start-up weights"
             raise Violated("wrong_version", what)
         self.world.tokens += 1
 
+    def _check_label(self, version: int | None) -> None:
+        label = self.routing.labelled[-1] if self.routing.labelled else None
+        if label == version:
+            self.mislabelled = None
+            return
+        if self.mislabelled is None:
+            self.mislabelled = self.world.now
+        if self.world.now - self.mislabelled > LABEL_SECONDS:
+            what = f"worker {self.number} makes tokens of {version}, labelled {label}"
+            raise Violated("wrong_version", what)
+
 
 class Trainer:
-    """Announces versions until each has ended, and keeps the last two."""
+    """A trainer of one rank: the product's log of publications, and answers."""
 
     def __init__(self, world: World, life: int) -> None:
         self.world = world
@@ -184,62 +220,60 @@ class Trainer:
         self.stalled = False
         self.manifest = manifest(address=0x1000 * (life + 1))
         self.payload = msgspec.msgpack.encode(self.manifest)
-        self.held: dict[str, int] = {}
-        self.leased: dict[str, float] = {}
-        self.ended: dict[str, str] = {}
+        self.log = PublicationLog(
+            f"trainer {life}", slots=2, in_place=False, ready_seconds=math.inf
+        )
         self.task = asyncio.ensure_future(self._repeat())
 
     def publish(self, version: int) -> bool:
         """Whether there is room for it: what is leased is not overwritten."""
-        name = f"a{version}"
-        while len(self.held) > 1:
-            oldest = next(iter(self.held))
-            if self.leased.get(oldest, 0.0) > self.world.now:
-                return False
-            del self.held[oldest]
-        self.held[name] = version
-        self._announce(name)
+        publication = self.log.open(version, self.world.now)
+        if publication.refused is not None:
+            return False
+        publication.complete(fingerprints_of(version))
+        for ready in self.log.to_announce():
+            self._announce(ready)
         return True
 
-    def _announce(self, name: str) -> None:
-        version = self.held[name]
+    def _announce(self, publication: Publication) -> None:
         event = WeightVersionReady(
             model="tiny",
-            version=version,
-            announcement=name,
+            version=publication.version,
+            announcement=publication.announcement,
             endpoint=TRAINER,
             instance=self.life,
             manifest=self.manifest.fingerprint(),
-            slot=0,
-            weights=weights_of(version),
+            slot=publication.slot,
+            weights=publication.weights,
             in_flight=self.world.in_flight(),
         )
         self.world.announce(event)
 
     async def _repeat(self) -> None:
         while self.alive:
-            await asyncio.sleep(REPEAT_SECONDS)
-            for name in self.held:
-                if name not in self.ended:
-                    self._announce(name)
+            await asyncio.sleep(REANNOUNCE_SECONDS)
+            self.log.expire(self.world.now, range(1))
+            for publication in self.log.to_repeat(self.world.now):
+                self._announce(publication)
 
     async def answer(self, request: TrainerRequest) -> Message:
+        log, now = self.log, self.world.now
         match request:
             case GetManifest():
                 return ManifestReply(payload=self.payload)
-            case GetFingerprints(announcement=name) if name in self.held:
-                own = fingerprints_of(self.held[name])
-                return FingerprintsReply(payload=own.tobytes())
-            case AcquireLease(announcement=name) if name in self.held:
-                if name in self.ended:
-                    raise LeaseHeld(f"{name} was released")
-                self.leased[name] = self.world.now + request.seconds
-                return Done()
-            case ReleaseLease(announcement=name, outcome=outcome):
-                self.leased.pop(name, None)
-                self.ended[name] = outcome
-                return Done()
-        raise SourceLost(f"{request} is not held any more")
+            case GetFingerprints(announcement=name):
+                return FingerprintsReply(payload=log.readable(name).fingerprints)
+            case AcquireLease(announcement=name, seconds=seconds):
+                log.acquire(name, seconds, now)
+            case ReleaseLease(announcement=name, outcome=outcome, detail=detail):
+                log.release(name, outcome, detail, now)
+        return Done()
+
+    def left(self) -> list[str]:
+        """Handles that have not ended, and leases."""
+        left = [f"announcement of {p.version}" for p in self.log if not p.ended]
+        leased = [p for p in self.log if p.leased(self.world.now)]
+        return left + [f"lease of {p.version}" for p in leased]
 
     def die(self) -> None:
         self.alive = False
@@ -325,6 +359,8 @@ class World:
         default_factory=list
     )
     events: list[Event] = field(default_factory=list)
+    #: By announcement, how rollbacks ended; ``None``: not yet.
+    rollbacks: dict[str, str | None] = field(default_factory=dict)
     tokens: int = 0
     #: From when on somebody knows that the fleet serves a version.
     served_since: float = math.inf
@@ -425,6 +461,42 @@ class World:
         done = self.trainer.alive and self.trainer.publish(self.versions + 1)
         self.versions += done
         return done
+
+    def roll_back(self) -> None:
+        """Ask for what was served before, and again until it has ended, as the command
+        does."""
+        version = self.versions + 1
+        wish = Rollback(announcement=f"r{version}", version=version)
+        if (begun := self._ask(wish)) is None:
+            return
+        self.versions = version
+        self.rollbacks[wish.announcement] = None
+        wish = msgspec.structs.replace(wish, to=begun.restores, weights=begun.weights)
+        self.spawn(self._follow(wish))
+
+    async def _follow(self, wish: Rollback) -> None:
+        while self.rollbacks[wish.announcement] is None:
+            await asyncio.sleep(REANNOUNCE_SECONDS)
+            if (status := self._ask(wish)) is not None:
+                self.rollbacks[wish.announcement] = status.outcome
+
+    def _ask(self, wish: Rollback) -> RollbackStatus | None:
+        if not self.coordinators or self.network.loses():
+            return None
+        coordinator, caller, _ = self.coordinators[-1]
+        members = tuple(
+            FleetMember(worker=number, component="backend", status=w.agent.status())
+            for number, w in sorted(self.workers.items())
+        )
+        try:
+            return (
+                None
+                if caller.cut_off
+                else coordinator.roll_back(wish, FleetSeen(members))
+            )
+        except RefitError:
+            # There is nothing to go back to.
+            return None
 
     # --- messages -----------------------------------------------------------
 

@@ -86,6 +86,40 @@ def test_status_of_an_empty_fleet(
     assert (status["desired"], status["completed"]) == (None, None)
 
 
+def test_dynamo_s_own_log_is_seen_where_it_is_asked_for_only(
+    system_port: int, environment: dict[str, str]
+) -> None:
+    asked = run_cli(environment)
+    assert "route request completed" in asked.stderr
+    del environment["DYN_LOG"]
+    answer = run_cli(environment)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout == asked.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"DYN_EVENT_PLANE": "smoke"}, "Invalid DYN_EVENT_PLANE value 'smoke'"),
+        (
+            {"DYN_DISCOVERY_BACKEND": "etcd", "ETCD_ENDPOINTS": "http://127.0.0.1:9"},
+            "no etcd answers: http://127.0.0.1:9 (Connection refused): start etcd",
+        ),
+    ],
+)
+def test_a_wrong_environment_is_told_at_once_in_one_line(
+    environment: dict[str, str], wrong: dict[str, str], says: str
+) -> None:
+    del environment["DYN_LOG"]
+    began = time.monotonic()
+    answer = run_cli(environment | wrong)
+    assert time.monotonic() - began < 20
+    assert answer.returncode == 1
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("dynamo-refit: ")
+    assert says in line
+
+
 def test_without_a_coordinator_the_cli_says_what_to_do(
     environment: dict[str, str],
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dynamo.runtime import DistributedRuntime
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 from torch import nn
 
 from dynamo.refit.bus import EventSubscriber
@@ -134,6 +135,19 @@ async def test_what_is_announced_is_what_was_there(
     assert event.weights == version_fingerprint(np.array(expected, np.uint64))
 
 
+async def test_an_announcement_carries_the_span_the_trainer_is_in(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    context = SpanContext(0xA7, 0xB7, is_remote=False, trace_flags=TraceFlags(1))
+    async with EventSubscriber(topic) as events:
+        with use_span(NonRecordingSpan(context)):
+            publisher.publish(1)
+        first, repeat = await anext(events), await anext(events)
+    assert first.traceparent == f"00-{0xA7:032x}-{0xB7:016x}-01"
+    assert repeat.traceparent == first.traceparent
+
+
 async def test_a_warm_publication_builds_nothing(
     publisher: WeightPublisher, caller: Caller
 ) -> None:
@@ -220,6 +234,22 @@ async def test_an_overwritten_version_cannot_be_leased(
     assert "version 3" in release.detail
     await until_ready(caller, third)
     assert await ask(caller, lease(third)) == Done()
+
+
+async def test_a_version_that_nobody_heard_of_ends_with_the_one_after_it(
+    publisher: WeightPublisher, caller: Caller
+) -> None:
+    """A trainer with two buffers waits for it before it publishes the third."""
+    first, second = publisher.publish(1), publisher.publish(2)
+    await until_ready(caller, second)
+    assert await ask(caller, lease(second)) == Done()
+    with pytest.raises(TimeoutError):
+        first.wait(0.1)
+    done = ReleaseLease(announcement=second.announcement, outcome="completed")
+    assert await ask(caller, done) == Done()
+    assert (await asyncio.wait_for(first.released(), 5)).outcome == "superseded"
+    assert (await second.released()).outcome == "completed"
+    assert publisher.publish(3).slot == first.slot
 
 
 async def test_it_announces_until_the_version_has_ended(

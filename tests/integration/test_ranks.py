@@ -19,8 +19,9 @@ import pytest_asyncio
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from dynamo.refit.events import WorkerRefitted
+from dynamo.refit.events import StageProgress, WorkerRefitted
 from dynamo.refit.publish.publisher import WeightPublisher
+from dynamo.refit.worker import ranks as ranks_module
 from graphs.local import CPU_ENVIRONMENT
 from graphs.tiny_model import make_checkpoint
 from graphs.trainer import load_weights, train_into
@@ -133,6 +134,26 @@ async def test_every_live_parameter_equals_the_golden_path(
             assert replica.trainers.asked - asked == (cycle == 0)
     assert len([e for e in replica.events if isinstance(e, WorkerRefitted)]) >= 4
     assert replica.handler.declared[-1]["weight_version"] == replica.version
+
+
+async def test_ranks_tell_how_many_bytes_are_there(
+    replica: GoldenReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every poll; the bytes of a rank only grow, up to those it votes for."""
+    monkeypatch.setattr(ranks_module, "PROGRESS_SECONDS", 0.0)
+    replica.events.clear()
+    weights = load_weights(replica.models["B"])
+    with WeightPublisher("wide", weights, mode="in_place") as publisher:
+        votes = await replica.refit(publisher.manifest, 0)
+    told = [e.ranks for e in replica.events if isinstance(e, StageProgress)]
+    assert {len(ranks) for ranks in told} == {2}
+    for vote in votes:
+        seen = [ranks[vote.rank] for ranks in told]
+        assert {rank.total_nbytes for rank in seen} <= {0, vote.nbytes}
+        nbytes = [rank.nbytes for rank in seen]
+        assert nbytes == sorted(nbytes)
+        assert 0 < nbytes[-1] <= vote.nbytes
+    assert any(0 < r.nbytes < r.total_nbytes for ranks in told for r in ranks)
 
 
 async def test_tokens_flow_while_bytes_move(replica: GoldenReplica) -> None:

@@ -20,14 +20,10 @@ from dynamo.runtime import Client, DistributedRuntime
 
 from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.events import RefitSuperseded
-from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
+from dynamo.refit.presence import LastingPublisher
 from graphs.local import free_port
 from graphs.tiny_model import make_checkpoint
 from tests.support import routed_worker
-
-stand_in_if_missing()
-
-from dynamo.refit.worker.main import WorkerEvents  # noqa: E402
 
 pytestmark = [
     pytest.mark.integration,
@@ -235,11 +231,11 @@ async def test_events_reach_new_subscribers_after_their_record_is_lost(
     runtime: DistributedRuntime, tmp_path: Path
 ) -> None:
     topic = runtime.endpoint("routed.refit.refit_events")
-    events = WorkerEvents(topic, 7)
+    events = LastingPublisher(topic, "worker-7")
     await events.start()
     [record] = (tmp_path / "discovery" / "v1" / "event_channels").iterdir()
     record.unlink()
-    await events.renew()
+    assert await events.renew()
     async with EventSubscriber(topic) as subscriber, asyncio.timeout(SECONDS):
         hearing = asyncio.ensure_future(anext(subscriber))
         while not hearing.done():

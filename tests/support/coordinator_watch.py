@@ -194,6 +194,7 @@ class Watch:
     ) -> None:
         match action:
             case TakeLease():
+                assert action.ready.restores is None, "it has no trainer"
                 self._is_open(action.ready)
                 self.leases[action.ready.announcement] += 1
             case SendServe():
@@ -240,7 +241,12 @@ class Watch:
         assert action.worker in self.open.members
         assert not self.open.told, "staged during the commit"
         self.open.asked.add(action.worker)
-        if action.served is None:
+        if action.recall:
+            status = self.reconciler.fleet[action.worker].status
+            kept = status.kept_version, status.kept_weights
+            assert kept == (action.ready.restores, action.ready.weights), "no copy"
+        elif action.served is None:
+            assert action.ready.restores is None, "it has no trainer"
             assert self.leases[action.ready.announcement] > 0, "nobody keeps it"
         else:
             assert self.peer_leases[action.peer, action.served.announcement] == 1
@@ -328,7 +334,8 @@ class Watch:
                     self._ended(event, after)
             case RefitFailed():
                 closed, self.open = self.open, None
-                assert closed.version == event.version
+                told = (event.version, event.catch_up)
+                assert told == (closed.version, closed.catch_up)
                 assert not closed.changed, "some have changed"
                 if not closed.catch_up:
                     self._ended(event, after)
@@ -338,7 +345,8 @@ class Watch:
                     self._ended(event, after)
                     return
                 closed, self.open = self.open, None
-                assert closed.version == event.version
+                told = (event.version, event.catch_up)
+                assert told == (closed.version, closed.catch_up)
                 if not closed.catch_up:
                     self._ended(event, after)
             case RefitRefused():

@@ -4,7 +4,9 @@
 
 It answers the coordinator as a worker with one rank does, reads every shard of the
 announced version from wherever the manifest says, checks the version's fingerprint,
-and keeps the bytes by tensor name, as "live" ones from the commit on.
+and keeps the bytes by tensor name, as "live" ones from the commit on; ``served`` has
+those of every version that was committed, and ``kept`` those that were live before,
+which it goes back to when it is asked to.
 """
 
 from __future__ import annotations
@@ -21,10 +23,20 @@ import torch
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher
-from dynamo.refit.errors import FingerprintMismatch, RefitError, TransferFailed
-from dynamo.refit.events import REFIT_EVENTS, WorkerRefitted, WorkerStaged
+from dynamo.refit.errors import (
+    FingerprintMismatch,
+    NoWayBack,
+    RefitError,
+    TransferFailed,
+)
+from dynamo.refit.events import (
+    REFIT_EVENTS,
+    SCHEMA,
+    WorkerRefitted,
+    WorkerStaged,
+)
 from dynamo.refit.fingerprint import Part, version_fingerprint
-from dynamo.refit.manifest import ITEMSIZE, Manifest, TensorEntry
+from dynamo.refit.manifest import ITEMSIZE, Manifest
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -46,6 +58,7 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.transport.nixl import NixlAgent
 
@@ -60,9 +73,11 @@ class FakeWorker:
 
     def __init__(self, runtime: DistributedRuntime, namespace: str, model: str) -> None:
         self.model = model
+        self.release = RELEASE
         self.version: int | None = None
         self.weights = ""
         self.live: Bytes = {}
+        self.served: dict[int, Bytes] = {}
         self.in_flight: list[InFlightPolicy] = []
         self.prepares = 0
         self.aborted: list[int] = []
@@ -70,6 +85,8 @@ class FakeWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.refuse: RefitError | None = None
+        #: What was live before: version, fingerprint, bytes.
+        self.kept: tuple[int, str, Bytes] | None = None
         self._staged: dict[int, tuple[str, Bytes]] = {}
         self._epoch = 0
         self._caller = Caller(runtime)
@@ -97,6 +114,7 @@ class FakeWorker:
         raise RefitError(f"{type(request).__name__} is not for a fake worker")
 
     def _status(self) -> WorkerStatus:
+        kept_version, kept_weights, _ = self.kept or (None, "", {})
         return WorkerStatus(
             model=self.model,
             phase="serving",
@@ -106,6 +124,10 @@ class FakeWorker:
             epoch=self._epoch,
             kv_epoch="",
             ranks=1,
+            kept_version=kept_version,
+            kept_weights=kept_weights,
+            release=self.release,
+            schema=SCHEMA,
         )
 
     async def _prepare(self, request: Prepare) -> Message:
@@ -115,6 +137,8 @@ class FakeWorker:
         if self.refuse is not None:
             raise self.refuse
         began = time.time()
+        if request.restores is not None:
+            return self._recall(request, began)
         reply = await self._caller.call(
             request.endpoint,
             request.instance,
@@ -131,16 +155,31 @@ class FakeWorker:
         weights = _fingerprint(manifest, held)
         if weights != request.weights:
             raise FingerprintMismatch(f"{weights} was read, not {request.weights}")
+        self.kept = None
+        return self._hold(request, weights, held, _vote(manifest.nbytes, began))
+
+    def _recall(self, request: Prepare, began: float) -> Vote:
+        if self.kept is None or self.kept[:2] != (request.restores, request.weights):
+            raise NoWayBack(f"no copy of version {request.restores} is kept here")
+        _, weights, held = self.kept
+        return self._hold(request, weights, held, _vote(0, began))
+
+    def _hold(
+        self, request: Prepare, weights: str, held: Bytes, vote: RankVote
+    ) -> Vote:
         self._staged[request.version] = (weights, held)
-        votes = (_vote(manifest.nbytes, began),)
+        votes = (vote,)
         self.events.publish(
             WorkerStaged(worker=self.worker, version=request.version, ranks=votes)
         )
         return Vote(version=request.version, weights=weights, ranks=votes)
 
     def _commit(self, request: Commit) -> Message:
-        weights, self.live = self._staged.pop(request.version)
-        self.version, self.weights = request.version, weights
+        weights, held = self._staged.pop(request.version)
+        if self.version is not None:
+            self.kept = self.version, self.weights, self.live
+        self.version, self.weights, self.live = request.version, weights, held
+        self.served[request.version] = held
         self.in_flight.append(request.in_flight)
         timings = CommitTimings(
             pause_ms=0.0,
@@ -172,22 +211,21 @@ class FakeWorker:
         return committed
 
     def _read(self, manifest: Manifest, slot: int) -> Bytes:
-        """Every tensor's bytes, each shard by one READ."""
-        held = {
-            tensor.name: torch.zeros(_nbytes(tensor), dtype=torch.uint8)
+        """Every tensor's bytes, each source by one READ."""
+        blocks = [
+            torch.zeros(_nbytes(tensor.dtype, shard.shape), dtype=torch.uint8)
             for tensor in manifest.tensors
-        }
-        addresses = iter(manifest.shard_addresses(slot))
+            for shard in tensor.shards
+        ]
         remote: list[list[tuple[int, int]]] = [[] for _ in manifest.sources]
         local: list[list[tuple[int, int]]] = [[] for _ in manifest.sources]
-        for tensor in manifest.tensors:
-            # Whole tensors only: what a checkpoint is made of.
-            (shard,) = tensor.shards
-            size = _nbytes(tensor)
-            remote[shard.source].append((next(addresses), size))
-            local[shard.source].append((held[tensor.name].data_ptr(), size))
+        shards = (shard for tensor in manifest.tensors for shard in tensor.shards)
+        places = zip(shards, manifest.shard_addresses(slot), blocks, strict=True)
+        for shard, address, block in places:
+            remote[shard.source].append((address, block.numel()))
+            local[shard.source].append((block.data_ptr(), block.numel()))
         registration = self._agent.register(
-            [(t.data_ptr(), t.numel()) for t in held.values()], "DRAM", 0
+            [(block.data_ptr(), block.numel()) for block in blocks], "DRAM", 0
         )
         for number, source in enumerate(manifest.sources):
             peer = self._agent.connect(source.metadata)
@@ -205,7 +243,7 @@ class FakeWorker:
             read.release()
             self._agent.disconnect(peer)
         self._agent.deregister(registration)
-        return held
+        return _whole_tensors(manifest, blocks)
 
 
 @asynccontextmanager
@@ -224,8 +262,22 @@ async def fake_worker(
             serving.cancel()
 
 
-def _nbytes(tensor: TensorEntry) -> int:
-    return math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEMSIZE[dtype]
+
+
+def _whole_tensors(manifest: Manifest, blocks: list[torch.Tensor]) -> Bytes:
+    """The bytes of each tensor, its shards put where they belong."""
+    remaining = iter(blocks)
+    held = {}
+    for tensor in manifest.tensors:
+        dtype = getattr(torch, tensor.dtype)
+        whole = torch.zeros(tensor.shape, dtype=dtype)
+        for shard in tensor.shards:
+            box = tuple(slice(start, stop) for start, stop in shard.box)
+            whole[box] = next(remaining).view(dtype).view(shard.shape)
+        held[tensor.name] = whole.view(-1).view(torch.uint8)
+    return held
 
 
 def _fingerprint(manifest: Manifest, held: Bytes) -> str:

@@ -81,15 +81,18 @@ TIMINGS = CommitTimings(
 def ready(
     version: int, announcement: str | None = None, model: str = "tiny", **fields: Any
 ) -> WeightVersionReady:
+    trainer = {
+        "endpoint": "ns.trainer.weights",
+        "instance": 99,
+        "manifest": "0123abcd",
+        "weights": f"weights-{version}",
+    }
     return WeightVersionReady(
         model=model,
         version=version,
         announcement=announcement or f"a{version}",
-        endpoint="ns.trainer.weights",
-        instance=99,
-        manifest="0123abcd",
         slot=0,
-        **({"weights": f"weights-{version}"} | fields),
+        **(trainer | fields),
     )
 
 
@@ -107,9 +110,13 @@ def member(
     model: str = "tiny",
     weights: str | None = None,
     admitted: bool = True,
+    kept: int | None = None,
+    kept_weights: str | None = None,
 ) -> FleetMember:
     if weights is None:
         weights = "" if version is None else f"weights-{version}"
+    if kept_weights is None:
+        kept_weights = "" if kept is None else f"weights-{kept}"
     status = WorkerStatus(
         model=model,
         phase=phase,
@@ -120,6 +127,8 @@ def member(
         kv_epoch="",
         ranks=1,
         admitted=admitted,
+        kept_version=kept,
+        kept_weights=kept_weights,
     )
     return FleetMember(worker=worker, component="backend", status=status)
 

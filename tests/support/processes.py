@@ -185,10 +185,14 @@ def fleet_status(graph: LocalGraph) -> dict:
     return ask_cli(graph, "status")
 
 
-def ask_cli(graph: LocalGraph, command: str) -> dict:
-    """The last line of ``dynamo-refit COMMAND --json``, which must succeed."""
+def ask_cli(graph: LocalGraph, *words: str) -> dict:
+    """The last line of ``dynamo-refit WORDS --json``, which must succeed.
+
+    Raises:
+        CalledProcessError: it did not; with what it said.
+    """
     answer = subprocess.run(
-        [sys.executable, "-m", "dynamo.refit.cli", command, "--json"],
+        [sys.executable, "-m", "dynamo.refit.cli", *words, "--json"],
         env={**os.environ, **graph.environment, "DYN_LOG": "error"},
         capture_output=True,
         text=True,

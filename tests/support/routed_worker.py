@@ -48,7 +48,7 @@ async def main(checkpoint: str) -> None:
         admission="coordinator",
         asleep=lambda: False,
         stopping=graceful_shutdown._shutdown_started,
-        put_back=lambda: asyncio.sleep(0),
+        put_back=lambda: asyncio.sleep(0, result=True),
     )
     # As worker/hook.py does, which imports vLLM.
     model_taints.update_model_taints = routing.set_user_taints

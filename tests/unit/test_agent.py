@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,7 +29,9 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
+    SCHEMA,
     RefitFailed,
+    StageProgress,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
@@ -36,6 +39,8 @@ from dynamo.refit.events import (
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     Aborted,
+    CacheCounters,
+    CacheUse,
     Committed,
     Describe,
     Discard,
@@ -46,6 +51,7 @@ from dynamo.refit.protocol import (
     Poll,
     RankAnswer,
     RankCall,
+    RankProgress,
     Refused,
     Restore,
     Running,
@@ -56,10 +62,12 @@ from dynamo.refit.protocol import (
     WeightsVerified,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker import engine as engine_module
 from dynamo.refit.worker import ranks as ranks_module
 from dynamo.refit.worker.engine import RefitEngine, with_epoch
+from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.ranks import RanksFailed, WeightsUnknown
 from tests.support.fake_replica import (
     COMMIT_STEPS,
@@ -74,6 +82,7 @@ from tests.support.fake_replica import (
     manifest,
     refusal,
     until,
+    vote_of,
     weights_of,
 )
 
@@ -106,7 +115,36 @@ async def test_before_the_first_refit(bench: Bench) -> None:
         epoch=0,
         kv_epoch="",
         ranks=2,
+        staging="device",
+        release=RELEASE,
+        schema=SCHEMA,
     )
+
+
+async def test_the_status_tells_what_the_last_refit_was_like(bench: Bench) -> None:
+    before = time.time()
+    committed = await bench.committed(5)
+    status = bench.agent.status()
+    assert before <= status.since <= time.time()
+    assert status.stall_ms == committed.timings.stall_ms
+    counters = CacheCounters(allocations=2)
+    assert status.cache == CacheUse(session="cold", counters=counters)
+
+
+def test_the_rank_that_had_to_build_most_counts() -> None:
+    last = LastRefit()
+    votes = tuple(
+        msgspec.structs.replace(
+            vote_of(rank, "host"),
+            session=session,
+            counters=CacheCounters(descriptor_builds=rank, hits=1),
+        )
+        for rank, session in enumerate(("warm", "re-addressed", "warm"))
+    )
+    last.staged(votes)
+    counters = CacheCounters(descriptor_builds=3, hits=3)
+    assert last.cache == CacheUse(session="re-addressed", counters=counters)
+    assert (last.staging, last.since, last.stall_ms) == ("host", None, None)
 
 
 async def test_a_rank_that_cannot_be_refitted_fails_the_start(bench: Bench) -> None:
@@ -114,6 +152,42 @@ async def test_a_rank_that_cannot_be_refitted_fails_the_start(bench: Bench) -> N
     with pytest.raises(RanksFailed, match="packed") as caught:
         await bench.agent.start()
     assert caught.value.failure.rank == 1
+
+
+async def test_a_stage_that_takes_long_tells_how_far_each_rank_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "PROGRESS_SECONDS", 0.02)
+    slow, quick = bench.engine.ranks
+    slow.held.add("stage")
+    slow.progress = (8, 24)
+    staging = asyncio.create_task(bench.agent.answer(bench.prepare(5)))
+    await until(lambda: len(bench.events) >= 2)
+    slow.progress = (16, 24)
+    seen = len(bench.events)
+    await until(lambda: len(bench.events) > seen)
+    slow.held.clear()
+    assert isinstance(await staging, Vote)
+
+    told = [event for event in bench.events if isinstance(event, StageProgress)]
+    assert bench.events == [*told, WorkerStaged(worker=WORKER, version=5, ranks=VOTES)]
+    done = RankProgress(rank=quick.rank, nbytes=24, total_nbytes=24)
+    for event, nbytes in ((told[0], 8), (told[-1], 16)):
+        so_far = RankProgress(rank=slow.rank, nbytes=nbytes, total_nbytes=24)
+        assert event == StageProgress(worker=WORKER, version=5, ranks=(so_far, done))
+
+
+async def test_progress_is_told_a_few_times_a_second(bench: Bench) -> None:
+    """And first after that long: this bench's other stages tell nothing."""
+    bench.engine.hold("stage")
+    began = time.monotonic()
+    staging = asyncio.create_task(bench.agent.answer(bench.prepare(5)))
+    async with asyncio.timeout(10):
+        while len(bench.events) < 3:
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - began >= 3 * ranks_module.PROGRESS_SECONDS >= 0.6
+    bench.engine.let("stage")
+    await staging
 
 
 async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:

@@ -22,7 +22,9 @@ from dynamo.refit.protocol import (
     Refused,
     Restore,
     Stepped,
+    Vote,
 )
+from dynamo.refit.worker import agent as agent_module
 from tests.support.fake_replica import EPOCH, WORKER, Bench, abort, commit, refusal
 from tests.support.fake_replica import until as happens
 
@@ -83,6 +85,58 @@ async def test_it_pauses_installs_and_resumes_as_it_is_told(
     assert await step(bench, "resume") == reply
 
 
+@pytest.mark.parametrize("way", ["in step", "in a pause", "at a barrier"])
+async def test_it_is_labelled_as_soon_as_the_new_weights_serve(
+    bench: Bench, way: str
+) -> None:
+    """Not when they are checked: clients ask the router for a version by its label."""
+    bench.engine.installs_in_step = way == "in step"
+    if way == "at a barrier":
+        await at(bench, "install")
+    else:
+        await bench.committed(5)
+        await bench.staged(6)
+    labels: dict[str, list[int]] = {}
+    bench.engine.on_step = lambda name: labels.update({name: [*bench.routing.labelled]})
+    may_probe, probe = asyncio.Event(), bench.engine.probe
+
+    async def probe_a_full_engine() -> None:
+        await may_probe.wait()
+        await probe()
+
+    bench.engine.probe = probe_a_full_engine
+    order = "resume" if way == "at a barrier" else "all"
+    committing = asyncio.create_task(step(bench, order))
+    await happens(lambda: bench.routing.labelled == [5, 6])
+    assert (bench.engine.live(), bench.engine.paused) == ([6, 6], False)
+    # With nothing of it in the way of the resume.
+    assert labels["epoch"] == labels.get("resume", [5]) == [5]
+    may_probe.set()
+    assert isinstance(await committing, Committed)
+    assert (bench.routing.labelled, refitted(bench)) == ([5, 6], [5, 6])
+
+
+async def test_it_is_labelled_before_it_says_that_it_serves(bench: Bench) -> None:
+    """However slow discovery is: the stall is not longer for it."""
+    await bench.committed(5)
+    await bench.staged(6)
+    may_label, label = asyncio.Event(), bench.routing.label
+
+    async def label_slowly(version: int) -> None:
+        await may_label.wait()
+        await label(version)
+
+    bench.routing.label = label_slowly
+    committing = asyncio.create_task(step(bench, "all"))
+    await happens(lambda: bench.engine.steps[-1] == "verify")
+    await asyncio.sleep(0.05)
+    assert not bench.engine.paused
+    assert (committing.done(), refitted(bench)) == (False, [5])
+    may_label.set()
+    assert isinstance(await committing, Committed)
+    assert (bench.routing.labelled, refitted(bench)) == ([5, 6], [5, 6])
+
+
 @pytest.mark.parametrize("name", ["pause", "install"])
 async def test_a_repeated_step_is_answered_alike(bench: Bench, name: str) -> None:
     await at(bench, name)
@@ -101,6 +155,58 @@ async def test_an_abort_at_the_barrier_leads_back(bench: Bench, name: str) -> No
     assert bench.routing.labelled == [5]
     with pytest.raises(NothingStaged):
         await step(bench, "resume")
+
+
+@pytest.mark.parametrize("name", ["pause", "install"])
+@pytest.mark.parametrize("first", ["the abort", "the prepare"])
+async def test_a_version_that_waited_is_staged_when_the_way_back_has_ended(
+    bench: Bench, name: str, first: str
+) -> None:
+    """The coordinator sends both, and does not wait for the first one's answer."""
+    await at(bench, name)
+    ranks = bench.engine.call_ranks
+
+    async def take_time(request: Any) -> list[Any]:
+        if isinstance(request, Restore):
+            await asyncio.sleep(0.05)
+        return await ranks(request)
+
+    bench.engine.call_ranks = take_time
+    requests = [abort(6), bench.prepare(7)]
+    if first == "the prepare":
+        requests.reverse()
+    answers = []
+    for request in requests:
+        answers.append(asyncio.create_task(bench.agent.answer(request)))
+        await asyncio.sleep(0.01)
+    replies = {type(reply): reply for reply in await asyncio.gather(*answers)}
+    assert replies[Aborted] == Aborted(version=6)
+    assert replies[Vote].version == 7
+    assert bench.engine.live() == [5, 5] and not bench.engine.paused
+    assert isinstance(await bench.agent.answer(commit(7)), Committed)
+    bench.assert_serving(7)
+
+
+async def test_a_version_does_not_wait_for_a_barrier_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "BACK_SECONDS", 0.05)
+    await at(bench, "pause")
+    with pytest.raises(RefitError, match="version 6 is being committed"):
+        await bench.agent.answer(bench.prepare(7))
+    assert isinstance(await step(bench, "install"), Stepped)
+    assert isinstance(await step(bench, "resume"), Committed)
+    bench.assert_serving(6)
+
+
+async def test_who_is_replaced_while_it_waits_stages_nothing(bench: Bench) -> None:
+    await at(bench, "pause")
+    waiting = asyncio.create_task(bench.agent.answer(bench.prepare(7)))
+    await asyncio.sleep(0.01)
+    assert await bench.agent.answer(abort(6, EPOCH + 1)) == Aborted(version=6)
+    with pytest.raises(StaleEpoch):
+        await waiting
+    bench.assert_serving(5)
 
 
 async def test_without_an_order_to_install_the_old_weights_serve_on(

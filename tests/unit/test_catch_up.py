@@ -135,7 +135,7 @@ def test_a_joiner_takes_part_in_the_next_version() -> None:
     reconciler = new(member(1, 5), joiner(2))
     what = catch_up(reconciler)
     actions = reconciler.handle(V6, 1.0)
-    assert actions[0] == Publish(RefitSuperseded(version=5, by=6))
+    assert actions[0] == Publish(RefitSuperseded(version=5, by=6, catch_up=True))
     assert of_type(actions, TakeLease)[0].ready == V6
     assert of_type(actions, GiveBackLease) == []
     assert [e.workers for e in events(actions, RefitStarted)] == [(1, 2)]
@@ -280,6 +280,21 @@ def test_a_worker_that_cannot_catch_up_is_fenced_after_some_tries() -> None:
         now += 100.0
     # It is not tried again, and has to leave.
     assert not tries(reconciler, now)
+
+
+def test_the_fleet_s_own_version_does_not_seem_to_fail() -> None:
+    """It was completed: only the one that comes to it has failed, or waits."""
+    reconciler = new(member(1, 5), joiner(2))
+    [told] = events(fail_to_catch_up(reconciler, 1.0), RefitFailed)
+    assert (told.version, told.catch_up) == (5, True)
+    assert told.serving == ((1, 5), (2, None))
+    assert tries(reconciler, 2.0)
+    [given_up] = events(reconciler.handle(V6, 3.0), RefitSuperseded)
+    assert given_up == RefitSuperseded(version=5, by=6, catch_up=True)
+    # The fleet's next version is none.
+    reconciler.handle(leased(V6), 4.0)
+    [told] = events(reconciler.handle(vote_refused(2, V6), 5.0), RefitFailed)
+    assert (told.version, told.catch_up) == (6, False)
 
 
 def test_tries_are_further_and_further_apart() -> None:

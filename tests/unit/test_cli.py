@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit import cli
-from dynamo.refit.cli.checkpoint import _describe, _is_last
+from dynamo.refit.cli.report import is_last
+from dynamo.refit.cli.words import describe
 from dynamo.refit.errors import Failure
 from dynamo.refit.events import RefitFailed, RefitStarted, WorkerFenced
 
@@ -33,10 +34,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (("publish", ".", "--version", 1), "has no *.safetensors: give the directory"),
         (("publish", ".", "--version", "new"), "Invalid value for '--version'"),
         (("publish", ".", "--version", -1), "Invalid value for '--version'"),
-        (("publish", "."), "Missing option '--version'"),
+        (("publish", "."), "a DIR needs a --version"),
+        (("publish", ".", "--from-trainer"), "either a DIR or --from-trainer"),
         (("publish", ".", "--version", 1, "--policy", "drop"), "'--policy'"),
         (("publish", ".", "--version", 1, "--timeout", 0), "'--timeout'"),
-        (("publish",), "Missing argument 'DIR'"),
+        (("publish",), "give either a DIR or --from-trainer"),
+        (("publish", "--version", 1), "give either a DIR or --from-trainer"),
+        (("doctor", "--tensor-parallel", 0), "'--tensor-parallel'"),
+        (("doctor", "--staging", "disk"), "'--staging'"),
         (("unpublish",), "No such command 'unpublish'"),
     ],
 )
@@ -89,15 +94,15 @@ def test_the_last_event_of_a_version_is_the_coordinators() -> None:
     failure = Failure(kind="StagingCancelled", message="no commit", stage="vote")
     by_worker = RefitFailed(version=3, failure=failure, serving=((1, 2),), epoch=0)
     by_coordinator = RefitFailed(version=3, failure=failure, serving=(), epoch=17)
-    assert not _is_last(by_worker)
-    assert _is_last(by_coordinator)
-    assert not _is_last(RefitStarted(model="m", version=3, workers=(1, 2)))
+    assert not is_last(by_worker)
+    assert is_last(by_coordinator)
+    assert not is_last(RefitStarted(model="m", version=3, workers=(1, 2)))
 
 
 def test_events_are_told_in_one_line() -> None:
     started = RefitStarted(model="m", version=3, workers=(1, 2))
-    assert _describe(started) == "staging on 2 workers"
+    assert describe(started) == "staging on 2 workers"
     failure = Failure(kind="PointerMoved", message="it moved", stage="install")
     fenced = WorkerFenced(worker=7, version=3, failure=failure)
     told = "worker 7 was taken out of service: install: PointerMoved: it moved"
-    assert _describe(fenced) == told
+    assert describe(fenced) == told

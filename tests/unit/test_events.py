@@ -21,6 +21,7 @@ from dynamo.refit.events import (
     RefitRefused,
     RefitStarted,
     RefitSuperseded,
+    StageProgress,
     WeightVersionReady,
     WorkerAdmitted,
     WorkerFenced,
@@ -34,6 +35,7 @@ from dynamo.refit.protocol import (
     CacheCounters,
     CommitTimings,
     MemoryUse,
+    RankProgress,
     RankVote,
     StageTimings,
 )
@@ -129,6 +131,12 @@ EVENTS = [
     WorkerFenced(worker=1, version=5, failure=FAILURE, **STAMP),
     WorkerJoined(worker=3, version=None, **STAMP),
     WorkerAdmitted(worker=3, version=5, **STAMP),
+    StageProgress(
+        worker=1,
+        version=5,
+        ranks=(RankProgress(rank=0, nbytes=2**40 - 1, total_nbytes=2**40),),
+        **STAMP,
+    ),
 ]
 
 

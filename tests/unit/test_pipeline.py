@@ -136,7 +136,7 @@ def new(follower: FakeFollower, clock: FakeClock | None = None) -> Pipeline:
 
 @pytest.fixture(autouse=True)
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "POLL_SECONDS", (0.0001, 0.0001))
+    monkeypatch.setattr(pipeline_module, "MAX_POLL_SECONDS", 0.0001)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.merge import RankPart, merge
-from dynamo.refit.publish.publication import KEPT
+from dynamo.refit.publish.publication import KEPT, Publication
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -425,13 +425,71 @@ def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
     assert job.group.log.to_announce() == []
 
 
-def test_only_the_newest_is_announced_again(job: Job) -> None:
+def repeated(job: Job) -> list[str]:
+    return [p.announcement for p in job.group.log.to_repeat(job.now)]
+
+
+def test_the_newest_is_announced_again_and_what_somebody_has_leased(job: Job) -> None:
     first, second = job.publish(1), job.publish(2)
     ready = job.group.log.to_announce()
     assert [p.announcement for p in ready] == [first, second]
-    assert job.group.log.to_repeat().announcement == second
+    assert repeated(job) == [second]
+    job.lease(first, seconds=10)
+    assert repeated(job) == [first, second]
+    job.now = 11
+    assert repeated(job) == [second]
     job.release(second)
-    assert job.group.log.to_repeat() is None
+    assert repeated(job) == []
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed", "superseded"])
+def test_what_nobody_has_taken_up_ends_with_the_newer_one(
+    job: Job, outcome: str
+) -> None:
+    """The coordinator was not there for it, and refuses it from now on."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(second)
+    assert job.end(0, first) is None
+    job.release(second, outcome)
+    assert job.end(0, second).outcome == outcome
+    for rank in (0, 1):
+        assert job.end(rank, first) == Released(
+            outcome="superseded", detail=f"version 2 was {outcome} before it"
+        )
+    assert repeated(job) == []
+
+
+def test_who_did_not_hear_of_a_release_is_asked_again(job: Job) -> None:
+    """The call that gave the lease of an older one back was lost."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(first)
+    job.lease(second)
+    job.release(second)
+    assert job.end(0, first) is None
+    assert repeated(job) == [first]
+    job.release(first, "superseded")
+    assert job.end(0, first).detail == "so it went"
+    assert repeated(job) == []
+
+
+def test_a_lease_that_runs_out_ends_no_handle_by_itself(job: Job) -> None:
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.lease(first, seconds=1)
+    job.release(second)
+    job.now = 2.0
+    assert repeated(job) == [first]
+
+
+def test_a_refused_one_says_nothing_about_those_before_it(job: Job) -> None:
+    """It was refused for itself: an unsafe policy, say."""
+    first, second = job.publish(1), job.publish(2)
+    job.group.log.to_announce()
+    job.release(second, "refused")
+    assert job.end(0, first) is None
+    assert repeated(job) == [first]
 
 
 def test_a_report_of_another_size_is_refused(job: Job) -> None:
@@ -618,3 +676,93 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
             name = sorted(leased)[0]
             leased.discard(name)
             job.release(name)
+
+
+# Announced once more, by somebody who asks for it.
+
+
+def again(job: Job, version: int | None = None) -> Publication:
+    return job.group.log.again(version, None, job.now)
+
+
+def test_what_is_out_is_announced_as_it_is(job: Job) -> None:
+    name = job.publish(5)
+    assert [p.announcement for p in job.group.log.to_announce()] == [name]
+    assert again(job).announcement == name
+    assert [p.announcement for p in job.group.log.to_announce()] == [name]
+    assert again(job, 5).announcement == name
+
+
+def test_what_has_ended_gets_a_new_announcement_of_the_same_bytes(job: Job) -> None:
+    name = job.publish(5)
+    job.group.log.to_announce()
+    job.lease(name)
+    job.release(name, "failed")
+    repeated = again(job)
+    assert repeated.announcement != name
+    assert (repeated.version, repeated.slot) == (5, 0)
+    first = job.group.log.find(name)
+    assert (repeated.weights, repeated.fingerprints) == (
+        first.weights,
+        first.fingerprints,
+    )
+    assert job.group.log.to_announce() == [repeated]
+    job.lease(repeated.announcement)
+    assert not repeated.ended
+    job.release(repeated.announcement)
+    assert repeated.ended
+    # Its own end, not that of the ranks' handles.
+    assert job.end(0, name) == Released(outcome="failed", detail="so it went")
+
+
+def test_the_newest_that_is_held_is_taken_and_may_get_a_number(job: Job) -> None:
+    for version in (5, 6):
+        name = job.publish(version)
+        job.lease(name)
+        job.release(name)
+    repeated = again(job, 9)
+    assert (repeated.version, repeated.slot) == (9, 1)
+    assert repeated.in_flight == "continue"
+
+
+def test_ranks_do_not_take_it_for_their_next_version(job: Job) -> None:
+    """Number 6 is announced again from version 5's bytes; then the trainer writes its
+    own 6, into the slot that is due."""
+    name = job.publish(5)
+    job.lease(name)
+    job.release(name)
+    repeated = again(job, 6)
+    own = job.take(0, 6)
+    assert own.announcement != repeated.announcement
+    assert own.slot == 1
+    assert job.take(1, 6) == own
+
+
+def test_it_goes_with_its_slot(job: Job) -> None:
+    name = job.publish(5)
+    job.lease(name)
+    job.release(name)
+    repeated = again(job)
+    job.lease(repeated.announcement)
+    job.publish(6)
+    with pytest.raises(LeaseHeld, match="version 5 is still being read from slot 0"):
+        job.take(0, 7)
+    job.release(repeated.announcement)
+    job.publish(8)
+    job.publish(9)
+    with pytest.raises(SourceLost):
+        job.lease(repeated.announcement)
+
+
+def test_what_the_trainer_may_write_is_not_announced_again() -> None:
+    whole = part(tensor("w", (0, 4)), slots=1)
+    job = Job(whole, in_place=True)
+    job.join(0)
+    with pytest.raises(SourceLost, match="no version is held here"):
+        again(job)
+    name = job.publish(5)
+    assert again(job).announcement == name
+    job.lease(name)
+    job.release(name)
+    with pytest.raises(SourceLost, match="the trainer may be writing it"):
+        again(job)

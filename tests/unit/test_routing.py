@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dynamo.refit import presence
 from dynamo.refit.worker import routing as module
 from dynamo.refit.worker.routing import WorkerRouting
 
@@ -29,10 +30,18 @@ class Discovery:
         self.changes: list[str] = []
         self.down = False
         self.hangs = False
+        self.hanging: list[asyncio.Event] = []
+
+    def let(self) -> None:
+        self.hangs = False
+        for call in self.hanging:
+            call.set()
 
     async def change(self, what: str) -> None:
         if self.hangs:
-            await asyncio.Event().wait()
+            # Who called last is answered first.
+            self.hanging.insert(0, asyncio.Event())
+            await self.hanging[0].wait()
         if self.down:
             raise Exception("discovery is down")
         self.changes.append(what)
@@ -84,6 +93,7 @@ class Worker:
         self.discovery = discovery
         self.health: list[bool] = []
         self.asleep = False
+        self.may_put_back = True
         self.stopping = asyncio.Event()
         self.generate, commands, clear = (
             FakeEndpoint(discovery, name) for name in ("generate", "refit", "clear")
@@ -106,8 +116,9 @@ class Worker:
         self.discovery.changes.append("served")
         self.discovery.instances |= {"generate", "clear"}
 
-    async def put_back(self) -> None:
+    async def put_back(self) -> bool:
         self.discovery.changes.append("and all else")
+        return self.may_put_back
 
     async def admitted(self) -> Worker:
         self.routing.admit()
@@ -124,9 +135,9 @@ def discovery(monkeypatch: pytest.MonkeyPatch) -> Discovery:
         ("WATCH_SECONDS", 0.01),
         ("MISSING_SECONDS", 0.05),
         ("LOST_SECONDS", 0.2),
-        ("SEEN_SECONDS", 0.05),
     ):
-        monkeypatch.setattr(module, name, seconds)
+        monkeypatch.setattr(presence, name, seconds)
+    monkeypatch.setattr(module, "SEEN_SECONDS", 0.05)
     return discovery
 
 
@@ -311,6 +322,45 @@ async def test_one_that_was_withdrawn_just_before_it_was_served_is_taken_out(
     await until(lambda: "generate" not in worker.discovery.instances)
 
 
+async def test_a_return_while_discovery_still_shows_what_has_left_is_not_undone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watch takes out what it still sees; not what has returned meanwhile."""
+    await worker.admitted()
+    view = {"generate"}
+    seen = SimpleNamespace(look=lambda: asyncio.sleep(0, result=bool(view)))
+    worker.routing._instances[worker.generate] = seen
+    leaving, may_leave = asyncio.Event(), asyncio.Event()
+    leave = worker.generate.unregister_endpoint_instance
+
+    async def leave_slowly() -> None:
+        leaving.set()
+        await may_leave.wait()
+        await leave()
+
+    await worker.routing.withdraw()
+    monkeypatch.setattr(worker.generate, "unregister_endpoint_instance", leave_slowly)
+    await asyncio.wait_for(leaving.wait(), 5)
+    returning = asyncio.create_task(worker.routing.restore())
+    await asyncio.sleep(0.02)
+    may_leave.set()
+    await returning
+    assert "generate" in worker.discovery.instances
+    await settle()
+    assert "generate" in worker.discovery.instances
+
+
+async def test_a_fence_while_it_returns_keeps_it_out(worker: Worker) -> None:
+    await worker.admitted()
+    await worker.routing.withdraw()
+    async with worker.routing._changing:
+        returning = asyncio.create_task(worker.routing.restore())
+        await asyncio.sleep(0.02)
+        await worker.routing.fence()
+    await returning
+    assert "+generate" not in worker.discovery.changes
+
+
 async def test_a_return_that_discovery_did_not_take_follows(worker: Worker) -> None:
     await worker.admitted()
     await worker.routing.withdraw()
@@ -335,6 +385,21 @@ async def test_a_fenced_worker_is_out_labelled_unknown_and_does_not_return(
     assert "generate" not in worker.discovery.instances
 
 
+async def test_a_fence_has_the_last_word_on_the_label(worker: Worker) -> None:
+    """The label of a version whose check has failed is still on its way."""
+    await worker.admitted()
+    worker.discovery.hangs = True
+    labelling = asyncio.create_task(worker.routing.label(3))
+    await asyncio.sleep(0.02)
+    fencing = asyncio.create_task(worker.routing.fence())
+    await asyncio.sleep(0.02)
+    worker.discovery.let()
+    await asyncio.gather(labelling, fencing)
+    assert worker.discovery.card == {"weights=unknown"}
+    await worker.routing.label(4)
+    assert worker.discovery.card == {"weights=unknown"}
+
+
 async def test_a_worker_that_is_fenced_before_its_admission_never_registers(
     worker: Worker,
 ) -> None:
@@ -348,7 +413,7 @@ async def test_a_worker_that_is_fenced_before_its_admission_never_registers(
 async def test_a_fence_ends_whatever_hangs(worker: Worker) -> None:
     await worker.admitted()
     worker.discovery.hangs = True
-    async with asyncio.timeout(module.CALL_SECONDS + 1):
+    async with asyncio.timeout(presence.CALL_SECONDS + 1):
         await worker.routing.fence()
     assert worker.health[0] is False
     worker.discovery.hangs = False
@@ -370,6 +435,19 @@ async def test_all_that_a_stall_lost_is_put_back_the_card_first(worker: Worker) 
     await until(lambda: "and all else" in worker.discovery.changes)
     assert worker.discovery.changes == [*card, "+clear", "+generate", "and all else"]
     assert worker.health == []
+
+
+async def test_what_else_was_lost_is_asked_for_until_it_is_there(
+    worker: Worker,
+) -> None:
+    await worker.admitted()
+    worker.may_put_back = False
+    worker.discovery.lose_everything()
+    await until(lambda: worker.discovery.changes.count("and all else") == 2)
+    worker.may_put_back = True
+    await until(lambda: worker.discovery.changes.count("and all else") == 3)
+    await settle()
+    assert worker.discovery.changes.count("and all else") == 3
 
 
 async def test_a_withdrawn_worker_that_stalled_stays_out(worker: Worker) -> None:
@@ -409,7 +487,7 @@ async def test_one_that_leaves_is_not_put_back(worker: Worker) -> None:
 async def test_a_short_gap_is_left_alone(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MISSING_SECONDS", 5.0)
+    monkeypatch.setattr(presence, "MISSING_SECONDS", 5.0)
     await worker.admitted()
     worker.discovery.instances.discard("generate")
     await settle()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dynamo.refit.errors import FingerprintMismatch
 from dynamo.refit.fingerprint import add_up
 from dynamo.refit.protocol import CacheCounters
-from dynamo.refit.rank.cycle import Cycle
+from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.plan import Limits, TransferCost
 from dynamo.refit.rank.slices import Parameter
@@ -88,6 +88,27 @@ def test_versions_arrive_in_turns_and_ranks_add_up_to_what_was_published(
             held = [part for (of, _), part in blocks.items() if of == number]
             published = part_of(tensor, full, whole(tensor.shape))
             assert add_up(held) == published, tensor.name
+
+
+def test_progress_grows_to_all_bytes_wave_by_wave(follower: Submit) -> None:
+    rank = layer()
+    limit = Limit(time.monotonic() + 60, lambda: False)
+    progress, seen = limit.progress, []
+
+    def submit(work: Callable[..., None], *arguments: object) -> Future:
+        future = follower(work, *arguments)
+        future.result()
+        seen.append((progress.nbytes, progress.total_nbytes))
+        return future
+
+    for _ in range(2):
+        seen.clear()
+        rank.pull(0, submit, limit=limit)
+        plan = rank.session.plan
+        assert len(plan.waves) > 2
+        waves = itertools.accumulate(wave.nbytes for wave in plan.waves)
+        assert seen == [(nbytes, plan.wire_nbytes) for nbytes in waves]
+        assert progress.nbytes == plan.wire_nbytes > 0
 
 
 @settings(max_examples=250, deadline=None)

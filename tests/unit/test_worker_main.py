@@ -8,13 +8,19 @@ import os
 import sys
 
 import pytest
+from dynamo.common.utils.namespace import get_worker_namespace
 
 from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 
 stand_in_if_missing()
 
 from dynamo.refit.worker import main  # noqa: E402
-from dynamo.refit.worker.main import Options  # noqa: E402
+from dynamo.refit.worker.args import (  # noqa: E402
+    GENERATION,
+    Options,
+    graph_namespace,
+    take_own_arguments,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -27,7 +33,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
     monkeypatch.setattr(sys, "argv", ["worker", *arguments])
-    return main._take_own_arguments()
+    return take_own_arguments()
 
 
 def test_a_worker_waits_for_the_coordinator_unless_told_otherwise(
@@ -75,3 +81,27 @@ def test_health_does_not_wait_for_what_waits_for_health(
     monkeypatch.setenv(main.HEALTHY_ENDPOINTS, told)
     main._be_healthy_before_admission()
     assert os.environ.get(main.HEALTHY_ENDPOINTS) == left
+
+
+@pytest.mark.parametrize(
+    ("suffix", "served", "graph"),
+    [
+        (None, "prod-chat", "prod-chat"),
+        ("a1b2c3d4", "prod-chat-a1b2c3d4", "prod-chat"),
+        ("a1b2c3d4", "prod-chat", "prod-chat"),
+    ],
+)
+def test_refits_go_through_the_namespace_of_the_graph(
+    monkeypatch: pytest.MonkeyPatch, suffix: str | None, served: str, graph: str
+) -> None:
+    """Dynamo's operator gives each generation of workers a namespace of its own."""
+    monkeypatch.delenv(GENERATION, raising=False)
+    if suffix is not None:
+        monkeypatch.setenv(GENERATION, suffix)
+    assert graph_namespace(served) == graph
+
+
+def test_the_suffix_is_that_of_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GENERATION, "a1b2c3d4")
+    assert graph_namespace(get_worker_namespace("prod-chat")) == "prod-chat"
+    assert get_worker_namespace("prod-chat") != "prod-chat"

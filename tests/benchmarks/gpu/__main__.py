@@ -36,6 +36,7 @@ import torch
 from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from dynamo.refit.protocol import InFlightPolicy
 from tests.benchmarks.gpu.measure import (
     built,
     check_tokens,
@@ -105,7 +106,7 @@ class Bench:
     async def run(self) -> None:
         trainers = [Trainer.parse(text) for text in self._options.trainers]
         first = self._publish(trainers[0], first=True)
-        if first.offers[0].handle is not None:
+        if self._options.reader and first.offers[0].handle is not None:
             self.results["figures"] = figures(first, self._options.reader)
             print(json.dumps(self.results["figures"]), flush=True)
         llm = self._start_engine()
@@ -113,6 +114,7 @@ class Bench:
             fresh = (await greedy(llm))[0] if self._options.from_disk else None
             replica = Replica(llm, staging=self._options.staging)
             await replica.agent.start()
+            await llm.collective_rpc("watch_gc")
             for number, trainer in enumerate(trainers):
                 published = self._publish(trainer) if number else first
                 await self._measure_trainer(replica, trainer, published, fresh)
@@ -139,8 +141,9 @@ class Bench:
                 load_format="auto" if options.from_disk else "dummy",
                 quantization=options.quantization,
                 dtype="bfloat16",
-                max_model_len=4096,
-                max_num_seqs=64,
+                max_model_len=8192,
+                # One more than streams, for the probe.
+                max_num_seqs=max(options.streams) + 1,
                 tensor_parallel_size=options.tensor_parallel,
                 gpu_memory_utilization=options.memory,
                 worker_extension_cls="tests.benchmarks.gpu.extension.Extension",
@@ -172,45 +175,66 @@ class Bench:
             "memory_before": memory(),
             "tokens": before,
         }
-        counts = options.streams[:1] if trainer.slow else options.streams
-        for count in counts:
-            await self._measure_streams(replica, trainer, published, count)
+        # The first trainer with all, the others with what is different with them.
+        full = not self.results["trainers"] and not trainer.slow
+        for number, count in enumerate(
+            options.streams if full else options.streams[:1]
+        ):
+            # Recomputing the context of all streams takes seconds when they are many.
+            policies = options.policies if full and not number else ["continue"]
+            await self._measure_streams(replica, trainer, published, count, policies)
         about["memory_after"] = memory()
+        about["gc_pauses"] = await replica.llm.collective_rpc("gc_pauses")
         after = await check_tokens(replica, published, fresh)
         about["tokens_after"] = after | {"same_as_before": after == before}
         if options.golden and not trainer.slow:
             about["golden"] = [
                 await golden(replica, published, self.config, slot)
                 for slot in range(published.manifest.slots)
-                for _ in range(2)
             ]
         self.results["trainers"][trainer.name] = about
         print(trainer.name, json.dumps(about), flush=True)
 
     async def _measure_streams(
-        self, replica: Replica, trainer: Trainer, published: Publishers, count: int
+        self,
+        replica: Replica,
+        trainer: Trainer,
+        published: Publishers,
+        count: int,
+        policies: list[InFlightPolicy],
     ) -> None:
         options = self._options
-        streams = Streams(replica.llm, count)
-        await streams.start()
+        full = policies == options.policies
         refits = FEW if trainer.slow else options.refits
-        for policy in options.policies:
-            if trainer.slow and policy != "continue":
-                continue
-            run = await measure(replica, published, streams, refits, policy)
-            self._note(run, trainer, policy)
-        if options.uncached:
-            run = await measure(replica, published, streams, 3, "continue", forget=True)
-            self._note(run, trainer, "continue, uncached")
-        if options.direct:
+        for policy in policies:
+            await self._note(policy, replica, published, trainer, count, refits, policy)
+        if options.uncached and full:
+            name = "continue, uncached"
+            await self._note(name, replica, published, trainer, count, 3, forget=True)
+        if options.direct and (full or trainer.slow):
             direct = Replica(replica.llm, staging="direct")
             direct.version = DIRECT_VERSIONS * (1 + len(self.results["runs"]))
             await direct.agent.start()
-            run = await measure(direct, published, streams, FEW, "continue")
-            self._note(run, trainer, "pull in the pause")
-        await streams.stop()
+            name = "pull in the pause"
+            await self._note(name, direct, published, trainer, count, FEW)
 
-    def _note(self, run: dict, trainer: Trainer, cycle: str) -> None:
+    async def _note(
+        self,
+        cycle: str,
+        replica: Replica,
+        published: Publishers,
+        trainer: Trainer,
+        count: int,
+        refits: int,
+        policy: InFlightPolicy = "continue",
+        *,
+        forget: bool = False,
+    ) -> None:
+        """Measure with streams of its own, which all have about as much context."""
+        streams = Streams(replica.llm, count)
+        await streams.start()
+        run = await measure(replica, published, streams, refits, policy, forget=forget)
+        await streams.stop()
         run |= {"trainer": trainer.name, "cycle": cycle}
         self.results["runs"].append(run)
         print(json.dumps(run), flush=True)
@@ -228,7 +252,9 @@ def figures(published: Publishers, reader: str) -> dict:
     )
     lines = done.stdout.decode(errors="replace").splitlines()
     reads = [line.strip() for line in lines if "cuda_ipc" in line or "get" in line]
-    return {**json.loads(lines[-1]), "ucx": sorted(set(reads))[:20]}
+    # UCX writes on the same output, to the end.
+    (found,) = [line for line in lines if line.startswith("{")]
+    return {**json.loads(found), "ucx": sorted(set(reads))[:20]}
 
 
 def main() -> None:
@@ -237,11 +263,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--trainers", nargs="+", default=["cuda:0", "cpu"])
-    parser.add_argument("--reader", default="cuda:0", help="reads in the figures")
+    parser.add_argument(
+        "--reader", default="cuda:0", help="for the figures; '' is none"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--policies", nargs="+", default=["continue", "recompute"])
     parser.add_argument("--refits", type=int, default=20)
-    parser.add_argument("--memory", type=float, default=0.5)
+    parser.add_argument("--memory", type=float, default=0.55)
     parser.add_argument("--staging", default="auto")
     parser.add_argument("--quantization")
     parser.add_argument("--from-disk", action="store_true")

@@ -5,6 +5,9 @@ what is live with the golden path."""
 
 from __future__ import annotations
 
+import gc
+import time
+
 import torch
 
 from dynamo.refit.rank.extension import RefitWorkerExtension
@@ -13,6 +16,24 @@ from tests.benchmarks.gpu.model import empty, fill
 
 class Extension(RefitWorkerExtension):
     """For measurements only."""
+
+    def watch_gc(self) -> None:
+        """Note from now on how long Python's garbage collections take."""
+        self._pauses: list[float] = []
+        began = [0.0]
+
+        def note(phase: str, _: dict) -> None:
+            now = time.perf_counter()
+            if phase == "start":
+                began[0] = now
+            else:
+                self._pauses.append((now - began[0]) * 1e3)
+
+        gc.callbacks.append(note)
+
+    def gc_pauses(self) -> tuple[int, float]:
+        """How many there were, and the milliseconds of the longest."""
+        return len(self._pauses), max(self._pauses, default=0.0)
 
     def refit_forget(self) -> None:
         """Drop the session, its requests, its buffers and their registrations."""
@@ -34,17 +55,23 @@ class Extension(RefitWorkerExtension):
         """How many live parameters there are, and those that differ from what
         ``load_weights`` makes of the weights with ``seed``, bit by bit."""
         model = self.model_runner.get_model()
-        live = {name: p.detach().clone() for name, p in model.named_parameters()}
         weights = empty(config, str(self.device))
+        parameters = dict(model.named_parameters())
+        # On the host where the device has no room for a second copy.
+        needed = sum(parameter.nbytes for parameter in parameters.values())
+        room = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed * 1.1
+        there = self.device if room else torch.device("cpu")
+        live = {name: p.to(there, copy=True) for name, p in parameters.items()}
         fill(weights, seed)
         for parameter in model.parameters():
             parameter.data.fill_(1.5)
         model.load_weights(iter(weights.items()))
         different = [
             name
-            for name, parameter in model.named_parameters()
+            for name, parameter in parameters.items()
             if not torch.equal(
-                parameter.view(torch.uint8), live[name].view(torch.uint8)
+                parameter.view(torch.uint8),
+                live[name].to(parameter.device).view(torch.uint8),
             )
         ]
         return len(live), different

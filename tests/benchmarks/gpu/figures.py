@@ -29,10 +29,9 @@ from dynamo.refit.publish.merge import merge
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.memory import choose, free_memory
-from dynamo.refit.rank.plan import Limits, make_plan
+from dynamo.refit.rank.plan import LIMITS, Limits, make_plan
 from dynamo.refit.rank.session import Session
 from dynamo.refit.rank.slices import ArenaLayout, Parameter, ReadSlice
-from dynamo.refit.rank.stager import LIMITS
 from dynamo.refit.transport.nixl import NixlAgent
 from tests.benchmarks.gpu.source import LENT, LENT_ROWS, Offer
 

@@ -50,6 +50,9 @@ async def measure(
     await asyncio.sleep(2.0)
     quiet_until = time.time()
     undisturbed = streams.tokens(quiet_from, quiet_until) / (quiet_until - quiet_from)
+    # As long as a commit, for what gaps there are without one.
+    starts = [quiet_from + 0.1 * number for number in range(1, 20)]
+    quiet = [streams.longest_gap_ms(start, start + 0.05) for start in starts]
     stalls, votes, commits = [], [], []
     staging_tokens = staging_seconds = 0.0
     for cycle in range(refits):
@@ -72,7 +75,7 @@ async def measure(
         "streams": len(streams.times),
         "policy": policy,
         "median_gap_ms": streams.median_gap_ms(quiet_from, quiet_until),
-        "quiet_gap_ms_max": streams.longest_gap_ms(quiet_from, quiet_until),
+        "quiet_ms": spread(quiet),
         "stall_ms": spread(stalls),
         **{
             name: spread([getattr(timings, name) for timings in commits])

@@ -21,9 +21,12 @@ def print_table(results: dict) -> None:
         print(f"  {name}: cold {cold}, {about['cold_built']}; {tokens}")
         for compared in about.get("golden", []):
             print(f"    golden: {compared}")
-        print(f"    memory {about['memory_before']} -> {about['memory_after']}")
+        print(
+            f"    memory {about['memory_before']} -> {about['memory_after']}; "
+            f"collections of each rank, and the longest: {about['gc_pauses']}"
+        )
     print(
-        f"{'trainer':16} {'streams':>7} {'cycle':20} {'m':>5} {'quiet':>5} "
+        f"{'trainer':16} {'streams':>7} {'cycle':20} {'m':>5} {'quiet p95/max':>13} "
         f"{'stall p50/p95/max':>22} "
         + " ".join(f"{name[:7]:>7}" for name in COLUMNS)
         + "  GB/s  skew tok/s staging built"
@@ -33,7 +36,8 @@ def print_table(results: dict) -> None:
         share = run["tokens_per_s_staging"] / run["tokens_per_s"]
         print(
             f"{run['trainer']:16} {run['streams']:7} {run['cycle']:20} "
-            f"{run['median_gap_ms']:5.1f} {run['quiet_gap_ms_max']:5.1f} "
+            f"{run['median_gap_ms']:5.1f} "
+            f"{run['quiet_ms']['p95']:6.1f}{run['quiet_ms']['max']:7.1f} "
             f"{stall['p50']:7.1f}{stall['p95']:7.1f}{stall['max']:8.1f} "
             + " ".join(f"{run[f'{name}_ms']['p50']:7.1f}" for name in COLUMNS)
             + f" {run['wire_gb_per_s']:5.0f} {run['skew_ms']['p50']:5.1f} "

@@ -173,8 +173,10 @@ def _serve(
     )
     if mode == "snapshot":
         # What is read are the copies.
-        weights.clear()
-        torch.cuda.empty_cache() if device.startswith("cuda") else None
+        for tensor in weights.values():
+            tensor.untyped_storage().resize_(0)
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
     while not pipe.poll(PROGRESS_SECONDS):
         for held in (memory, lent):
             if held is not None:

@@ -25,8 +25,8 @@ class CoordinatorConfig:
     policy: Policy
 
 
-def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
-    """The configuration from ``argv`` and the environment."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, with defaults from the environment as it is now."""
     parser = argparse.ArgumentParser(
         prog="python -m dynamo.refit",
         description="Coordinates weight refits of the vLLM workers of one Dynamo "
@@ -144,7 +144,12 @@ def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
         "after its start the coordinator lets nobody serve start-up weights",
         kind=float,
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
+    """The configuration from ``argv`` and the environment."""
+    options = build_parser().parse_args(argv)
     components = tuple(c.strip() for c in options.worker_components.split(","))
     return CoordinatorConfig(
         namespace=options.namespace,

@@ -14,7 +14,12 @@ from typing import Literal
 import msgspec
 
 from dynamo.refit.errors import EventRefused, Failure
-from dynamo.refit.protocol import CommitTimings, InFlightPolicy, RankVote
+from dynamo.refit.protocol import (
+    CommitTimings,
+    InFlightPolicy,
+    RankProgress,
+    RankVote,
+)
 
 #: Raised when a field changes its meaning; new optional fields do not count.
 SCHEMA = 1
@@ -48,6 +53,10 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
+    ``traceparent`` (W3C) is the trainer's span, if it traces.
+
+    A rollback has no trainer: the version has the weights of the older version
+    ``restores``, which workers take from the copies that they keep.
     """
 
     model: str
@@ -59,18 +68,31 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: str
     in_flight: InFlightPolicy | None = None
+    restores: int | None = None
+    traceparent: str | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     """The coordinator asks ``workers`` to stage ``version``.
 
-    ``catch_up``: the others serve it already.
+    ``catch_up``: the others serve it already. ``restores``: the older version whose
+    weights these are.
     """
 
     model: str
     version: int
     workers: tuple[int, ...]
     catch_up: bool = False
+    restores: int | None = None
+
+
+class StageProgress(Event, frozen=True, kw_only=True, tag=True):
+    """How far the ranks of a worker are with ``version``: a few times a second, and not
+    at all for a stage that ends sooner."""
+
+    worker: int
+    version: int
+    ranks: tuple[RankProgress, ...]
 
 
 class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
@@ -106,7 +128,8 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     gone: a failure for each, with worker, rank and cause. ``catch_up``: some were
     brought to what the others served. ``seconds`` is the time from the announcement's
     arrival at the coordinator; ``None`` if this coordinator found the version already
-    installed.
+    installed. ``restores``: after a rollback, the older version whose weights these
+    are.
     """
 
     model: str
@@ -117,25 +140,32 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     seconds: float | None
     excluded: tuple[Failure, ...] = ()
     catch_up: bool = False
+    restores: int | None = None
 
 
 class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
     """A version is not installed: why, and what each worker serves instead.
 
     ``serving`` has a pair ``(worker, version)`` per worker; version ``None``
-    stands for the weights the worker started with.
+    stands for the weights the worker started with. ``catch_up``: the fleet serves the
+    version, and those that were to be brought there are not; they are tried again.
+    ``restores``: it was a rollback to the weights of that older version.
     """
 
     version: int
     failure: Failure
     serving: tuple[tuple[int, int | None], ...]
+    catch_up: bool = False
+    restores: int | None = None
 
 
 class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):
-    """``version`` was given up before its commit for the newer ``by``."""
+    """``version`` was given up before its commit for the newer ``by``; ``catch_up``: by
+    those that were to be brought to it, the others serve it."""
 
     version: int
     by: int
+    catch_up: bool = False
 
 
 RefusalReason = Literal[
@@ -180,6 +210,7 @@ class WorkerAdmitted(Event, frozen=True, kw_only=True, tag=True):
 AnyEvent = (
     WeightVersionReady
     | RefitStarted
+    | StageProgress
     | WorkerStaged
     | WorkerRefitted
     | RefitCompleted

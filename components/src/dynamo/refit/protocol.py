@@ -65,6 +65,14 @@ class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
     hits: int = 0
 
 
+class CacheUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of a worker had to build for the stage before, all in all; the
+    session is the one of the rank that had to build most."""
+
+    session: SessionUse
+    counters: CacheCounters
+
+
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that a rank's staging takes, in its mode."""
 
@@ -109,8 +117,17 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
     timings: StageTimings
 
 
+class RankProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """Of what a rank reads for a version, ``nbytes`` of ``total_nbytes`` are there; the
+    total is 0 until it is known."""
+
+    rank: int
+    nbytes: int
+    total_nbytes: int
+
+
 class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of one worker's commit.
+    """Milliseconds of one worker's commit, and when it began (Unix seconds).
 
     ``stall_ms`` is the time in which no token can be made, at the most: from the call
     that pauses the scheduler to the return of the one that resumes it. ``install_ms``
@@ -128,6 +145,7 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
     probe_ms: float
     verify_ms: float
     install_retries: int = 0
+    started_at: float = 0.0
 
 
 # --- coordinator to worker --------------------------------------------------
@@ -140,7 +158,11 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
     ``weights``. ``stage_seconds`` bounds the staging, ``commit_seconds`` the install;
     ``keep_seconds`` is how long after the stage's bound the worker keeps the version
-    for a commit before it gives it up by itself.
+    for a commit before it gives it up by itself. ``traceparent`` (W3C) is the caller's
+    span, here and in :class:`Commit`.
+
+    With ``restores`` nothing is read from anybody: the worker takes its own copy of
+    that version, which it served before and which has the fingerprint ``weights``.
     """
 
     version: int
@@ -154,6 +176,8 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     stage_seconds: float
     commit_seconds: float
     keep_seconds: float
+    restores: int | None = None
+    traceparent: str | None = None
 
 
 class Commit(Message, frozen=True, kw_only=True, tag=True):
@@ -176,6 +200,7 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     hold_seconds: float = 0.0
     withdraw: bool = False
     drain_seconds: float = 0.0
+    traceparent: str | None = None
 
 
 class Abort(Message, frozen=True, kw_only=True, tag=True):
@@ -285,7 +310,11 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     ``version`` is what it serves (``None``: the weights it started with) and
     ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
     ``epoch`` the highest seen. One that is not ``admitted`` is unknown to routers, and
-    serves nobody.
+    serves nobody. ``since`` (Unix seconds) it serves that version, which cost it
+    ``stall_ms``; ``staging`` and ``cache`` are the last stage's. ``release`` and
+    ``schema`` (of the events) say what it runs, and are empty and 0 in releases that
+    did not tell. ``kept_version`` and its fingerprint ``kept_weights`` are what it
+    served before and could go back to (``None``: it has no copy).
     """
 
     model: str
@@ -297,6 +326,14 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     kv_epoch: str
     ranks: int
     admitted: bool = True
+    kept_version: int | None = None
+    kept_weights: str = ""
+    since: float | None = None
+    stall_ms: float | None = None
+    staging: StagingMode | None = None
+    cache: CacheUse | None = None
+    release: str = ""
+    schema: int = 0
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -346,6 +383,24 @@ class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
     detail: str = ""
 
 
+class AnnounceAgain(Message, frozen=True, kw_only=True, tag=True):
+    """Announce the newest version that is held, under its own number or ``version``.
+
+    One that has ended gets a new announcement, where its bytes cannot have changed.
+    """
+
+    version: int | None = None
+    in_flight: InFlightPolicy | None = None
+
+
+class Announced(Message, frozen=True, kw_only=True, tag=True):
+    """It is, or was, announced like this."""
+
+    model: str
+    version: int
+    announcement: str
+
+
 class Done(Message, frozen=True, kw_only=True, tag=True):
     """It was done, now or when it was first asked for."""
 
@@ -393,13 +448,15 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
     """The member is about to write ``version``: where, and under which name?
 
     ``turn`` counts the member's own publications; the same turn has the same answer.
-    Of ``in_flight``, rank 0's counts.
+    Of ``in_flight``, rank 0's counts, and of ``traceparent`` (W3C; the span that the
+    trainer was in).
     """
 
     member: str
     turn: int
     version: int
     in_flight: InFlightPolicy | None
+    traceparent: str | None = None
 
 
 class SlotTaken(Message, frozen=True, kw_only=True, tag=True):
@@ -464,9 +521,16 @@ GroupRequest = (
 GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
 
 TrainerRequest = (
-    GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
+    GetManifest
+    | GetFingerprints
+    | AcquireLease
+    | ReleaseLease
+    | AnnounceAgain
+    | GroupRequest
 )
-TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
+TrainerReply = (
+    ManifestReply | FingerprintsReply | Announced | Done | GroupReply | Refused
+)
 
 
 # --- a worker's endpoint ----------------------------------------------------
@@ -502,16 +566,55 @@ WorkerReply = (
 # --- anyone to coordinator --------------------------------------------------
 
 
+class GetHistory(Message, frozen=True, kw_only=True, tag=True):
+    """What became of the versions that came?"""
+
+
+class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One announcement and how it ended.
+
+    It came at ``announced_at`` and ended ``seconds`` later, at ``ended_at`` (Unix
+    seconds); ``stall_ms`` is the longest stall of a worker. ``workers`` served it in
+    the end, all but those ``excluded``, each with a failure that names it.
+    """
+
+    version: int
+    announcement: str
+    outcome: ReleaseOutcome | Literal["under way"]
+    announced_at: float
+    ended_at: float | None = None
+    seconds: float | None = None
+    stall_ms: float | None = None
+    detail: str = ""
+    workers: tuple[int, ...] = ()
+    excluded: tuple[Failure, ...] = ()
+
+
+class History(Message, frozen=True, kw_only=True, tag=True):
+    """The last announcements, oldest first, since this coordinator began (``since``,
+    Unix seconds): nothing is kept from one to the next."""
+
+    since: float
+    records: tuple[RefitRecord, ...]
+
+
 class FleetMember(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker as the coordinator last saw it."""
+    """One worker as the coordinator last saw it.
+
+    It is ``behind`` by so many announced versions, since the first of them was
+    announced ``behind_seconds`` ago (``None``: before this coordinator began).
+    """
 
     worker: int
     component: str
     status: WorkerStatus
+    behind: int = 0
+    behind_seconds: float | None = None
 
 
 class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
-    """The coordinator's view: what is wanted, what is under way, who serves what."""
+    """The coordinator's view: what is wanted, what is under way, who serves what; and
+    its own ``release`` and ``schema``, as in :class:`WorkerStatus`."""
 
     model: str
     epoch: int
@@ -519,6 +622,40 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
     completed: int | None
     under_way: int | None
     members: tuple[FleetMember, ...]
+    release: str = ""
+    schema: int = 0
+
+
+class Rollback(Message, frozen=True, kw_only=True, tag=True):
+    """Go back to the weights that were served before, from the workers' own copies, as
+    version ``version`` (``None``: the next number).
+
+    ``to`` insists on what the copies must be of. ``announcement`` names one wish: a
+    repeat starts nothing, and is answered with how far it is. A repeat with what the
+    first answer said (``version``, ``to``, ``weights``) is understood by another
+    coordinator, too.
+    """
+
+    announcement: str
+    version: int | None = None
+    to: int | None = None
+    weights: str = ""
+    in_flight: InFlightPolicy | None = None
+
+
+class RollbackStatus(Message, frozen=True, kw_only=True, tag=True):
+    """``version`` brings back ``restores``, whose fingerprint is ``weights``; and how
+    that ended, if it has (``outcome``, ``detail``)."""
+
+    version: int
+    restores: int
+    weights: str
+    outcome: ReleaseOutcome | None = None
+    detail: str = ""
+
+
+CoordinatorRequest = GetStatus | GetHistory | Rollback
+CoordinatorReply = FleetStatus | History | RollbackStatus | Refused
 
 
 # --- worker to rank ---------------------------------------------------------
@@ -545,6 +682,15 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     seconds: float
     payload: bytes | None
     want_reads: bool
+
+
+class Recall(Message, frozen=True, kw_only=True, tag=True):
+    """Start staging, as ``version``, this rank's own copy of ``restores``, which was
+    live before. Polled as a :class:`Stage`, and answered with what the plan read."""
+
+    version: int
+    restores: int
+    seconds: float
 
 
 class Poll(Message, frozen=True, kw_only=True, tag=True):
@@ -616,7 +762,14 @@ class Described(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Running(Message, frozen=True, kw_only=True, tag=True):
-    """What was started is under way."""
+    """What was started is under way.
+
+    Of a pull ``nbytes`` of ``total_nbytes`` are there and fingerprinted; the total is 0
+    until the rank knows it, and for other work.
+    """
+
+    nbytes: int = 0
+    total_nbytes: int = 0
 
 
 class Staged(Message, frozen=True, kw_only=True, tag=True):
@@ -674,7 +827,16 @@ class Verified(Message, frozen=True, kw_only=True, tag=True):
 
 
 RankRequest = (
-    Describe | Stage | Poll | Install | Restore | Verify | Discard | Offer | Withdraw
+    Describe
+    | Stage
+    | Recall
+    | Poll
+    | Install
+    | Restore
+    | Verify
+    | Discard
+    | Offer
+    | Withdraw
 )
 RankReply = (
     Described | Running | Staged | Installed | Verified | Offered | Done | Refused

@@ -12,42 +12,26 @@ more, reads from here fail, and the coordinator reports the version as failed.
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.fleet import fetch_status
-from dynamo.refit.cli.output import complain, time_of
+from dynamo.refit.cli.output import cancel_on_signals, complain
+from dynamo.refit.cli.report import LOOK, Report
+from dynamo.refit.cli.runtime import connect
+from dynamo.refit.cli.words import count, size
 from dynamo.refit.errors import RefitError
-from dynamo.refit.events import (
-    REFIT_EVENTS,
-    Event,
-    RefitCompleted,
-    RefitFailed,
-    RefitRefused,
-    RefitStarted,
-    RefitSuperseded,
-    WorkerFenced,
-    WorkerRefitted,
-    WorkerStaged,
-)
+from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.protocol import FleetStatus, InFlightPolicy
 from dynamo.refit.publish.checkpoint import CheckpointInvalid, checkpoint_shards
 from dynamo.refit.publish.publisher import PublishedVersion, Release, WeightPublisher
 from dynamo.refit.publish.shard import LocalShard
-from dynamo.refit.rpc import Caller, runtime_from_environment
+from dynamo.refit.rpc import Caller
 
 #: The Dynamo component that this process shows up as.
 COMPONENT = "checkpoint"
-
-#: The last event may come this much later than the trainer's release.
-LAST_EVENT_SECONDS = 1.0
-
-LOOK = "`dynamo-refit status` shows what each worker serves"
 
 
 @dataclass(frozen=True)
@@ -74,24 +58,24 @@ def run(publication: Publication) -> int:
     except CheckpointInvalid as error:
         complain(error)
         return 2
-    report = _Report(publication)
+    report = Report(publication.version, publication.as_json)
     try:
         return asyncio.run(_publish(publication, shards, report))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        report.interrupted()
+        report.interrupted(
+            "is withdrawn, but a worker that held all of it already may install it"
+        )
         return 130
 
 
 async def _publish(
-    publication: Publication, shards: Sequence[LocalShard], report: _Report
+    publication: Publication, shards: Sequence[LocalShard], report: Report
 ) -> int:
-    # A shell's background jobs begin with SIGINT ignored, and asyncio leaves it so.
-    cancel = asyncio.current_task().cancel
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, cancel)
-    runtime = runtime_from_environment()
+    cancel_on_signals()
+    runtime = connect(alone_on_terminal=report.in_place)
     namespace = publication.namespace
-    fleet = await fetch_status(Caller(runtime), namespace)
+    caller = Caller(runtime)
+    fleet = await fetch_status(caller, namespace)
     _check_number(publication.version, fleet)
     model = _model(publication, fleet)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
@@ -104,9 +88,19 @@ async def _publish(
             published = publisher.publish(
                 publication.version, in_flight=publication.in_flight
             )
-            report.announced(model, shards, fleet)
-            release = await _end(published, events, publication, report)
-    return report.ended(model, release)
+            report.announced(_told(publication, model, shards), fleet)
+            async with report.following(events, caller, namespace):
+                release = await _end(published, publication)
+                await report.last_event()
+    return report.ended(model, release.outcome, release.detail)
+
+
+def _told(publication: Publication, model: str, shards: Sequence[LocalShard]) -> str:
+    nbytes = sum(shard.tensor.nbytes for shard in shards)
+    return (
+        f"{publication.directory}: {count(len(shards), 'tensor')}, {size(nbytes)}, "
+        f"publishing as version {publication.version} of {model!r}"
+    )
 
 
 def _check_number(version: int, fleet: FleetStatus) -> None:
@@ -129,136 +123,13 @@ def _model(publication: Publication, fleet: FleetStatus) -> str:
     return model
 
 
-async def _end(
-    published: PublishedVersion,
-    events: EventSubscriber,
-    publication: Publication,
-    report: _Report,
-) -> Release:
-    """How the version ended; what happens until then is reported."""
-    showing = asyncio.create_task(_show_events(events, publication.version, report))
+async def _end(published: PublishedVersion, publication: Publication) -> Release:
     try:
         async with asyncio.timeout(publication.timeout):
-            release = await published.released()
-        await asyncio.wait([showing], timeout=LAST_EVENT_SECONDS)
+            return await published.released()
     except TimeoutError:
         raise RefitError(
             f"version {publication.version} had not ended after "
             f"{publication.timeout:g} s and is withdrawn: {LOOK}; a larger --timeout "
             "waits longer"
         ) from None
-    finally:
-        showing.cancel()
-    return release
-
-
-async def _show_events(events: EventSubscriber, version: int, report: _Report) -> None:
-    """Until the version's last event."""
-    async for event in events:
-        if isinstance(event, Event) and getattr(event, "version", None) == version:
-            report.event(event)
-            if _is_last(event):
-                return
-
-
-def _is_last(event: Event) -> bool:
-    match event:
-        case RefitCompleted() | RefitSuperseded() | RefitRefused():
-            return True
-        case RefitFailed(epoch=epoch):
-            # A worker's own failure (epoch 0) is followed by the coordinator's word.
-            return epoch > 0
-    return False
-
-
-class _Report:
-    """Says what happens, for people or as JSON, and keeps what the end needs."""
-
-    def __init__(self, publication: Publication) -> None:
-        self._version = publication.version
-        self._directory = publication.directory
-        self._as_json = publication.as_json
-        self._announced = False
-
-    def announced(
-        self, model: str, shards: Sequence[LocalShard], fleet: FleetStatus
-    ) -> None:
-        self._announced = True
-        if self._as_json:
-            return
-        mib = sum(shard.tensor.nbytes for shard in shards) / 2**20
-        print(
-            f"{self._directory}: {len(shards)} tensors, {mib:.1f} MiB, publishing as "
-            f"version {self._version} of {model!r}",
-            flush=True,
-        )
-        if not fleet.members:
-            print("there is no worker yet: waiting for one", flush=True)
-
-    def event(self, event: Event) -> None:
-        if self._as_json:
-            print(msgspec.json.encode(event).decode(), flush=True)
-        elif line := _describe(event):
-            print(f"{time_of(event)}  {line}", flush=True)
-
-    def ended(self, model: str, release: Release) -> int:
-        """Say how it ended; the exit code."""
-        if self._as_json:
-            end = {
-                "model": model,
-                "version": self._version,
-                "outcome": release.outcome,
-                "detail": release.detail,
-            }
-            print(msgspec.json.encode(end).decode(), flush=True)
-        if release.outcome == "completed":
-            if not self._as_json:
-                print(f"version {self._version} is served", flush=True)
-            return 0
-        complain(
-            f"version {self._version} was not installed: {release.outcome}: "
-            f"{release.detail or 'no cause given'}; {LOOK}"
-        )
-        return 1
-
-    def interrupted(self) -> None:
-        if not self._announced:
-            complain("interrupted; nothing was announced")
-            return
-        complain(
-            f"interrupted; version {self._version} is withdrawn, but a worker that "
-            f"held all of it already may install it: {LOOK}"
-        )
-
-
-def _describe(event: Event) -> str | None:
-    """The event in one line; ``None`` for one that has nothing to tell here."""
-    match event:
-        case RefitStarted(workers=workers):
-            return f"staging on {_count(len(workers), 'worker')}"
-        case WorkerStaged(worker=worker, ranks=ranks):
-            mib = sum(rank.nbytes for rank in ranks) / 2**20
-            where = _count(len(ranks), "rank")
-            return f"worker {worker} holds it: {mib:.1f} MiB on {where}"
-        case WorkerRefitted(worker=worker, timings=timings):
-            return (
-                f"worker {worker} serves it, after a stall of {timings.stall_ms:.1f} ms"
-            )
-        case WorkerFenced(worker=worker, failure=failure):
-            return f"worker {worker} was taken out of service: {failure}"
-        case RefitCompleted(workers=workers, seconds=seconds):
-            took = (
-                "" if seconds is None else f", {seconds:.2f} s after its announcement"
-            )
-            return f"completed: {_count(len(workers), 'worker')} refitted{took}"
-        case RefitFailed(failure=failure):
-            return f"failed: {failure}"
-        case RefitSuperseded(by=by):
-            return f"superseded by version {by}"
-        case RefitRefused(reason=reason, detail=detail):
-            return f"refused ({reason}): {detail}"
-    return None
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

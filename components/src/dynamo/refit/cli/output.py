@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from datetime import datetime
 from typing import Annotated
@@ -30,3 +32,13 @@ def complain(what: RefitError | str) -> None:
     where = f"tensor {tensor}: " if tensor else ""
     line = " ".join(f"dynamo-refit: {where}{what}".splitlines())
     print(line, file=sys.stderr, flush=True)
+
+
+def cancel_on_signals() -> None:
+    """Let SIGINT and SIGTERM cancel the running task.
+
+    A shell's background jobs begin with SIGINT ignored, and asyncio leaves it so.
+    """
+    cancel = asyncio.current_task().cancel
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, cancel)

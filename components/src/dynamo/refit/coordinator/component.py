@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
+from dynamo.refit import tracing
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.bus import EventPublisher, EventSubscriber, RejectedPayload
+from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.coordinator.actions import (
     Action,
     CommitAnswered,
@@ -41,17 +42,24 @@ from dynamo.refit.coordinator.actions import (
     TakeLease,
     Tick,
 )
+from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.fleet import FleetWatch
+from dynamo.refit.coordinator.history import RefitHistory
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
+from dynamo.refit.coordinator.rollback import announce_rollback
+from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
     REFIT_EVENTS,
+    SCHEMA,
     WEIGHT_VERSIONS,
     Event,
     RefitRefused,
     WeightVersionReady,
 )
+from dynamo.refit.metrics import CoordinatorMetrics, export
+from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -59,19 +67,25 @@ from dynamo.refit.protocol import (
     Admit,
     Commit,
     Committed,
+    CoordinatorReply,
+    CoordinatorRequest,
     Done,
     Fence,
     FleetStatus,
+    GetHistory,
     GetStatus,
     Message,
     Prepare,
     Refused,
     ReleaseLease,
+    Rollback,
+    RollbackStatus,
     ServeWeights,
     Stepped,
     Vote,
     WeightsServed,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import Caller, serve, unary
 
 logger = logging.getLogger(__name__)
@@ -102,17 +116,29 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     prefix = f"{config.namespace}.refit"
     status = runtime.endpoint(f"{prefix}.status")
     caller = Caller(runtime)
+    tracer = tracing.from_environment()
+    metrics = CoordinatorMetrics()
+    export(metrics.registry, status, f"{prefix}.status")
+    telemetry = CoordinatorTelemetry(metrics, tracer)
     fleet = FleetWatch(caller, config)
     seen = await fleet.look()
     epoch = next_epoch(seen)
     topic = runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
     versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
     name = f"coordinator-{status.connection_id()}"
+
+    async def answer(request: CoordinatorRequest) -> CoordinatorReply:
+        if isinstance(request, Rollback):
+            # What workers keep changes with every version.
+            return coordinator.roll_back(request, await fleet.look())
+        return await coordinator.answer(request)
+
     async with (
-        EventPublisher(topic, name, epoch) as events,
+        LastingPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
     ):
-        coordinator = Coordinator(config, caller, events.publish, epoch)
+        publish = telemetry.publishing(events.publish)
+        coordinator = Coordinator(config, telemetry.calling(caller), publish, epoch)
         coordinator.hear(seen)
         logger.info(
             "refit coordinator: namespace %s, epoch %d, %d workers",
@@ -122,12 +148,16 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.run())
-            tasks.create_task(_listen(announcements, coordinator, events))
+            tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(keep_present(status, events))
+            tasks.create_task(
+                telemetry.watch(coordinator.status, config.fleet_poll_seconds)
+            )
             tasks.create_task(
                 serve(
                     status,
-                    unary(GetStatus, coordinator.status, "status"),
+                    unary(CoordinatorRequest, answer, "coordinator"),
                     health_check=GetStatus(),
                 )
             )
@@ -140,15 +170,19 @@ def next_epoch(seen: FleetSeen) -> int:
 
 
 async def _listen(
-    announcements: EventSubscriber, coordinator: Coordinator, events: EventPublisher
+    announcements: EventSubscriber,
+    coordinator: Coordinator,
+    telemetry: CoordinatorTelemetry,
+    publish: Callable[[Event], object],
 ) -> None:
     async for event in announcements:
         match event:
             case WeightVersionReady():
+                telemetry.heard(event)
                 coordinator.hear(event)
             case RejectedPayload(reason=reason, detail=detail):
                 logger.warning("refused an event: %s", detail)
-                events.publish(RefitRefused(reason=reason, detail=detail))
+                publish(RefitRefused(reason=reason, detail=detail))
             case _:
                 logger.warning("%s does not belong here", type(event).__name__)
 
@@ -174,8 +208,10 @@ class Coordinator:
         self._publish = publish
         self._epoch = epoch
         self._reconciler = Reconciler(config.model, config.policy)
+        self._history = RefitHistory(time.time())
         self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
+        self._rollbacks: OrderedDict[str, WeightVersionReady] = OrderedDict()
         # A lease is taken and given back in the order that was decided.
         self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -200,13 +236,22 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
-                for action in self._reconciler.handle(what, loop.time()):
+                actions = self._reconciler.handle(what, loop.time())
+                desired = self._reconciler.desired
+                self._history.hear(what, actions, desired, time.time())
+                for action in actions:
                     self._perform(action)
         finally:
             for call in self._calls:
                 call.cancel()
 
-    async def status(self, request: GetStatus) -> Message:
+    async def answer(self, request: GetStatus | GetHistory) -> CoordinatorReply:
+        """The fleet as it is seen now, or what became of the versions that came."""
+        if isinstance(request, GetHistory):
+            return self._history.view()
+        return self.status()
+
+    def status(self) -> FleetStatus:
         reconciler = self._reconciler
         transaction, desired = reconciler.transaction, reconciler.desired
         return FleetStatus(
@@ -215,7 +260,37 @@ class Coordinator:
             desired=desired.version if desired else None,
             completed=reconciler.completed,
             under_way=transaction.ready.version if transaction else None,
-            members=tuple(m for _, m in sorted(reconciler.fleet.items())),
+            members=self._history.place(
+                [m for _, m in sorted(reconciler.fleet.items())], time.time()
+            ),
+            release=RELEASE,
+            schema=SCHEMA,
+        )
+
+    def roll_back(self, wish: Rollback, seen: FleetSeen) -> RollbackStatus:
+        """Announce what ``wish`` stands for, unless it was before; how far it is.
+
+        Raises:
+            RefitError: there is nothing to go back to, or not what was wished for.
+        """
+        reconciler = self._reconciler
+        ready = self._rollbacks.get(wish.announcement)
+        if ready is None:
+            ready = announce_rollback(
+                wish, seen.members, reconciler.model, reconciler.newest
+            )
+            self._rollbacks[wish.announcement] = ready
+            while len(self._rollbacks) > REMEMBERED:
+                self._rollbacks.popitem(last=False)
+            self.hear(seen)
+            self.hear(ready)
+        ended = reconciler.ended(wish.announcement)
+        return RollbackStatus(
+            version=ready.version,
+            restores=ready.restores,
+            weights=ready.weights,
+            outcome=ended.outcome if ended else None,
+            detail=ended.detail if ended else "",
         )
 
     # --- actions --------------------------------------------------------------
@@ -227,7 +302,8 @@ class Coordinator:
                 self._publish(event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
-            case GiveBackLease():
+            # A rollback has no trainer.
+            case GiveBackLease(ready=WeightVersionReady(restores=None)):
                 self._spawn(self._give_back_lease(action))
             case SendPrepare():
                 self._spawn(self._prepare(action))
@@ -310,6 +386,7 @@ class Coordinator:
             stage_seconds=policy.stage_seconds,
             commit_seconds=policy.commit_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
+            restores=ready.restores if action.recall else None,
         )
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)

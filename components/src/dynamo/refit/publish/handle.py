@@ -15,8 +15,8 @@ from dynamo.refit.protocol import ReleaseOutcome
 class Release:
     """How a version's publication ended, as the coordinator says it.
 
-    Without the coordinator: ``superseded`` by a later version in its buffer, or
-    ``failed`` since a rank's memory is gone.
+    Without the coordinator: ``superseded`` by a later version, in its buffer or that
+    has ended before it, or ``failed`` since a rank's memory is gone.
     """
 
     outcome: ReleaseOutcome

@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 import msgspec
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.bus import EventPublisher
+from dynamo.refit import tracing
 from dynamo.refit.errors import SourceLost, error_from
 from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
+from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     AcquireLease,
+    AnnounceAgain,
+    Announced,
     AwaitGroup,
     AwaitRelease,
     Done,
@@ -45,6 +48,7 @@ from dynamo.refit.protocol import (
 from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.merge import Merged, RankPart
 from dynamo.refit.publish.publication import Publication
+from dynamo.refit.publish.telemetry import PublishTelemetry
 from dynamo.refit.rpc import serve, unary
 
 logger = logging.getLogger(__name__)
@@ -95,7 +99,8 @@ class Lead:
         self._path = f"{namespace}.{component}.weights"
         self._endpoint = runtime.endpoint(self._path)
         topic = runtime.endpoint(f"{namespace}.refit.{WEIGHT_VERSIONS}")
-        self._events = EventPublisher(topic, member)
+        self._events = LastingPublisher(topic, member)
+        self._telemetry = PublishTelemetry(tracing.from_environment())
         self._changed = asyncio.Event()
         self._state = group.state()
         self._serving: asyncio.Task | None = None
@@ -117,6 +122,7 @@ class Lead:
         self._tasks = [
             asyncio.create_task(self._tick()),
             asyncio.create_task(self._repeat()),
+            asyncio.create_task(keep_present(self._endpoint, self._events)),
         ]
 
     async def stop(self) -> None:
@@ -129,6 +135,7 @@ class Lead:
         for task in self._tasks:
             task.cancel()
         self._events.close()
+        await self._telemetry.close()
         self._runtime.shutdown()
         if self._serving is not None:
             with contextlib.suppress(Exception, asyncio.CancelledError):
@@ -156,6 +163,14 @@ class Lead:
             case AcquireLease():
                 self.group.log.acquire(
                     request.announcement, request.seconds, time.monotonic()
+                )
+            case AnnounceAgain(version=version, in_flight=in_flight):
+                held = self.group.log.again(version, in_flight, time.monotonic())
+                self._notify()
+                return Announced(
+                    model=self._merged.manifest.model,
+                    version=held.version,
+                    announcement=held.announcement,
                 )
             case ReleaseLease():
                 self.group.log.release(
@@ -188,6 +203,8 @@ class Lead:
                 return ended or Waiting()
             case TakeSlot():
                 reply = group.take_slot(request, now)
+                if request.member == self._member:
+                    self._telemetry.taken(reply.announcement, request)
             case Written():
                 group.written(request, now)
             case WriteFailed():
@@ -243,11 +260,9 @@ class Lead:
                 self._notify()
 
     async def _repeat(self) -> None:
-        # Only the newest is announced again; an older one waits for its end.
         while True:
             await asyncio.sleep(REANNOUNCE_SECONDS)
-            publication = self.group.log.to_repeat()
-            if publication is not None:
+            for publication in self.group.log.to_repeat(time.monotonic()):
                 self._announce(publication)
 
     def _announce(self, publication: Publication) -> None:
@@ -261,6 +276,7 @@ class Lead:
             slot=publication.slot,
             weights=publication.weights,
             in_flight=publication.in_flight,
+            traceparent=self._telemetry.announced(publication.announcement),
         )
         self._events.publish(event)
 

@@ -98,6 +98,7 @@ class PublicationLog:
         self._in_place = in_place
         self._ready_seconds = ready_seconds
         self._log: dict[int, Publication] = {}
+        self._repeated = 0
 
     def __iter__(self) -> Iterator[Publication]:
         return iter(list(self._log.values()))
@@ -120,6 +121,45 @@ class PublicationLog:
             publication.in_slot = False
             publication.decide(publication.refused, now)
         self._log[self.last] = publication
+        self._forget()
+        return publication
+
+    def again(
+        self, version: int | None, in_flight: InFlightPolicy | None, now: float
+    ) -> Publication:
+        """The newest publication that is held, to be announced once more.
+
+        As it is while it is out; under another number, or after its end, as a new
+        publication of the same bytes, which takes no slot and no rank's turn.
+
+        Raises:
+            SourceLost: nothing is held; or the trainer may write what was released.
+        """
+        held = [p for p in self if p.ready and p.in_slot]
+        if not held:
+            raise SourceLost("no version is held here: publish one first")
+        newest = max(held, key=lambda p: (p.version, abs(p.number)))
+        if newest.verdict is None and version in (None, newest.version):
+            newest.announced = False
+            return newest
+        if self._in_place and newest.verdict is not None:
+            raise SourceLost(
+                f"version {newest.version} was released and is published in place: "
+                "the trainer may be writing it, and has to publish it again itself"
+            )
+        self._repeated += 1
+        publication = Publication(
+            # Not in the order of turns: no rank may take it for its next one.
+            -self._repeated,
+            f"{newest.announcement}+{self._repeated}",
+            newest.version if version is None else version,
+            newest.slot,
+            deadline=now + self._ready_seconds,
+            in_flight=in_flight or newest.in_flight,
+            fingerprints=newest.fingerprints,
+            weights=newest.weights,
+        )
+        self._log[publication.number] = publication
         self._forget()
         return publication
 
@@ -162,13 +202,25 @@ class PublicationLog:
         """Nobody reads the bytes any more.
 
         Of a version that was given up meanwhile, the one who has read all of it knows
-        better.
+        better. What is older and nobody reads ends, too: whoever has had a newer one
+        refuses it, and may never have heard of it.
         """
         publication = self.find(announcement)
         publication.leased_until = 0.0
         if outcome == "completed" and publication.ready and not publication.ended:
             publication.verdict = None
         publication.decide(Released(outcome=outcome, detail=detail), now)
+        if outcome != "refused":
+            self._supersede_before(publication, outcome, now)
+
+    def _supersede_before(
+        self, newer: Publication, outcome: ReleaseOutcome, now: float
+    ) -> None:
+        detail = f"version {newer.version} was {outcome} before it"
+        for older in self:
+            open_ = older.verdict is None and not older.leased(now)
+            if open_ and older.number < newer.number:
+                older.decide(Released(outcome="superseded", detail=detail), now)
 
     def to_announce(self) -> list[Publication]:
         """The publications that became ready since the last call."""
@@ -177,10 +229,14 @@ class PublicationLog:
             publication.announced = True
         return ready
 
-    def to_repeat(self) -> Publication | None:
-        """The newest publication that was announced, if it has not ended."""
-        newest = next((p for p in reversed(list(self)) if p.announced), None)
-        return newest if newest is not None and newest.verdict is None else None
+    def to_repeat(self, now: float) -> list[Publication]:
+        """What was announced and has not ended, in order: the newest, and what is
+        leased, since the one who holds the lease may have called in vain to end it.
+
+        Of the others nobody needs to hear: the newer one supersedes them.
+        """
+        out = [p for p in self if p.announced and p.verdict is None]
+        return [p for p in out if p is out[-1] or p.leased(now)]
 
     def expire(self, now: float, ranks: range) -> bool:
         """End what is not ready in time, and what waited for a lease; did anything?"""

@@ -67,6 +67,7 @@ from dynamo.refit.publish.lead import Lead
 from dynamo.refit.publish.memory import Mode, RankMemory
 from dynamo.refit.publish.shard import LocalShard
 from dynamo.refit.rpc import runtime_from_environment
+from dynamo.refit.tracing import current_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ class WeightPublisher:
                 turn=self._turn,
                 version=version,
                 in_flight=in_flight,
+                traceparent=current_traceparent(),
             )
         )
         published = PublishedVersion(version, taken.announcement, taken.slot)

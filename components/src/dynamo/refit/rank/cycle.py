@@ -27,12 +27,25 @@ STEPS = (
 )
 
 
+@dataclass
+class Progress:
+    """Bytes of a pull that are there and fingerprinted, and all of them.
+
+    One thread writes it, and any may look: two numbers that need not be of one moment.
+    """
+
+    nbytes: int = 0
+    total_nbytes: int = 0
+
+
 @dataclass(frozen=True)
 class Limit:
-    """When a transfer must stop: a deadline (monotonic seconds) or a cancel."""
+    """When a transfer must stop: a deadline (monotonic seconds) or a cancel. Whoever
+    sets it may look how far the transfer is."""
 
     deadline: float
     cancelled: Callable[[], bool]
+    progress: Progress = field(default_factory=Progress)
 
     def check(self, doing: str) -> None:
         if self.cancelled():

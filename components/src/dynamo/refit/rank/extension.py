@@ -51,6 +51,7 @@ from dynamo.refit.protocol import (
     RankCall,
     RankReply,
     RankRequest,
+    Recall,
     Refused,
     Restore,
     Running,
@@ -131,6 +132,9 @@ class RefitRank:
                 return self._describe(request)
             case Stage():
                 return self._stage(request)
+            case Recall():
+                recall = functools.partial(self._stager.recall, request)
+                return self._start("recall", request.version, request.seconds, recall)
             case Poll(version=version):
                 return self._poll(version)
             case Install():
@@ -244,7 +248,7 @@ class RefitRank:
     def _poll(self, version: int) -> RankReply:
         if self._job is None or self._job.version != version:
             raise NothingStaged(f"nothing was started for version {version} here")
-        return self._job.reply or Running()
+        return self._job.reply or self._job.so_far()
 
     def _discard(self, version: int) -> RankReply:
         job = self._job
@@ -286,6 +290,10 @@ class _Job:
     @property
     def running(self) -> bool:
         return self.reply is None
+
+    def so_far(self) -> Running:
+        progress = self._limit.progress
+        return Running(nbytes=progress.nbytes, total_nbytes=progress.total_nbytes)
 
     def cancel(self) -> None:
         self._cancelled.set()

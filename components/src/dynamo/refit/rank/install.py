@@ -21,8 +21,13 @@ import torch
 from torch import nn
 
 from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
+
+#: From this size on a tensor is copied by a call of its own. One H100 reads and writes
+#: 2.8 TB/s so for a model of 8 GB, and 2.3 with all tensors in one ``_foreach_copy_``.
+LARGE = 8 << 20
 
 
 class LiveParameters:
@@ -105,10 +110,7 @@ class LiveParameters:
             # They may fail, so they come before anything else has changed.
             self._layers.install(dict(zip(self._names, staged, strict=True)))
         with torch.inference_mode():
-            if self._plain:
-                torch._foreach_copy_(
-                    self._tensors, [staged[n] for n in self._plain], non_blocking=True
-                )
+            _copy(self._tensors, [staged[n] for n in self._plain])
         if self._layers is not None:
             self._layers.refresh_attention()
         self._clock.stop()
@@ -127,9 +129,28 @@ class LiveParameters:
 
         Leaves ``backup`` alone where a parameter is :attr:`processed`.
         """
-        if self._plain:
-            torch._foreach_copy_([backup[n] for n in self._plain], self._tensors)
-        synchronize(self._device)
+        copy_out(self._tensors, [backup[n] for n in self._plain])
+
+
+def copy_out(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Copy contiguous tensors to host memory while the model serves; blocks."""
+    if sources and sources[0].device.type == "cuda":
+        host_copy.copy_out(sources, targets)
+    elif sources:
+        torch._foreach_copy_(targets, sources)
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each, on the current stream, in as few calls as are quick."""
+    small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for target, source in zip(targets, sources, strict=True):
+        if target.nbytes < LARGE:
+            small[0].append(target)
+            small[1].append(source)
+        else:
+            target.copy_(source, non_blocking=True)
+    if small[0]:
+        torch._foreach_copy_(*small, non_blocking=True)
 
 
 def _all_as_loaded(model: nn.Module, layout: ArenaLayout) -> dict[str, nn.Parameter]:

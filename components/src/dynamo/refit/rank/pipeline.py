@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.transport.nixl import Read
 
-#: Between two polls of a wave that is under way: a fiftieth of what it has taken so
-#: far, within these bounds. A GPU has gigabytes there in milliseconds, and a poll
-#: needs the interpreter that also runs the model.
-POLL_SHARE = 1 / 50
-POLL_SECONDS = (0.0001, 0.001)
+#: Between two polls of a wave that is under way: a tenth of what it has taken so far,
+#: within these bounds. A GPU has hundreds of megabytes there in a tenth of a
+#: millisecond; but a poll needs the interpreter that also runs the model.
+POLL_SHARE = 0.1
+MIN_POLL_SECONDS = 0.00005
+MAX_POLL_SECONDS = 0.001
 
 #: Starts local work on the follower's thread, which does one after the other.
 Submit = Callable[..., Future]
@@ -103,11 +104,10 @@ class Pipeline:
 
     def _await_first(self) -> None:
         first, began = self._flights[0], time.perf_counter()
-        shortest, longest = POLL_SECONDS
         while not first.arrived():
             self._limit.check(f"pulling from {', '.join(r.peer for r in first.reads)}")
             wait = (time.perf_counter() - began) * POLL_SHARE
-            time.sleep(min(max(wait, shortest), longest))
+            time.sleep(min(max(wait, MIN_POLL_SECONDS), MAX_POLL_SECONDS))
         self._hand_on()
 
     def _hand_on(self) -> None:

@@ -65,6 +65,15 @@ class Limits:
         return self.scratch if self.arena is None else min(self.scratch, self.arena)
 
 
+#: By device. On a CPU, waves are what overlaps with the work that follows them, and
+#: small ones are still in a cache then; on a GPU the wire is the faster the more is in
+#: one request.
+LIMITS = {
+    "cpu": Limits(scratch=8 << 20, arena=16 << 20),
+    "cuda": Limits(scratch=256 << 20),
+}
+
+
 @dataclass(frozen=True)
 class Segments:
     """Byte runs from one source. Arrays of int64, one row per run.
@@ -122,6 +131,11 @@ class Wave:
     pieces: tuple[Piece, ...]
     half: int | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(int(segments.nbytes.sum()) for segments in self.segments)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -141,6 +155,11 @@ class Plan:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return tuple(piece for wave in self.waves for piece in wave.pieces)
+
+    @property
+    def reads(self) -> tuple[tuple[int, Box], ...]:
+        """Tensor numbers and boxes of the pieces: what a version's parts are of."""
+        return tuple((piece.tensor, piece.box) for piece in self.pieces)
 
     @property
     def descriptors(self) -> int:

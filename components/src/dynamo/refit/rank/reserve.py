@@ -19,8 +19,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from dynamo.refit.rank.capture import build_twin, describe_parameters
 from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
+from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rank.slices import ArenaLayout
-from dynamo.refit.rank.stager import LIMITS
 
 logger = init_logger("vllm.dynamo_refit")
 

@@ -20,7 +20,7 @@ from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import boxes
 from dynamo.refit.rank.buffers import Arena, RegisteredBuffer
-from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.cycle import Cycle, Limit, Progress
 from dynamo.refit.rank.install import synchronize
 from dynamo.refit.rank.pipeline import Pipeline, Submit
 from dynamo.refit.rank.plan import Piece, Plan, Wave
@@ -71,6 +71,7 @@ class Session:
             [_WaveWork(wave, self._scratch.bytes, target) for wave in plan.waves]
             for target in targets
         ]
+        self._wave_nbytes = [wave.nbytes for wave in plan.waves]
         #: The local work of the shadow that was pulled into last.
         self._current = self._works[0]
         self.live_parts = LiveParts(plan.pieces, live)
@@ -83,7 +84,7 @@ class Session:
     @property
     def reads(self) -> tuple[tuple[int, Box], ...]:
         """What the parts of :meth:`pull` are of: tensor numbers and boxes."""
-        return tuple((piece.tensor, piece.box) for piece in self.plan.pieces)
+        return self.plan.reads
 
     def address(self, manifest: Manifest, fingerprint: str, cycle: Cycle) -> None:
         """Prepare the requests for every slot of ``manifest``.
@@ -124,7 +125,9 @@ class Session:
             raise TransferFailed("the session has no prepared requests")
         shadow = 0 if self.arena is None else self.arena.target
         self._current = self._works[shadow]
-        settle = functools.partial(self._settle, land, cycle)
+        limit.progress.nbytes = 0
+        limit.progress.total_nbytes = self.plan.wire_nbytes
+        settle = functools.partial(self._settle, land, cycle, limit.progress)
         pipeline = Pipeline(limit, submit, settle)
         try:
             for number, reads in enumerate(self._requests.waves[shadow][slot]):
@@ -138,12 +141,15 @@ class Session:
         self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 
-    def _settle(self, land: bool, cycle: Cycle, number: int) -> None:
+    def _settle(
+        self, land: bool, cycle: Cycle, progress: Progress, number: int
+    ) -> None:
         """What follows the arrival of a wave, on the follower's thread."""
         with cycle.time("fingerprint"):
             self._current[number].run(land)
         # The next wave overwrites scratch, outside of any stream.
         synchronize(self._device)
+        progress.nbytes += self._wave_nbytes[number]
 
     @property
     def landed(self) -> np.ndarray:
@@ -239,7 +245,9 @@ class LiveParts:
             parts.append(Part(view, piece.box, piece.shape))
         self._parts = Batch(parts)
 
-    def check(self, landed: np.ndarray, rank: int) -> None:
+    def check(
+        self, landed: np.ndarray, rank: int, what: str = "the live weights"
+    ) -> None:
         """Compare with ``landed``, one part per piece.
 
         Raises:
@@ -248,7 +256,7 @@ class LiveParts:
         wrong = np.flatnonzero(self._parts.fold() != landed[self._chosen])
         if len(wrong):
             raise FingerprintMismatch(
-                f"{len(wrong)} blocks of the live weights are not what was staged: "
+                f"{len(wrong)} blocks of {what} are not what was staged: "
                 "something else wrote them",
                 tensor=self._names[wrong[0]],
                 rank=rank,

@@ -8,9 +8,10 @@ background thread while the model serves; install and restore run while it is pa
 
 from __future__ import annotations
 
+import gc
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,11 +34,13 @@ from dynamo.refit.protocol import (
     Offer,
     Offered,
     RankVote,
+    Recall,
     SessionUse,
     Stage,
     Staged,
     StagingChoice,
 )
+from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.capture import capture_slices, describe_parameters
 from dynamo.refit.rank.cycle import Cycle, Limit
@@ -45,37 +48,53 @@ from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
-from dynamo.refit.rank.plan import Limits, Plan, make_plan
+from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
 
-#: Bytes of a wave. On a CPU, waves are what overlaps with the work that follows them,
-#: and small ones are still in a cache then; on a GPU the wire is the faster the more is
-#: in one request.
-LIMITS = {
-    "cpu": Limits(scratch=8 << 20, arena=16 << 20),
-    "cuda": Limits(scratch=128 << 20),
-}
+
+@dataclass(frozen=True)
+class _Live:
+    """A version that was installed, the parts that were voted for, and what the parts
+    of the live parameters must be."""
+
+    version: int
+    voted: np.ndarray
+    parts: LiveParts
+    landed: np.ndarray
+    plan: Plan
 
 
 @dataclass(frozen=True)
 class _Staged:
+    """``session`` pulled it, or it was ``recalled``."""
+
     version: int
     slot: int
     parts: np.ndarray
+    session: Session | None
+    recalled: _Live | None = None
 
+    @property
+    def direct(self) -> bool:
+        """It waits nowhere: an install pulls it again."""
+        return self.session is not None and self.session.arena is None
 
-@dataclass(frozen=True)
-class _Live:
-    """What was installed last, and what its parts must be."""
+    @property
+    def plan(self) -> Plan:
+        return self.recalled.plan if self.session is None else self.session.plan
 
-    version: int
-    parts: LiveParts
-    landed: np.ndarray
-    plan: Plan
+    def as_live(self) -> _Live:
+        """It, once it is installed."""
+        if self.session is None:
+            return replace(self.recalled, version=self.version)
+        session = self.session
+        return _Live(
+            self.version, self.parts, session.live_parts, session.landed, session.plan
+        )
 
 
 @dataclass(frozen=True)
@@ -126,11 +145,20 @@ class RankStager:
         self._staged: _Staged | None = None
         self._installed: _Live | None = None
         self._previous: _Live | None = None
+        #: What was live before that, while the arena still has all of it.
+        self._kept: _Live | None = None
         self._follower = ThreadPoolExecutor(
             1, "refit-follower", initializer=self._use_own_stream
         )
+        # Not the follower's: what has arrived would wait for the whole backup, and
+        # with it what is to be read into the same scratch.
+        self._backup = ThreadPoolExecutor(
+            1, "refit-backup", initializer=self._use_own_stream
+        )
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
+        if self._device.type == "cuda":
+            host_copy.warm_up()
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +222,11 @@ class RankStager:
             self._retire(session, error)
             raise
         self._put_in_place(session)
-        self._staged = _Staged(request.version, request.slot, parts)
+        if use == "cold":
+            # As vLLM does at its start: what stays is not looked through again and
+            # again, while no token can be made.
+            gc.freeze()
+        self._staged = _Staged(request.version, request.slot, parts, session)
         return Staged(
             vote=RankVote(
                 rank=self._rank,
@@ -207,6 +239,59 @@ class RankStager:
             parts=parts.astype("<u8").tobytes(),
             # A plan that is made anew may have its pieces in another order.
             reads=session.reads if request.want_reads or use == "cold" else (),
+        )
+
+    def recall(self, request: Recall, limit: Limit) -> Staged:
+        """Stage, as a new version, the one that was live before the live one: from the
+        copy that was kept for the way back, without a source.
+
+        Blocks as :meth:`stage`, for one read of the copy; on a device for an exchange
+        with what is live, too.
+
+        Raises:
+            NoWayBack: there is no copy of it any more. FingerprintMismatch: the copy is
+                not what was voted for then.
+        """
+        cycle = Cycle()
+        self._staged = None
+        with self._offers.overwriting(self._arena, limit):
+            self._use_own_stream()
+            kept, arena = self._find_kept(request.restores), self._arena
+            limit.check(f"going back to version {request.restores}")
+            # The last install reads what is about to be overwritten.
+            self._live.wait()
+            # Should it turn out not to be whole, it is none.
+            self._kept = None
+            with cycle.time("backup"):
+                arena.recall()
+            with cycle.time("fingerprint"):
+                copy = LiveParts(kept.plan.pieces, arena.shadows[arena.target].by_name)
+                what = f"the copy of version {request.restores}"
+                copy.check(kept.landed, self._rank, what)
+            self._kept = kept
+        self._staged = _Staged(request.version, 0, kept.voted, None, kept)
+        return Staged(
+            vote=RankVote(
+                rank=self._rank,
+                nbytes=0,
+                memory=arena.memory,
+                session="warm",
+                counters=cycle.counters(),
+                timings=cycle.timings(),
+            ),
+            parts=kept.voted.astype("<u8").tobytes(),
+            reads=kept.plan.reads,
+        )
+
+    def _find_kept(self, version: int) -> _Live:
+        if self._kept is not None and self._kept.version == version:
+            return self._kept
+        if self.direct:
+            raise NoWayBack("direct staging keeps no copy of the version before")
+        there = f"version {self._kept.version}" if self._kept else "nothing"
+        raise NoWayBack(
+            f"no copy of version {version} is kept here (kept: {there}): it is "
+            "overwritten as soon as another version is staged"
         )
 
     @property
@@ -236,18 +321,18 @@ class RankStager:
             RefitError: ``direct`` only: a source broke off, or has other bytes than
                 it had before the vote. Some parameters are written then.
         """
-        session, staged = self._holding(version)
-        if session.arena is not None:
-            self._live.copy_from(session.arena.staged)
-            session.arena.installed()
+        staged = self._holding(version)
+        if staged.direct:
+            self._install_direct(staged.session, staged, limit)
         else:
-            self._install_direct(session, staged, limit)
+            self._live.copy_from(self._arena.staged)
+            self._arena.installed()
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
-        self._installed = _Live(
-            version, session.live_parts, session.landed, session.plan
-        )
-        self._proven = session
+            has_copy = not staged.direct and self._arena.old is not None
+            self._kept = self._installed if has_copy else None
+        self._installed = staged.as_live()
+        self._proven = staged.session or self._proven
 
     def restore(self, version: int) -> None:
         """Put back what was live before ``version`` was installed, as an install does.
@@ -255,18 +340,20 @@ class RankStager:
         Raises:
             NoWayBack: there is no copy of it.
         """
-        session, _ = self._holding(version)
-        if session.arena is None:
+        staged, arena = self._holding(version), self._arena
+        if staged.direct:
             raise NoWayBack("direct staging keeps no copy of the old weights")
-        if session.arena.old is None:
+        if arena.old is None:
             raise NoWayBack(
                 "some layers keep their weights in another layout than they are "
                 "loaded in, and this is the first version that was installed"
             )
-        self._live.copy_from(session.arena.old)
-        session.arena.restored()
+        self._live.copy_from(arena.old)
+        arena.restored()
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
+        # Where that one was kept before, there is what was undone.
+        self._kept = staged.recalled
 
     def verify(self, version: int) -> Checked:
         """Compare the live parameters with ``version``, which was installed last.
@@ -330,7 +417,7 @@ class RankStager:
                 "room for a shadow of its weights, or read from another replica"
             )
         held: _Staged | _Live | None = self._staged
-        arena, plan = self._arena, self._session and self._session.plan
+        arena, plan = self._arena, held and held.plan
         shadow = arena and arena.target
         if request.live:
             held, shadow = self._installed, arena and arena.live
@@ -420,9 +507,10 @@ class RankStager:
         submit, arena = self._follower.submit, session.arena
         if arena is None:
             return session.pull(slot, limit, submit, cycle, land=False)
+        self._kept = None
         with cycle.time("backup"):
             arena.begin(self._live.processed)
-        backup = submit(self._preserve, arena, cycle)
+        backup = self._backup.submit(self._preserve, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle, land=True)
         finally:
@@ -450,14 +538,14 @@ class RankStager:
             )
         self._live.check_addresses()
 
-    def _holding(self, version: int) -> tuple[Session, _Staged]:
+    def _holding(self, version: int) -> _Staged:
         staged = self._staged
-        if self._session is None or staged is None or staged.version != version:
+        if staged is None or staged.version != version:
             there = staged.version if staged else None
             raise NothingStaged(
                 f"version {version} is not staged here (staged: {there})"
             )
-        return self._session, staged
+        return staged
 
     def _put_in_place(self, session: Session) -> None:
         """It holds what is staged. The one before it stays for now: whether ranks

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,8 +38,10 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.events import (
+    SCHEMA,
     Event,
     RefitFailed,
+    StageProgress,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
@@ -55,6 +59,7 @@ from dynamo.refit.protocol import (
     GetStatus,
     Message,
     Prepare,
+    RankProgress,
     RankReply,
     RankRequest,
     Refused,
@@ -69,12 +74,18 @@ from dynamo.refit.protocol import (
     WorkerRequest,
     WorkerStatus,
 )
+from dynamo.refit.release import RELEASE
 from dynamo.refit.worker.barrier import Barrier
+from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.peer import PeerSource
 from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
+
+#: How long the next version waits for a worker that leaves a barrier: the order to go
+#: back may be lost, and it then goes by itself.
+BACK_SECONDS = 10.0
 
 #: How long a worker that is told to leave lets running requests come to their end.
 LEAVE_SECONDS = 30.0
@@ -147,11 +158,13 @@ class RefitAgent:
         self._size = 0
         self._version: int | None = None
         self._weights = ""
+        self._last = LastRefit()
         self._epoch = 0
         self._fenced = False
         self._transaction: Transaction | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._labelling: asyncio.Task[None] | None = None
         self._last_commit: tuple[int, Committed] | None = None
         # A stage waits for a check that somebody asked for: ranks do one thing.
         self._verifying = asyncio.Lock()
@@ -165,6 +178,7 @@ class RefitAgent:
         described = await self._ranks.describe()
         self._size = len(described)
         first = described[0]
+        self._last.staging = first.memory.mode
         logger.info(
             "refit agent of worker %d: model %s, %d ranks of %.1f MiB of parameters; "
             "staging in mode %s takes %.1f MiB of device and %.1f MiB of host memory "
@@ -214,7 +228,7 @@ class RefitAgent:
                 return await asyncio.shield(asyncio.ensure_future(self._verify()))
 
     def status(self) -> WorkerStatus:
-        transaction = self._transaction
+        transaction, kept = self._transaction, self._ranks.kept
         phase: WorkerPhase = transaction.phase if transaction else "serving"
         return WorkerStatus(
             model=self._model,
@@ -226,6 +240,14 @@ class RefitAgent:
             kv_epoch=self._engine.kv_epoch,
             ranks=self._size,
             admitted=self._routing.admitted,
+            kept_version=kept.version if kept else None,
+            kept_weights=kept.weights if kept else "",
+            since=self._last.since,
+            stall_ms=self._last.stall_ms,
+            staging=self._last.staging,
+            cache=self._last.cache,
+            release=RELEASE,
+            schema=SCHEMA,
         )
 
     def _check_not_fenced(self) -> None:
@@ -244,6 +266,9 @@ class RefitAgent:
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
+        await self._leave_barrier()
+        # There may be a newer coordinator by now, or a fence.
+        self._check_epoch(request.epoch)
         check_awake(self._engine)
         if self._version is not None and request.version < self._version:
             # A coordinator may have looked before another one's last commit was here.
@@ -263,6 +288,13 @@ class RefitAgent:
         self._transaction = Transaction(request, work, began)
         return await self._outcome(self._transaction)
 
+    async def _leave_barrier(self) -> None:
+        """Wait for the end of a commit with others: who prepares has given it up, but
+        the order to go back may be under way, or being carried out."""
+        current = self._transaction
+        if current is not None and current.barrier is not None:
+            await asyncio.wait([current.work], timeout=BACK_SECONDS)
+
     async def _outcome(self, transaction: Transaction) -> Message:
         """What its work answers; the work goes on if whoever asked is gone."""
         try:
@@ -278,7 +310,8 @@ class RefitAgent:
         try:
             async with self._verifying:
                 await self._peer.end()
-                votes = await self._ranks.stage(request)
+                report = functools.partial(self._progress, version)
+                votes = await self._ranks.stage(request, report)
         except asyncio.CancelledError:
             return self._given_up(request)
         # A task's result crosses the process boundary: every cause is kept.
@@ -288,6 +321,7 @@ class RefitAgent:
                 await self._ranks.discard(version)
             self._transaction = None
             return Refused(failure=self._failure(error, "stage", version))
+        self._last.staged(votes)
         transaction = self._transaction
         transaction.phase = "staged"
         # Others may take until the stage's deadline, and the commit comes after that.
@@ -298,6 +332,10 @@ class RefitAgent:
         )
         self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
         return Vote(version=version, weights=request.weights, ranks=votes)
+
+    def _progress(self, version: int, ranks: tuple[RankProgress, ...]) -> None:
+        event = StageProgress(worker=self._worker, version=version, ranks=ranks)
+        self._publish(event)
 
     def _given_up(self, request: Prepare) -> Refused:
         error = StagingCancelled("aborted or superseded while staging")
@@ -414,7 +452,7 @@ class RefitAgent:
                 committed = await self._switch.run(
                     staged, request.in_flight, current.barrier
                 )
-                await self._routing.label(version)
+                await self._labelling
         except RanksFailed as error:
             logger.error("version %d was not installed: %s", version, error.failure)
             with contextlib.suppress(RefitError):
@@ -430,6 +468,7 @@ class RefitAgent:
             self._transaction = None
         self._routing.admit()
         self._last_commit = (staged.epoch, committed)
+        self._last.stall_ms = committed.timings.stall_ms
         self._publish(
             WorkerRefitted(
                 worker=self._worker,
@@ -459,7 +498,10 @@ class RefitAgent:
         await self._routing.restore()
 
     def _now_serving(self, staged: Prepare) -> None:
+        """The label follows at once, beside the rest of the commit."""
         self._version, self._weights = staged.version, staged.weights
+        self._last.since = time.time()
+        self._labelling = asyncio.create_task(self._routing.label(staged.version))
 
     async def _verify(self) -> Message:
         """Check the live weights while nothing else is under way."""

@@ -4,18 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import signal
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import psutil
 from dynamo.common.utils import graceful_shutdown
@@ -23,15 +20,19 @@ from dynamo.runtime import DistributedRuntime, Endpoint
 from dynamo.vllm.main import main as dynamo_vllm
 from dynamo.vllm.main import shutdown_endpoints
 
-from dynamo.refit.bus import EventPlaneUnavailable, EventPublisher
-from dynamo.refit.events import REFIT_EVENTS, Event
-from dynamo.refit.protocol import GetStatus, StagingChoice, WorkerRequest
+from dynamo.refit import tracing
+from dynamo.refit.events import REFIT_EVENTS
+from dynamo.refit.metrics import WorkerMetrics, export
+from dynamo.refit.presence import LastingPublisher
+from dynamo.refit.protocol import GetStatus, WorkerRequest
 from dynamo.refit.rank.memory import STAGING_VARIABLE
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
+from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
-from dynamo.refit.worker.routing import Admission, WorkerRouting
+from dynamo.refit.worker.routing import WorkerRouting
+from dynamo.refit.worker.telemetry import WorkerTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -46,52 +47,9 @@ HEALTHY_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
 _tasks: set[asyncio.Task] = set()
 
 
-@dataclass(frozen=True)
-class Options:
-    """Our own arguments."""
-
-    staging: StagingChoice
-    admission: Admission
-
-
-class WorkerEvents:
-    """The worker's events, through one publisher after the other: one whose record in
-    discovery is lost reaches no new subscriber, and cannot be put back."""
-
-    def __init__(self, topic: Endpoint, worker: int) -> None:
-        self._topic = topic
-        self._names = (
-            f"worker-{worker}" + (f".{life}" if life else "")
-            for life in itertools.count()
-        )
-        self._publisher = self._next()
-
-    def _next(self) -> EventPublisher:
-        return EventPublisher(self._topic, next(self._names))
-
-    async def start(self) -> None:
-        await self._publisher.start()
-
-    def publish(self, event: Event) -> None:
-        self._publisher.publish(event)
-
-    async def renew(self) -> None:
-        fresh = self._next()
-        try:
-            await fresh.start()
-        except EventPlaneUnavailable as error:
-            logger.error("events of this worker reach no new subscriber: %s", error)
-            return
-        self._publisher.close()
-        self._publisher = fresh
-
-    def close(self) -> None:
-        self._publisher.close()
-
-
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
-    options = _take_own_arguments()
+    options = take_own_arguments()
     # The rank processes reckon with it before the agent talks to them.
     os.environ[STAGING_VARIABLE] = options.staging
     if not any(arg.startswith("--worker-extension-cls") for arg in sys.argv):
@@ -100,26 +58,6 @@ def main() -> None:
         _be_healthy_before_admission()
     on_worker_ready(functools.partial(_start_agent, options))
     dynamo_vllm()
-
-
-def _take_own_arguments() -> Options:
-    """Our own arguments, taken out of what dynamo.vllm will parse."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    taken = {
-        "staging": ("auto", get_args(StagingChoice)),
-        "admission": ("coordinator", get_args(Admission)),
-    }
-    for name, (default, choices) in taken.items():
-        variable = f"DYN_REFIT_{name.upper()}"
-        value = os.environ.get(variable, default)
-        if value not in choices:
-            parser.error(f"{variable}={value!r} is none of {', '.join(choices)}")
-        parser.add_argument(
-            f"--refit-{name}", dest=name, choices=choices, default=value
-        )
-    own, rest = parser.parse_known_args()
-    sys.argv = [sys.argv[0], *rest]
-    return Options(**vars(own))
 
 
 def _be_healthy_before_admission() -> None:
@@ -141,9 +79,10 @@ def _start_agent(
 ) -> Registration:
     config = handler.config
     engine = RefitEngine(handler)
-    topic = runtime.endpoint(f"{config.namespace}.refit.{REFIT_EVENTS}")
-    events = WorkerEvents(topic, generate_endpoint.connection_id())
-    commands = runtime.endpoint(f"{config.namespace}.{config.component}.refit")
+    namespace = graph_namespace(config.namespace)
+    topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
+    events = LastingPublisher(topic, f"worker-{generate_endpoint.connection_id()}")
+    commands = runtime.endpoint(f"{namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
         generate_endpoint,
@@ -181,18 +120,23 @@ async def _run_agent(
     commands: Endpoint,
     engine: RefitEngine,
     routing: WorkerRouting,
-    events: WorkerEvents,
+    events: LastingPublisher,
     config: Any,
 ) -> None:
     await events.start()
+    worker = commands.connection_id()
+    tracer, metrics = tracing.from_environment(), WorkerMetrics()
+    namespace = graph_namespace(config.namespace)
+    export(metrics.registry, commands, f"{namespace}.{config.component}.refit")
+    telemetry = WorkerTelemetry(metrics, tracer, worker)
     agent = RefitAgent(
         engine,
         Caller(runtime),
-        events.publish,
+        telemetry.publishing(events.publish),
         routing,
-        lambda: _start(_leave(routing, events)),
+        lambda: _start(_leave(routing, events, tracer)),
         model=config.served_model_name or config.model,
-        worker=commands.connection_id(),
+        worker=worker,
         staging=options.staging,
     )
     try:
@@ -200,14 +144,16 @@ async def _run_agent(
         _start(routing.watch())
         await serve(
             commands,
-            unary(WorkerRequest, agent.answer, "worker"),
+            unary(WorkerRequest, telemetry.answering(agent.answer), "worker"),
             health_check=GetStatus(),
         )
     finally:
         events.close()
 
 
-async def _leave(routing: WorkerRouting, events: WorkerEvents) -> None:
+async def _leave(
+    routing: WorkerRouting, events: LastingPublisher, tracer: tracing.Tracer
+) -> None:
     """Take a worker whose weights are unknown out of routing, then end it.
 
     Its engine stays paused, so no stream gets a token of a mixture; the streams
@@ -217,6 +163,7 @@ async def _leave(routing: WorkerRouting, events: WorkerEvents) -> None:
         await routing.fence()
         await asyncio.sleep(FENCE_SECONDS)
         events.close()
+        await tracer.close()
     finally:
         _end()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -22,6 +23,7 @@ from dynamo.refit.errors import (
     FingerprintMismatch,
     InstallUndone,
     ManifestInvalid,
+    NoWayBack,
     PeerUnsuitable,
     RefitError,
 )
@@ -43,9 +45,11 @@ from dynamo.refit.protocol import (
     Offered,
     Poll,
     Prepare,
+    RankProgress,
     RankReply,
     RankRequest,
     RankVote,
+    Recall,
     Refused,
     Restore,
     Running,
@@ -62,9 +66,15 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
+Report = Callable[[tuple[RankProgress, ...]], object]
+"""Is told how far each rank is."""
+
 #: Between two polls of the ranks, at most: each one waits for the running step. A
 #: small model is staged in a millisecond, so the first polls come quicker.
 POLL_SECONDS = 0.02
+
+#: Between two reports of how far a stage is; one that ends sooner makes none.
+PROGRESS_SECONDS = 0.25
 
 #: How long the trainer may take to send its manifest, or a version's fingerprints.
 TRAINER_SECONDS = 60.0
@@ -74,6 +84,9 @@ HANG_SECONDS = 60.0
 
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
+
+#: What ranks say that have no sound copy of the version before.
+COPY_LOST = FingerprintMismatch.__name__, NoWayBack.__name__
 
 #: How long ranks may take to work out what they hold.
 OFFER_SECONDS = 60.0
@@ -166,6 +179,10 @@ class Ranks:
         self._staged: HeldVersion | None = None
         self._live: HeldVersion | None = None
         self._previous: HeldVersion | None = None
+        #: What was live before, as long as the ranks have a copy of it; and the one
+        #: that what is staged was recalled from.
+        self.kept: HeldVersion | None = None
+        self._recalled: HeldVersion | None = None
         #: An install of what was staged last is a transfer, and cannot be undone.
         self.direct = False
 
@@ -180,20 +197,27 @@ class Ranks:
         self._staging = max(modes, key=get_args(StagingMode).index)
         return described
 
-    async def stage(self, request: Prepare) -> tuple[RankVote, ...]:
+    async def stage(
+        self, request: Prepare, report: Report = lambda progress: None
+    ) -> tuple[RankVote, ...]:
         """Have the version staged everywhere, and prove it; returns when it is.
+
+        ``report`` hears of the progress every :data:`PROGRESS_SECONDS`.
 
         Raises:
             RanksFailed: a rank, or the trainer, refused. LayoutRefused: all ranks
                 together do not read every tensor once. FingerprintMismatch: they
-                hold other bytes than were published. The others may still be
-                staging: :meth:`discard` follows.
+                hold other bytes than were published. NoWayBack: there is no copy of
+                what the request ``restores``. The others may still be staging:
+                :meth:`discard` follows.
         """
-        self._staged = None
+        self._staged = self._recalled = None
+        if request.restores is not None:
+            return await self._recall(request)
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
         proven = self._proven is not None and self._proven.layout == held.layout
-        self._ranks_manifest = None
+        self._ranks_manifest = self.kept = None
         await self._call(
             Stage(
                 version=request.version,
@@ -207,11 +231,50 @@ class Ranks:
         )
         self._ranks_manifest = held.fingerprint
         published = await self._fetch_fingerprints(request, held.manifest)
-        staged = await self._poll(request.version)
+        staged = await self._poll(request.version, report)
         self._proven = self._prove(held, staged)
+        return self._vote(request, held, published, staged, self._proven.proof)
+
+    async def _recall(self, request: Prepare) -> tuple[RankVote, ...]:
+        """As :meth:`stage`, of the ranks' own copy of what was live before."""
+        kept, wanted = self.kept, (request.restores, request.weights)
+        if kept is None or (kept.version, kept.weights) != wanted:
+            there = f"version {kept.version} ({kept.weights})" if kept else "nothing"
+            raise NoWayBack(
+                f"no copy of version {request.restores} with the fingerprint "
+                f"{request.weights} is kept here (kept: {there})"
+            )
+        recall = Recall(
+            version=request.version,
+            restores=request.restores,
+            seconds=request.stage_seconds,
+        )
+        try:
+            await self._call(recall)
+            staged = await self._poll(request.version)
+        except RanksFailed as error:
+            if error.failure.kind in COPY_LOST:
+                self.kept = None
+            raise
+        # Its plan may be older than that of the session: it is proven by itself.
+        held, reads = kept.manifest, [reply.reads for reply in staged]
+        proof = Proof(held.manifest, reads)
+        votes = self._vote(request, held, kept.tensors, staged, proof)
+        self._recalled = kept
+        return votes
+
+    def _vote(
+        self,
+        request: Prepare,
+        held: HeldManifest,
+        published: np.ndarray,
+        staged: list[Staged],
+        proof: Proof,
+    ) -> tuple[RankVote, ...]:
+        """Every rank's vote, if together they have staged what was ``published``."""
         self.direct = any(reply.vote.memory.mode == "direct" for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
-        self._proven.proof.check(published, parts)
+        proof.check(published, parts)
         self._staged = HeldVersion(request.version, request.weights, held, published)
         return tuple(reply.vote for reply in staged)
 
@@ -278,9 +341,10 @@ class Ranks:
             raise RanksFailed(reply.failure)
         return reply
 
-    async def _poll(self, version: int) -> list:
+    async def _poll(self, version: int, report: Report) -> list:
         """Wait until every rank has ended; the ranks keep their own deadline."""
         wait = POLL_SECONDS / 16
+        due = time.monotonic() + PROGRESS_SECONDS
         while True:
             replies = await self._caller.call_ranks(Poll(version=version))
             if not any(isinstance(reply, Running) for reply in replies):
@@ -288,6 +352,9 @@ class Ranks:
             if any(isinstance(reply, Refused) for reply in replies):
                 # One has failed: the others need not finish.
                 _all_or_raise([r for r in replies if not isinstance(r, Running)])
+            if time.monotonic() >= due:
+                due = time.monotonic() + PROGRESS_SECONDS
+                report(_progress(replies))
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
 
@@ -349,6 +416,7 @@ class Ranks:
     def _now_live(self) -> None:
         if self._live is not self._staged:
             self._previous, self._live = self._live, self._staged
+            self.kept = None if self.direct else self._previous
 
     async def verify(self, version: int) -> LiveCheck:
         """Compare the live weights of every rank with ``version``, while serving.
@@ -397,6 +465,7 @@ class Ranks:
                 ) from cause
         if self._live is not None and self._live is self._staged:
             self._live = self._previous
+        self.kept = self._recalled
 
     # --- what others read ----------------------------------------------------
 
@@ -468,6 +537,18 @@ def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
         layout=manifest.layout_fingerprint(),
         payload=payload,
         manifest=manifest,
+    )
+
+
+def _progress(replies: list[Running | Staged]) -> tuple[RankProgress, ...]:
+    """How far each rank is; one that is done has what it voted for."""
+    return tuple(
+        RankProgress(rank=rank, nbytes=reply.nbytes, total_nbytes=reply.total_nbytes)
+        if isinstance(reply, Running)
+        else RankProgress(
+            rank=rank, nbytes=reply.vote.nbytes, total_nbytes=reply.vote.nbytes
+        )
+        for rank, reply in enumerate(replies)
     )
 
 

@@ -4,9 +4,8 @@
 
 Owns the worker's ``generate`` instance in discovery, the ``weights=`` taint on its
 model card, and the admission before both. It holds what should be so (admitted,
-withdrawn, the label), and :meth:`WorkerRouting.watch` keeps discovery at it: a process
-that stalls for longer than its lease (10 s with files and etcd) loses every record it
-had, and Dynamo puts none of them back.
+withdrawn, the label), and :meth:`WorkerRouting.watch` keeps discovery at it, also when
+a stall has lost every record (:mod:`dynamo.refit.presence`).
 
 It never looks at weights: the agent says when they are the fleet's.
 """
@@ -20,7 +19,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Literal
 
 from dynamo.llm import update_model_taints
-from dynamo.runtime import Client, DistributedRuntime, Endpoint
+from dynamo.runtime import DistributedRuntime, Endpoint
+
+from dynamo.refit.presence import (
+    CALL_SECONDS,
+    Seen,
+    attempt,
+    put_back_what_is_missing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +40,10 @@ UNKNOWN = "unknown"
 #: How often a worker that waits for its admission says so.
 REMIND_SECONDS = 10.0
 
-#: The bounds on one call of discovery, on registering a model, which reads files, and
-#: on a change's arrival in what this process sees of discovery.
-CALL_SECONDS = 3.0
+#: The bounds on registering a model, which reads files, and on a change's arrival in
+#: what this process sees of discovery.
 MODEL_SECONDS = 30.0
 SEEN_SECONDS = 1.0
-
-#: How often discovery is compared with what should be there, for how long a record must
-#: be missing to be put back, and for how long to make it a matter for a person.
-WATCH_SECONDS = 0.5
-MISSING_SECONDS = 2.0
-LOST_SECONDS = 15.0
 
 
 class WorkerRouting:
@@ -61,7 +60,7 @@ class WorkerRouting:
         asleep: whether Dynamo's sleep route has taken the worker out of routing.
         stopping: set when the process is told to end.
         put_back: awaited after a stall's losses were registered again, for what else
-            the process had in discovery.
+            the process had in discovery; says whether that is there again.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class WorkerRouting:
         admission: Admission,
         asleep: Callable[[], bool],
         stopping: asyncio.Event,
-        put_back: Callable[[], Awaitable[None]],
+        put_back: Callable[[], Awaitable[bool]],
     ) -> None:
         self._runtime = runtime
         self._generate = generate
@@ -83,7 +82,7 @@ class WorkerRouting:
         self._asleep = asleep
         self._stopping = stopping
         self._also_put_back = put_back
-        self._own = generate.connection_id()
+        self._also_due = False
         self._admitted = admission == "immediate"
         self._withdrawn = False
         self._fenced = False
@@ -92,7 +91,9 @@ class WorkerRouting:
         self._label: str | None = None
         self._user_taints: frozenset[str] = frozenset()
         self._taints_due = False
-        self._clients: dict[Endpoint, Client] = {}
+        # One change of the card at a time: the last one is what it says.
+        self._labelling = asyncio.Lock()
+        self._instances: dict[Endpoint, Seen] = {}
         # One change of discovery at a time.
         self._changing = asyncio.Lock()
         self._open_or_close()
@@ -149,7 +150,7 @@ class WorkerRouting:
         if self._stopping.is_set():
             # There are no requests to wait for, and no endpoints yet to shut down.
             logger.info("told to end before it was admitted")
-            await self._call(
+            await attempt(
                 self._commands.unregister_endpoint_instance(), "leave discovery"
             )
             raise SystemExit(0)
@@ -169,7 +170,10 @@ class WorkerRouting:
 
         Before the registration: as soon as there is a card. When discovery does not
         take it, :meth:`watch` tries again: a fleet must not fall with its discovery.
+        Not that of a worker that is fenced.
         """
+        if self._fenced:
+            return
         self._label = str(version)
         if self._register is not None:
             await self._apply_taints()
@@ -181,23 +185,24 @@ class WorkerRouting:
         what the user wants is known here, and there is nothing to read back.
 
         Raises:
-            Exception: Dynamo's, if the card was not updated now.
+            Exception: Dynamo's, or TimeoutError, if the card was not updated now.
         """
         own = {taint for taint in taints if taint.startswith(LABEL)}
         if own:
             logger.warning("%s: taints %s* are the worker's own", sorted(own), LABEL)
         self._user_taints = frozenset(taints) - own
         if self._register is not None:
-            await update_model_taints(endpoint, self._taints())
+            async with self._labelling, asyncio.timeout(CALL_SECONDS):
+                await update_model_taints(endpoint, self._taints())
 
     def _taints(self) -> set[str]:
         label = {f"{LABEL}{self._label}"} if self._label is not None else set()
         return set(self._user_taints) | label
 
     async def _apply_taints(self) -> None:
-        self._taints_due = not await self._call(
-            update_model_taints(self._generate, self._taints()), "label the model card"
-        )
+        async with self._labelling:
+            update = update_model_taints(self._generate, self._taints())
+            self._taints_due = not await attempt(update, "label the model card")
 
     # --- in and out of routing ------------------------------------------------
 
@@ -222,9 +227,11 @@ class WorkerRouting:
         if self._register is None or self._asleep():
             return
         async with self._changing:
-            await self._call(
-                self._generate.register_endpoint_instance(), "return to routing"
-            )
+            # It may be fenced by now.
+            if not self._withdrawn:
+                await attempt(
+                    self._generate.register_endpoint_instance(), "return to routing"
+                )
         await self._until_seen(True)
 
     async def fence(self) -> None:
@@ -238,33 +245,15 @@ class WorkerRouting:
             await asyncio.gather(self._leave_routing(), self._apply_taints())
 
     async def _leave_routing(self) -> None:
-        await self._call(self._generate.unregister_endpoint_instance(), "leave routing")
+        await attempt(self._generate.unregister_endpoint_instance(), "leave routing")
 
     # --- what is in discovery -------------------------------------------------
 
     async def watch(self) -> None:
         """Keep discovery as it should be, until the process is told to end."""
-        loop = asyncio.get_running_loop()
-        complete = tried = loop.time()
-        while not await self._ends_within(WATCH_SECONDS):
-            if self._withdrawn and await self._seen(self._generate):
-                # It was withdrawn just before it was served for the first time.
-                await self._leave_routing()
-            now = loop.time()
-            if not await self._missing():
-                complete = now
-            elif now - max(complete, tried) >= MISSING_SECONDS:
-                if now - complete >= LOST_SECONDS:
-                    self._report_lost(now - complete)
-                await self._put_back()
-                await self._also_put_back()
-                tried = loop.time()
-
-    async def _ends_within(self, seconds: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-        return self._stopping.is_set()
+        await put_back_what_is_missing(
+            self._missing, self._put_back, self._report_lost, self._stopping
+        )
 
     def _report_lost(self, seconds: float) -> None:
         self._runtime.set_health_status(False)
@@ -277,7 +266,14 @@ class WorkerRouting:
         )
 
     async def _missing(self) -> bool:
-        if not await self._seen(self._commands) or self._taints_due:
+        """Whether something is not there; what should not be there is taken out."""
+        if self._withdrawn and await self._seen(self._generate):
+            async with self._changing:
+                # It was withdrawn just before it was served for the first time, or
+                # discovery is slow and it may have returned.
+                if self._withdrawn:
+                    await self._leave_routing()
+        if not await self._seen(self._commands) or self._taints_due or self._also_due:
             return True
         should_serve = self._register is not None and not self._withdrawn
         return (
@@ -285,47 +281,34 @@ class WorkerRouting:
         )
 
     async def _put_back(self) -> None:
-        """Register all that should be there, the card before routers see the worker."""
-        logger.warning("missing in discovery (stalled?): registering again")
         async with self._changing:
-            await self._call(self._commands.register_endpoint_instance(), "register")
-            if self._register is None:
-                return
+            await self._register_again()
+        self._also_due = not await self._also_put_back()
+
+    async def _register_again(self) -> None:
+        """All that should be there, the card before routers see the worker."""
+        await attempt(self._commands.register_endpoint_instance(), "register")
+        if self._register is None:
+            return
+        await self._apply_taints()
+        if self._taints_due:
+            # The card is gone too.
+            await attempt(self._register(), "register the model", MODEL_SECONDS)
             await self._apply_taints()
-            if self._taints_due:
-                # The card is gone too.
-                await self._call(self._register(), "register the model", MODEL_SECONDS)
-                await self._apply_taints()
-            for endpoint in self._others:
-                if endpoint is not self._generate:
-                    await self._call(endpoint.register_endpoint_instance(), "register")
-            if not self._withdrawn and not self._asleep():
-                await self._call(
-                    self._generate.register_endpoint_instance(), "return to routing"
-                )
+        for endpoint in self._others:
+            if endpoint is not self._generate:
+                await attempt(endpoint.register_endpoint_instance(), "register")
+        if not self._withdrawn and not self._asleep():
+            await attempt(
+                self._generate.register_endpoint_instance(), "return to routing"
+            )
 
     async def _seen(self, endpoint: Endpoint) -> bool:
-        """Whether this worker's instance is in discovery, as others find it there."""
-        if endpoint not in self._clients:
-            self._clients[endpoint] = await endpoint.client()
-        return self._own in self._clients[endpoint].instance_ids()
+        """Whether this worker's instance is in discovery."""
+        return await self._instances.setdefault(endpoint, Seen(endpoint)).look()
 
     async def _until_seen(self, seen: bool) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SEEN_SECONDS):
                 while await self._seen(self._generate) != seen:
                     await asyncio.sleep(0.005)
-
-    async def _call(
-        self, call: Awaitable[None], purpose: str, seconds: float = CALL_SECONDS
-    ) -> bool:
-        """Whether discovery did it; :meth:`watch` sees to what it did not do."""
-        try:
-            async with asyncio.timeout(seconds):
-                await call
-        # Dynamo raises plain Exceptions for a record that is not there, a service that
-        # does not answer, and all else.
-        except Exception as error:
-            logger.warning("cannot %s: %s", purpose, str(error) or repr(error))
-            return False
-        return True

@@ -85,6 +85,7 @@ class Switch:
         """
         engine, version = self._engine, staged.version
         async with engine.admin_lock:
+            started_at = time.time()
             clock = [time.perf_counter()]
             if barrier is None and self._may_go_on(in_flight):
                 retries = await self._install_in_step(staged, clock)
@@ -121,6 +122,7 @@ class Switch:
                 probe_ms=probe,
                 verify_ms=verify,
                 install_retries=retries,
+                started_at=started_at,
             ),
         )
 

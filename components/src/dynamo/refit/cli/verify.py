@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo-refit verify``: are the live weights, now, those that are served?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from dynamo.refit.cli.fleet import fetch_status
+from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.runtime import connect
+from dynamo.refit.protocol import Refused, VerifyWeights, WeightsVerified, to_wire
+from dynamo.refit.rpc import Caller
+
+#: How long a worker may take to read all of its weights once.
+VERIFY_SECONDS = 120.0
+
+
+def verify(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
+    """Have every worker compare its live weights with the version it serves.
+
+    Exits with 0 when all of them are what was published, byte for byte.
+    """
+    replies = asyncio.run(_verify(namespace))
+    for worker, reply in replies.items():
+        if as_json:
+            line = {"worker": worker, **to_wire(reply)}
+            print(msgspec.json.encode(line).decode())
+        elif isinstance(reply, Refused):
+            complain(f"worker {worker}: {reply.failure}")
+        else:
+            unchecked = f", {reply.unchecked} parameters cannot be compared"
+            print(
+                f"worker {worker} serves version {reply.version}, fingerprint "
+                f"{reply.weights}{unchecked if reply.unchecked else ''}"
+            )
+    return int(any(isinstance(reply, Refused) for reply in replies.values()))
+
+
+async def _verify(namespace: str) -> dict[int, WeightsVerified | Refused]:
+    caller = Caller(connect())
+    fleet = await fetch_status(caller, namespace)
+    replies = {}
+    for member in fleet.members:
+        path = f"{namespace}.{member.component}.refit"
+        replies[member.worker] = await caller.call(
+            path,
+            member.worker,
+            VerifyWeights(),
+            WeightsVerified | Refused,
+            VERIFY_SECONDS,
+        )
+    return replies
