@@ -4,8 +4,9 @@
 
     python -m graphs.reference [DIRECTORY]
 
-``events.md`` and ``events.schema.json`` from the types of the events, and
-``configuration.md`` from the arguments of the programs. Nothing in them is from this
+``events.md`` and ``events.schema.json`` from the types of the events,
+``configuration.md`` from the arguments of the programs, and ``metrics.md`` from what
+they register. Nothing in them is from this
 machine or its environment; a test compares them with what is committed.
 """
 
@@ -26,6 +27,7 @@ from typer.models import ArgumentInfo, OptionInfo
 from dynamo.refit import args as coordinator
 from dynamo.refit.cli import app
 from dynamo.refit.events import MAX_EVENT_BYTES, SCHEMA, AnyEvent, Event
+from dynamo.refit.metrics import CoordinatorMetrics, WorkerMetrics
 from dynamo.refit.worker import args as worker
 
 DOCS = Path(__file__).resolve().parent.parent / "components" / "docs"
@@ -79,6 +81,7 @@ def pages() -> dict[str, str]:
         "events.md": events_page(),
         "events.schema.json": json.dumps(events_schema(), indent=2) + "\n",
         "configuration.md": configuration_page(),
+        "metrics.md": metrics_page(),
     }
 
 
@@ -157,6 +160,37 @@ def _without_docstrings(schema: Any) -> Any:
         case list():
             return [_without_docstrings(value) for value in schema]
     return schema
+
+
+# --- metrics ------------------------------------------------------------------
+
+METRICS_INTRODUCTION = """\
+On `/metrics` of a process's system server (`DYN_SYSTEM_PORT`), with the labels of Dynamo's own metrics: `dynamo_namespace`,
+`dynamo_component`, `dynamo_endpoint` and `worker_id`. No version is ever a label. The times are histograms in
+seconds. [`deploy/prometheus.yml`](../../deploy/prometheus.yml) scrapes them, and
+[`deploy/grafana/dynamo-refit.json`](../../deploy/grafana/dynamo-refit.json) is a dashboard over them."""  # noqa: E501
+
+
+def metrics_page() -> str:
+    parts = [
+        "# Metrics",
+        MADE.format(sources="`metrics.py`"),
+        METRICS_INTRODUCTION,
+        "## Worker",
+        _families(WorkerMetrics()),
+        "## Coordinator",
+        _families(CoordinatorMetrics()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _families(metrics: WorkerMetrics | CoordinatorMetrics) -> str:
+    rows = []
+    for family in metrics.families():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = sorted({key for s in family.samples for key in s.labels} - {"le"})
+        rows.append((f"`{name}`", family.type, ", ".join(labels), family.documentation))
+    return _table(("metric", "type", "labels", "meaning"), rows)
 
 
 # --- configuration ------------------------------------------------------------

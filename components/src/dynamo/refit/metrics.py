@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from dynamo.prometheus_names import name_prefix
 from dynamo.runtime import Endpoint
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from dynamo.refit.events import (
     Event,
@@ -62,7 +62,8 @@ STAGE_SECONDS = {
 }
 COMMIT_SECONDS = {
     "pause": "Pausing the engine; 0 for an install between two of its steps",
-    "install": "Putting a staged version into the live parameters of all ranks",
+    "install": "The ranks' answer to an install",
+    "copy": "Writing the live parameters, on the slowest rank's device",
     "resume": "Resuming the engine",
     "stall": "The time of a commit in which no token can be made",
     "probe": "The first token on the new version",
@@ -102,6 +103,14 @@ class _Metrics:
             f"{PREFIX}_{name}_seconds", text, buckets=BUCKETS, registry=self.registry
         )
 
+    def families(self) -> list[Metric]:
+        """Everything that may be shown, by name; also what has no value yet."""
+        found = {family.name: family for family in self.registry.collect()}
+        for gauge in vars(self).values():
+            if isinstance(gauge, _LateGauge):
+                found.update((family.name, family) for family in gauge.families())
+        return [found[name] for name in sorted(found)]
+
 
 class _LateGauge:
     """A gauge that is not there before it has a value: start-up weights have no
@@ -112,6 +121,9 @@ class _LateGauge:
         self._registry = registry
         self._gauge = Gauge(self.name, text, registry=None)
         self._shown = False
+
+    def families(self) -> Iterable[Metric]:
+        return self._gauge.collect()
 
     def set(self, value: float | None) -> None:
         if value is not None:
@@ -142,6 +154,8 @@ class WorkerMetrics(_Metrics):
             "Memory that staging takes on all ranks of this worker",
             ("memory",),
         )
+        for memory in ("device", "host"):
+            self._memory.labels(memory)
         self._sessions = self._counter(
             "sessions",
             "Stages of ranks by what they found in the session cache: all of it "
@@ -256,6 +270,8 @@ class CoordinatorMetrics(_Metrics):
             "excluded_workers", "Workers that a completed version went without"
         )
         self._workers = self._gauge("workers", "Workers by phase", ("phase",))
+        for phase in get_args(WorkerPhase):
+            self._workers.labels(phase)
         self._waiting = self._gauge(
             "workers_not_admitted", "Workers that routers do not see yet"
         )
@@ -295,9 +311,9 @@ class CoordinatorMetrics(_Metrics):
                 self._versions.labels("completed").inc()
                 if event.seconds is not None:
                     self._duration.observe(event.seconds)
-            case RefitFailed():
+            case RefitFailed(catch_up=False):
                 self._versions.labels("failed").inc()
-            case RefitSuperseded():
+            case RefitSuperseded(catch_up=False):
                 self._versions.labels("superseded").inc()
             case RefitRefused():
                 self._versions.labels("refused").inc()
