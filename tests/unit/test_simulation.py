@@ -12,6 +12,7 @@ import pytest
 
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.worker.switch import Switch
+from tests.faults import simulation
 from tests.faults.simulation import simulate
 from tests.faults.world import Violated
 
@@ -47,17 +48,25 @@ def test_whatever_goes_wrong_the_fleet_comes_to_the_newest_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "name"),
+    ("target", "name", "faults"),
     [
-        # Admitted whatever the fleet serves.
-        (Reconciler, "_may_be_served"),
+        # Admitted whatever the fleet serves: where everyone who serves it is silent.
+        (
+            Reconciler,
+            "_may_be_served",
+            ("publish", "kill worker", "stall worker", "kill coordinator"),
+        ),
         # Says that it serves what it has only staged.
-        (Switch, "_serve"),
+        (Switch, "_serve", simulation.FAULTS),
     ],
 )
-def test_it_finds_what_is_broken(target: type, name: str) -> None:
+def test_it_finds_what_is_broken(
+    target: type, name: str, faults: tuple[str, ...]
+) -> None:
+    """Of all that may go wrong, what it takes comes together too seldom."""
     with (
         mock.patch.object(target, name, broken(name)),
+        mock.patch.object(simulation, "FAULTS", faults),
         pytest.raises(Violated, match="wrong_version"),
     ):
         for seed in range(200):
