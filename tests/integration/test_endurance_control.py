@@ -47,8 +47,16 @@ SETTLED = 40
 #: 500 add 0.4 (publisher) and 0.5 (coordinator).
 GROWTH = 1536 << 10
 
+#: Threads of a pool that stay for ten seconds, and what they hold; one leaked in forty
+#: versions would be as many.
+COMES_AND_GOES = 3
+
 #: Looks at a process, one after the other: some descriptors are there for a moment.
 LOOKS = 10
+
+#: What a process does every few seconds, such as looking for itself in discovery, it
+#: has done by then: it sets itself up for it once.
+LIVED_SECONDS = 6.0
 
 AGENTS = 2
 
@@ -84,8 +92,8 @@ async def resources(pid: int) -> Resources:
 
 
 def check_flat(before: Resources, after: Resources) -> None:
-    assert after.descriptors <= before.descriptors
-    assert after.threads <= before.threads
+    assert after.descriptors - before.descriptors <= COMES_AND_GOES
+    assert after.threads - before.threads <= COMES_AND_GOES
     assert after.resident - before.resident < GROWTH
 
 
@@ -105,6 +113,8 @@ async def test_a_publisher(runtime: DistributedRuntime) -> None:
             await read_and_release(caller, ready)
             ended = await asyncio.to_thread(trainer.hear, "released")
             assert ended["outcome"] == "completed"
+            if version == SETTLED:
+                await asyncio.sleep(LIVED_SECONDS)
             if version in (SETTLED, CYCLES):
                 held[version] = await resources(trainer.child.pid)
         trainer.order("counters")
@@ -172,6 +182,8 @@ async def test_a_coordinator_and_its_agents(
                 workers, _ = await one_version(events, bus, ready)
                 # The first one may find one of them only.
                 assert workers == AGENTS or version == 1
+                if version == SETTLED:
+                    await asyncio.sleep(LIVED_SECONDS)
                 if version in (SETTLED, CYCLES):
                     children = (agents, coordinator)
                     held[version] = [await resources(child.pid) for child in children]
