@@ -16,6 +16,7 @@ from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher, EventSubscriber
 from dynamo.refit.events import REFIT_EVENTS, WEIGHT_VERSIONS, WeightVersionReady
+from dynamo.refit.presence import WATCH_SECONDS
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
@@ -41,6 +42,9 @@ pytestmark = [
 
 CYCLES = 200
 SETTLED = 40
+
+#: Meanwhile it has looked for itself in discovery, which keeps three descriptors.
+SETTLING_SECONDS = 4 * WATCH_SECONDS
 
 #: What a process may grow by after it has settled, in bytes: a leak of 10 KiB per
 #: version would show. Until version 200 they grow by 3 to 6 KiB each, of 1000 the last
@@ -105,6 +109,8 @@ async def test_a_publisher(runtime: DistributedRuntime) -> None:
             await read_and_release(caller, ready)
             ended = await asyncio.to_thread(trainer.hear, "released")
             assert ended["outcome"] == "completed"
+            if version == SETTLED:
+                await asyncio.sleep(SETTLING_SECONDS)
             if version in (SETTLED, CYCLES):
                 held[version] = await resources(trainer.child.pid)
         trainer.order("counters")
@@ -172,6 +178,8 @@ async def test_a_coordinator_and_its_agents(
                 workers, _ = await one_version(events, bus, ready)
                 # The first one may find one of them only.
                 assert workers == AGENTS or version == 1
+                if version == SETTLED:
+                    await asyncio.sleep(SETTLING_SECONDS)
                 if version in (SETTLED, CYCLES):
                     children = (agents, coordinator)
                     held[version] = [await resources(child.pid) for child in children]
