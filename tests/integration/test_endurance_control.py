@@ -16,6 +16,7 @@ from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventPublisher, EventSubscriber
 from dynamo.refit.events import REFIT_EVENTS, WEIGHT_VERSIONS, WeightVersionReady
+from dynamo.refit.presence import WATCH_SECONDS
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
@@ -42,6 +43,9 @@ pytestmark = [
 CYCLES = 200
 SETTLED = 40
 
+#: Meanwhile it has looked for itself in discovery, which keeps three descriptors.
+SETTLING_SECONDS = 4 * WATCH_SECONDS
+
 #: What a process may grow by after it has settled, in bytes: a leak of 10 KiB per
 #: version would show. Until version 200 they grow by 3 to 6 KiB each, of 1000 the last
 #: 500 add 0.4 (publisher) and 0.5 (coordinator).
@@ -53,10 +57,6 @@ COMES_AND_GOES = 3
 
 #: Looks at a process, one after the other: some descriptors are there for a moment.
 LOOKS = 10
-
-#: What a process does every few seconds, such as looking for itself in discovery, it
-#: has done by then: it sets itself up for it once.
-LIVED_SECONDS = 6.0
 
 AGENTS = 2
 
@@ -114,7 +114,7 @@ async def test_a_publisher(runtime: DistributedRuntime) -> None:
             ended = await asyncio.to_thread(trainer.hear, "released")
             assert ended["outcome"] == "completed"
             if version == SETTLED:
-                await asyncio.sleep(LIVED_SECONDS)
+                await asyncio.sleep(SETTLING_SECONDS)
             if version in (SETTLED, CYCLES):
                 held[version] = await resources(trainer.child.pid)
         trainer.order("counters")
@@ -183,7 +183,7 @@ async def test_a_coordinator_and_its_agents(
                 # The first one may find one of them only.
                 assert workers == AGENTS or version == 1
                 if version == SETTLED:
-                    await asyncio.sleep(LIVED_SECONDS)
+                    await asyncio.sleep(SETTLING_SECONDS)
                 if version in (SETTLED, CYCLES):
                     children = (agents, coordinator)
                     held[version] = [await resources(child.pid) for child in children]
