@@ -16,6 +16,9 @@ import aiohttp
 
 from graphs.references import Answer
 
+#: After a request that failed.
+RETRY_SECONDS = 0.1
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -166,3 +169,6 @@ class Load:
             )
             self.completions.append(completion)
             turn += self.streams
+            if completion.error is not None:
+                # A graph without a worker refuses thousands of them a second.
+                await asyncio.sleep(RETRY_SECONDS)

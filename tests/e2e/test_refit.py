@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_faults"),
 ]
 
-LENGTH = 600
+LENGTH = 1200
 
 #: How long a request decodes before the version is staged; it takes longer itself.
 STRADDLING_SECONDS = 0.6
