@@ -78,7 +78,9 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # A group, not a session: Linux shares cores out to sessions first, and
+                # ranks that spin in one of their own leave others none for seconds.
+                process_group=0,
             )
 
     @property
