@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 import urllib.request
@@ -98,4 +99,9 @@ async def test_probes_are_answered_while_the_engine_is_held(
     stall = timings.started_at, timings.started_at + timings.stall_ms / 1e3
     for path in ("/live", "/health"):
         assert [a for a in answers if a.path == path and a.inside(*stall)]
+        times = sorted(a.began for a in answers if a.path == path)
+        # Also in the stall, wherever in the refit it was: no long gap between two.
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        assert len(times) > HELD_SECONDS / 0.2
+        assert max(gaps) < HELD_SECONDS / 2
     await bench.assert_serves(name)
