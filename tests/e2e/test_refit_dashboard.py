@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit.events import RefitCompleted, WorkerRefitted, WorkerStaged
+from dynamo.refit.metrics import COMMIT_SECONDS
 from graphs.client import Client, Load
 from graphs.local import fetch
 from graphs.references import prompts
@@ -97,7 +98,7 @@ async def test_metrics_are_what_the_events_said(bench: Bench) -> None:
     def grown(name: str, **labels: str) -> float:
         return after(name, **labels) - before(name, **labels)
 
-    for step in ("pause", "install", "resume", "stall", "probe", "verify"):
+    for step in COMMIT_SECONDS:
         seconds = getattr(refitted.timings, f"{step}_ms") / 1e3
         assert grown(f"{step}_seconds_sum") == pytest.approx(seconds)
         assert grown(f"{step}_seconds_count") == 1
