@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from vllm.config import VllmConfig
 
+from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     Describe,
@@ -101,8 +101,7 @@ class BenchRankProcess(RankProcess):
         manifest = msgspec.msgpack.decode(payload, type=Manifest)
         plan = self._stager._session.plan
         nbytes = max(plan.arena.nbytes, plan.scratch_nbytes, plan.wire_nbytes)
-        here = torch.zeros(nbytes, dtype=torch.uint8)
-        there = torch.zeros(plan.wire_nbytes, dtype=torch.uint8)
+        here, there = host_zeros(nbytes), host_zeros(plan.wire_nbytes)
         self._raw = RawRead(manifest, plan.wire_nbytes, here)
         self._copy = PlainCopy(here[: plan.wire_nbytes], there)
         self._modelexpress = ModelExpressRead(manifest, plan, here)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.fingerprint import Batch, Part
+from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.manifest import (
     Box,
     Manifest,
@@ -150,7 +151,7 @@ class SourceProcess:
         """A new agent with one region; its name, its metadata, the region's address
         and the fingerprints of the blocks. What was held before is gone."""
         self._agent = self._memory = None
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        memory = host_zeros(nbytes)
         fill(memory)
         agent = NixlAgent(name)
         agent.register([(memory.data_ptr(), nbytes)], "DRAM", 0)

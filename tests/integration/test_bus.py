@@ -57,20 +57,6 @@ SECONDS = 20.0
 
 
 @pytest.fixture
-async def runtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[DistributedRuntime]:
-    """A runtime on this test's loop, with a discovery of its own."""
-    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "file")
-    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "discovery"))
-    monkeypatch.setenv("DYN_REQUEST_PLANE", "tcp")
-    monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
-    yield runtime
-    runtime.shutdown()
-
-
-@pytest.fixture
 def endpoint(runtime: DistributedRuntime) -> Endpoint:
     return runtime.endpoint(ENDPOINT)
 

@@ -6,7 +6,6 @@ their processes hold does not grow. No engine; the bus and all endpoints are rea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,23 +58,6 @@ COMES_AND_GOES = 3
 LOOKS = 10
 
 AGENTS = 2
-
-
-@pytest.fixture
-async def runtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[DistributedRuntime]:
-    for name, value in {
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(tmp_path / "discovery"),
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "zmq",
-        "DYN_LOG": "error",
-    }.items():
-        monkeypatch.setenv(name, value)
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
-    yield runtime
-    runtime.shutdown()
 
 
 async def resources(pid: int) -> Resources:

@@ -10,8 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,20 +37,6 @@ WEIGHTS = "dynamo.trainer.weights"
 FORGOTTEN_SECONDS = 25.0
 
 SECONDS = 60.0
-
-
-@pytest.fixture
-async def runtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[DistributedRuntime]:
-    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "file")
-    monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "discovery"))
-    monkeypatch.setenv("DYN_REQUEST_PLANE", "tcp")
-    monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
-    monkeypatch.setenv("DYN_LOG", "error")
-    runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
-    yield runtime
-    runtime.shutdown()
 
 
 @pytest.fixture

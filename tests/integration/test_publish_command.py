@@ -127,21 +127,6 @@ async def end_of(child: asyncio.subprocess.Process) -> Ended:
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    planes = {
-        "DYN_DISCOVERY_BACKEND": "file",
-        "DYN_FILE_KV": str(tmp_path / "discovery"),
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "zmq",
-        "DYN_LOG": "error",
-    }
-    for name, value in planes.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("DYN_NAMESPACE", raising=False)
-    return dict(os.environ)
-
-
-@pytest.fixture
 async def bench(environment: dict[str, str]) -> AsyncIterator[Bench]:
     runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
     async with fake_worker(runtime, "dynamo", "tiny") as worker:

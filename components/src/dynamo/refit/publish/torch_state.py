@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dynamo.refit import manifest
 from dynamo.refit.errors import ManifestInvalid
+from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.manifest import Region, TensorEntry, align
 from dynamo.refit.publish.shard import LocalShard
 
@@ -100,10 +101,7 @@ class SnapshotBuffers:
             offsets.append(end)
             end += align(block.tensor.nbytes)
         self.entries = _entries(self._blocks, [(0, offset) for offset in offsets])
-        arenas = [
-            torch.zeros(end, dtype=torch.uint8, device=self.device)
-            for _ in range(slots)
-        ]
+        arenas = [_zeros(end, self.device) for _ in range(slots)]
         self.regions = tuple((Region(arena.data_ptr(), end),) for arena in arenas)
         self._copies = [
             [
@@ -266,6 +264,12 @@ def _device(blocks: Sequence[LocalShard]) -> torch.device:
                 tensor=block.name,
             )
     return device
+
+
+def _zeros(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return host_zeros(nbytes)
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
 def _current(block: LocalShard) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import torch
 
+from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.install import LiveParameters, copy_out, synchronize
@@ -197,8 +198,10 @@ def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
 
 def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """Zeros: padding of the arena is never written, and stays zero."""
-    pin = device.type == "cpu" and torch.cuda.is_available()
-    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
+    on_host = device.type == "cpu"
+    if on_host and not torch.cuda.is_available():
+        return host_zeros(nbytes)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=on_host)
     # NIXL writes outside of CUDA's streams: the zeros must be there before.
     synchronize(device)
     return buffer
