@@ -38,7 +38,6 @@ from graphs.local import LocalGraph
 from graphs.references import MAX_TOKENS, Answer, prompts
 from tests.support.live_fleet import (
     HOLD_SECONDS,
-    ORPHAN_SECONDS,
     Fleet,
     live_fleet,
 )
@@ -347,7 +346,7 @@ async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     (other,) = set(before) - {gone}
     assert dict(failed.serving)[other] == before[other]["version"]
     assert fleet.events.of(WorkerRefitted, version) == []
-    await asyncio.to_thread(fleet.wait_for_the_end, worker, ORPHAN_SECONDS)
+    await asyncio.to_thread(fleet.wait_for_the_end, worker)
     await fleet.assert_serves(fleet.serving, workers=1)
 
 

@@ -34,7 +34,6 @@ from tests.faults.judge import END, Judge, Observation, phase_at
 from tests.faults.kinds import FAULTS, LATEST_SECONDS, Fault
 from tests.support.live_fleet import (
     HOLD_SECONDS,
-    ORPHAN_SECONDS,
     Fleet,
     live_fleet,
 )
@@ -210,7 +209,7 @@ class LiveFaults:
         graph = self.fleet.graph
         worker = graph.processes.pop(f"worker{index}")
         try:
-            self.fleet.wait_for_the_end(worker, ORPHAN_SECONDS)
+            self.fleet.wait_for_the_end(worker)
         except AssertionError as error:
             self._violated("leaked", str(error))
             worker.kill()

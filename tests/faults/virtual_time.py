@@ -6,6 +6,7 @@ and what happens depends on the seed alone."""
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,11 +16,20 @@ from unittest import mock
 T = TypeVar("T")
 
 
+class _NoWait(selectors.DefaultSelector):
+    """The loop would wait for the timer after one that was cancelled."""
+
+    def select(self, timeout: float | None = None) -> list:
+        if timeout is None:
+            raise RuntimeError("nothing is left that could happen")
+        return super().select(0)
+
+
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """Runs callbacks in their order; nothing here waits for a thread or a socket."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_NoWait())
         self._virtual = 0.0
 
     def time(self) -> float:

@@ -28,10 +28,6 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache"
 SEEDS = {"A": 1, "B": 2, "C": 3}
 HOLD_SECONDS = 8.0
 
-#: A worker whose rank has died ends at once; its engine core, which is vLLM's, takes
-#: most of a minute to give up, and longer where everything starts at once.
-ORPHAN_SECONDS = 180.0
-
 
 @dataclass
 class Fleet:

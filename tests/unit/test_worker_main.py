@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -81,6 +83,17 @@ def test_health_does_not_wait_for_what_waits_for_health(
     monkeypatch.setenv(main.HEALTHY_ENDPOINTS, told)
     main._be_healthy_before_admission()
     assert os.environ.get(main.HEALTHY_ENDPOINTS) == left
+
+
+def test_a_worker_that_ends_takes_along_what_it_has_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(main, "_exit", codes.append)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        main._end(3)
+        assert child.wait(10) == -signal.SIGKILL
+    assert codes == [3]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ HEALTHY_ENDPOINTS = "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS"
 
 _tasks: set[asyncio.Task] = set()
 
+_exit = os._exit
+
 
 def main() -> None:
     """Run ``dynamo.vllm`` with its own arguments and a refit agent."""
@@ -57,6 +59,9 @@ def main() -> None:
     if options.admission == "coordinator":
         _be_healthy_before_admission()
     on_worker_ready(functools.partial(_start_agent, options))
+    # Dynamo ends a worker so whose engine is dead. EngineCore would outlive it: freeing
+    # its sockets at the end, it may wait for them for ever (vllm 0.31).
+    os._exit = _end
     dynamo_vllm()
 
 
@@ -168,9 +173,9 @@ async def _leave(
         _end()
 
 
-def _end() -> NoReturn:
-    """End this process at once, and the engine's, which would outlive it."""
+def _end(status: int = 1) -> NoReturn:
+    """End this process at once, and all that it has started."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(1)
+    _exit(status)
