@@ -41,6 +41,8 @@ CONTIGUOUS = 0.95
 ROW_PARALLEL = 0.60
 FINGERPRINT = 0.50
 WARM_TOTAL = 1.15
+#: A pull at 95 % of raw NIXL's rate and then a fingerprint that takes half as long.
+PROVED = 1 / CONTIGUOUS + FINGERPRINT
 
 #: Steps of a stage, as :class:`StageTimings` names them, and the table's heads.
 STEPS = {
@@ -60,7 +62,8 @@ class Case:
     """What is refitted, from where to where.
 
     ``row_parallel``: runs are short on one side or the other, and what is pulled goes
-    through scratch.
+    through scratch. ``small``: runs are long, but tensors are small. ``snapshot``: the
+    source's memory is what a publisher copies into, instead of the trainer's own.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Case:
     ranks: int = 1
     sources: int = 1
     row_parallel: bool = False
+    small: bool = False
+    snapshot: bool = False
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Measured:
     readdressed: list[list[CycleTimes]] = field(default_factory=list)
     warm: list[list[CycleTimes]] = field(default_factory=list)
     anew: list[list[CycleTimes]] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
     neighbours: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     copy: list[float] = field(default_factory=list)
@@ -100,6 +106,27 @@ class Measured:
             for cycle, raw in zip(self.warm, self.neighbours, strict=True)
         ]
 
+    @property
+    def shares_of_modelexpress(self) -> list[float]:
+        """Of the same reads without fingerprints, over ModelExpress's of them."""
+        rates = zip(self.alone, self.modelexpress, strict=True)
+        return [alone / other for alone, other in rates]
+
+    @property
+    def shares_alone(self) -> list[float]:
+        """As :attr:`shares_of_raw`, of the same reads without fingerprints."""
+        rates = zip(self.alone, self.neighbours, strict=True)
+        return [alone / raw for alone, raw in rates]
+
+    @property
+    def proved(self) -> list[float]:
+        """Of each warm cycle: its pull, the last fingerprint included, over the time
+        that raw NIXL takes for the bytes."""
+        return [
+            slowest(cycle, step("pull")) / 1e3 * raw / self.wire_nbytes
+            for cycle, raw in zip(self.warm, self.neighbours, strict=True)
+        ]
+
 
 def cases(sizes: Sequence[int], names: Sequence[str]) -> list[Case]:
     """Everything that is measured, for ``sizes`` in MiB."""
@@ -107,7 +134,11 @@ def cases(sizes: Sequence[int], names: Sequence[str]) -> list[Case]:
     small = dense(middle * MIB)
     found = [
         *(Case(f"dense-{size}", dense(size * MIB)) for size in sizes),
-        *(Case(f"moe-{s}", experts(s * MIB)) for s in sorted({min(sizes), middle})),
+        Case(f"snapshot-{middle}", small, snapshot=True),
+        *(
+            Case(f"moe-{size}", experts(size * MIB), small=True)
+            for size in sorted({min(sizes), middle})
+        ),
         Case(f"columns-{middle}", small, sources=2, row_parallel=True),
         Case(f"tp2-{middle}", small, ranks=2, row_parallel=True),
     ]
@@ -132,6 +163,7 @@ def measure(case: Case, ranks: Ranks, logs: Path, warm: int, anew: int) -> Measu
         for _ in range(warm):
             before = ranks.raw()
             result.warm.append(ranks.cycle(held))
+            result.alone.append(ranks.alone())
             after = ranks.raw()
             result.neighbours.append((before + after) / 2)
             result.raw += [before, after]
@@ -171,7 +203,9 @@ def _own_seconds() -> float:
 
 
 def hold(case: Case, sources: Sources) -> Held:
-    return sources.hold(tensors(case.config), cut_columns=case.sources > 1)
+    return sources.hold(
+        tensors(case.config), cut_columns=case.sources > 1, snapshot=case.snapshot
+    )
 
 
 def wire_rate(cycle: Sequence[CycleTimes]) -> float:
@@ -225,16 +259,21 @@ def report(measured: Measured) -> dict[str, Any]:
         "ranks": case.ranks,
         "sources": case.sources,
         "row_parallel": case.row_parallel,
+        "small": case.small,
         "wire_nbytes": measured.wire_nbytes,
         "cold": summarise(measured.cold),
         "re-addressed": summarise(measured.readdressed),
         "warm": summarise(measured.warm),
         "anew": summarise(measured.anew) if measured.anew else None,
+        "alone_gb_per_s": round(median(measured.alone) / 1e9, 3),
         "raw_gb_per_s": round(median(measured.raw) / 1e9, 3),
         "copy_gb_per_s": round(median(measured.copy) / 1e9, 3),
         "modelexpress_gb_per_s": round(median(measured.modelexpress) / 1e9, 3),
         "share_of_raw": round(median(shares), 3),
         "shares_of_raw": [round(share, 3) for share in shares],
+        "share_alone": round(median(measured.shares_alone), 3),
+        "share_of_modelexpress": round(median(measured.shares_of_modelexpress), 3),
+        "proved_over_raw": round(median(measured.proved), 3),
         "useful_gb_per_s": round(
             measured.nbytes
             / measured.wire_nbytes
@@ -293,8 +332,15 @@ def _verdicts(found: dict[str, Any]) -> Iterable[Verdict]:
     share = found["share_of_raw"]
     if found["row_parallel"]:
         yield at_least(f"{name}: row-parallel pull over raw NIXL", share, ROW_PARALLEL)
+    elif found["small"]:
+        # A descriptor has its price, of which one large buffer says nothing.
+        share = found["share_of_modelexpress"]
+        yield at_least(f"{name}: reads over ModelExpress's", share, CONTIGUOUS)
     else:
-        yield at_least(f"{name}: contiguous pull over raw NIXL", share, CONTIGUOUS)
+        share, ratio = found["share_alone"], found["proved_over_raw"]
+        yield at_least(f"{name}: contiguous reads over raw NIXL", share, CONTIGUOUS)
+        yield at_most(f"{name}: proved pull over raw NIXL's time", ratio, PROVED)
+    if not found["row_parallel"]:
         part = found["fingerprint_of_pull"]
         yield at_most(f"{name}: fingerprint over pull", part, FINGERPRINT)
     total = found["total_of_pull_and_install"]
@@ -332,6 +378,7 @@ def rows(found: dict[str, Any]) -> Iterable[list[str]]:
         ]
         label = ""
     baselines = {
+        "reads alone": "alone",
         "raw NIXL": "raw",
         "ModelExpress": "modelexpress",
         "memcpy": "copy",
@@ -342,6 +389,7 @@ def rows(found: dict[str, Any]) -> Iterable[list[str]]:
         cells = [times.get(name, "") for name in STEPS]
         yield ["", title, "", *cells, "", "", "", f"{rate:.2f}", ""]
     notes = f"{found['share_of_raw']:.0%} of raw NIXL's rate"
+    notes += f", {found['share_alone']:.0%} without fingerprints"
     if found["wire_nbytes"] != found["nbytes"]:
         notes += f"; {found['useful_gb_per_s']:.2f} GB/s of useful bytes"
     yield ["", f"{notes}; others took {found['others_cores']:.2f} cores"]
@@ -440,7 +488,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[64, 512, 2048], help="in MiB")
-    add("--cases", nargs="+", default=[], help="dense, moe, columns, tp2; all")
+    kinds = "dense, snapshot, moe, columns, tp2; all"
+    add("--cases", nargs="+", default=[], help=kinds)
     add("--warm", type=int, default=9, help="warm cycles per case")
     add("--anew", type=int, default=2, help="cycles per case that cache nothing")
     add("--updates", type=int, default=7, help="of either kind on the engine")

@@ -32,6 +32,8 @@ from dynamo.refit.protocol import (
     Stage,
     Verify,
 )
+from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.pipeline import Pipeline
 from tests.benchmarks.baselines import ModelExpressRead, PlainCopy, RawRead
 from tests.benchmarks.ranks import SECONDS, CycleTimes
 from tests.support.child import answer_requests
@@ -114,6 +116,17 @@ class BenchRankProcess(RankProcess):
 
     def modelexpress(self) -> tuple[int, float]:
         return self._modelexpress.run()
+
+    def alone(self) -> tuple[int, float]:
+        """The last cycle's reads once more, with nothing to follow them."""
+        stager = self._stager
+        session, shadow = stager._session, stager._arena.target
+        limit = Limit(time.monotonic() + SECONDS, lambda: False)
+        pipeline = Pipeline(limit, stager._follower.submit, lambda number: None)
+        for number, reads in enumerate(session._requests.waves[shadow][0]):
+            pipeline.post(number, session.plan.waves[number].half, reads)
+        pipeline.drain()
+        return session.plan.wire_nbytes, pipeline.wire_seconds
 
     def close_baselines(self) -> None:
         self._raw.close()

@@ -98,6 +98,10 @@ class Ranks:
         """One NIXL read of as many bytes as a cycle reads; bytes per second in all."""
         return self._rate("raw")
 
+    def alone(self) -> float:
+        """A cycle's reads without fingerprints; bytes per second in all."""
+        return self._rate("alone")
+
     def copy(self) -> float:
         """A copy of as many bytes by one thread; bytes per second in all."""
         return self._rate("copy")

@@ -63,8 +63,15 @@ class Sources:
             for number in range(count)
         ]
 
-    def hold(self, tensors: Sequence[Tensor], *, cut_columns: bool = False) -> Held:
-        """New agents with new memory, full of random numbers.
+    def hold(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        cut_columns: bool = False,
+        snapshot: bool = False,
+    ) -> Held:
+        """New agents with new memory, full of random numbers: torch's, as of tensors
+        that are published in place, or what a publisher has for a ``snapshot``.
 
         Matrices are cut into as many column blocks as there are sources if
         ``cut_columns``; anything else lies on the first source as a whole.
@@ -98,7 +105,8 @@ class Sources:
                 )
             )
         for child, held, end in zip(self._children, blocks, ends, strict=True):
-            child.send("hold", f"memory-{uuid.uuid4().hex[:12]}", end, held)
+            name = f"memory-{uuid.uuid4().hex[:12]}"
+            child.send("hold", name, end, held, snapshot)
         fingerprints = np.zeros(len(entries), dtype=np.uint64)
         sources = []
         for child, end, owned in zip(self._children, ends, owners, strict=True):
@@ -146,12 +154,13 @@ class SourceProcess:
         self._memory: torch.Tensor | None = None
 
     def hold(
-        self, name: str, nbytes: int, blocks: list[Block]
+        self, name: str, nbytes: int, blocks: list[Block], snapshot: bool
     ) -> tuple[str, bytes, int, np.ndarray]:
         """A new agent with one region; its name, its metadata, the region's address
         and the fingerprints of the blocks. What was held before is gone."""
         self._agent = self._memory = None
-        memory = host_zeros(nbytes)
+        allocate = host_zeros if snapshot else _torch_bytes
+        memory = allocate(nbytes)
         fill(memory)
         agent = NixlAgent(name)
         agent.register([(memory.data_ptr(), nbytes)], "DRAM", 0)
@@ -162,6 +171,10 @@ class SourceProcess:
     def progress(self) -> None:
         if self._agent is not None:
             self._agent.progress()
+
+
+def _torch_bytes(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def fill(memory: torch.Tensor) -> None:

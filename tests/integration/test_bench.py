@@ -35,6 +35,7 @@ def test_every_kind_of_model_is_measured() -> None:
     names = [case.name for case in cases([64, 512, 2048], [])]
     assert names == [
         *(f"dense-{size}" for size in (64, 512, 2048)),
+        "snapshot-512",
         "moe-64",
         "moe-512",
         "columns-512",
