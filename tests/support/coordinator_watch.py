@@ -117,6 +117,8 @@ class Watch:
         self.leases: Counter[str] = Counter()
         self.peer_leases: dict[tuple[int, str], int] = {}
         self.withdrawn: set[int] = set()
+        #: As last seen; it stays that of a worker that left.
+        self._components: dict[int, str] = {}
         self.versions: dict[int, int] = {}
         self.newest_completed = 0
 
@@ -279,9 +281,12 @@ class Watch:
             assert current.changed or not under_way, "two canaries"
         silent = current.busy.keys() - under_way
         left = self._routable() - self.withdrawn - current.refused - silent
+        alike = [
+            w for w in left if self._component(w) == self._component(action.worker)
+        ]
         wanted = current.direct or action.in_flight == "drain"
         assert action.withdraw == (
-            wanted and action.worker in left and len(left) > 1
+            wanted and action.worker in left and len(alike) > 1
         ), "routers have nobody to send to, or somebody who is busy"
         if action.withdraw:
             self.withdrawn.add(action.worker)
@@ -293,7 +298,14 @@ class Watch:
         late = now > current.began + self.policy.stage_seconds + GRACE_SECONDS
         assert not silent or late, "somebody had not voted yet"
         if not current.catch_up:
-            assert len(yes) >= self.policy.needed(len(current.members))
+            every = Counter(map(self._component, current.members))
+            able = Counter(map(self._component, yes))
+            assert all(able[c] >= self.policy.needed(n) for c, n in every.items())
+
+    def _component(self, worker: int) -> str:
+        if worker in self.reconciler.fleet:
+            self._components[worker] = self.reconciler.fleet[worker].component
+        return self._components[worker]
 
     def _routable(self) -> set[int]:
         return {
@@ -320,6 +332,8 @@ class Watch:
                 members = set(event.workers)
                 assert members and members <= self.present - self.told_to_go
                 self.open = Open(event.version, members, event.catch_up, now)
+                for worker in members:
+                    self._component(worker)
                 # Whoever is left from an earlier commit has shown how it ended.
                 self.withdrawn = {w for w in self.present if self._is_committing(w)}
             case RefitCompleted():

@@ -112,6 +112,7 @@ def member(
     admitted: bool = True,
     kept: int | None = None,
     kept_weights: str | None = None,
+    component: str = "backend",
 ) -> FleetMember:
     if weights is None:
         weights = "" if version is None else f"weights-{version}"
@@ -130,7 +131,7 @@ def member(
         kept_version=kept,
         kept_weights=kept_weights,
     )
-    return FleetMember(worker=worker, component="backend", status=status)
+    return FleetMember(worker=worker, component=component, status=status)
 
 
 def joiner(worker: int) -> FleetMember:

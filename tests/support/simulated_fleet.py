@@ -122,6 +122,7 @@ class Worker:
             admitted=self.admitted,
             kept=kept,
             kept_weights=kept_weights,
+            component="prefill" if self.number % 3 == 0 else "backend",
         )
 
     def pass_time(self, now: float) -> None:

@@ -120,6 +120,33 @@ def test_the_only_one_left_is_not_withdrawn() -> None:
     assert withdrawn(reconciler.handle(voted(1, DRAIN5), 2.0)) == {1: False}
 
 
+def prefill(worker: int) -> FleetMember:
+    return member(worker, component="prefill")
+
+
+def test_who_prefills_is_no_stand_in_for_who_decodes() -> None:
+    """2 is the only one that decodes: it stays in routing while it installs."""
+    reconciler = new(prefill(1), 2, prefill(3))
+    reconciler.handle(V5, 1.0)
+    reconciler.handle(leased(V5), 1.0)
+    for worker in (1, 3):
+        reconciler.handle(voted(worker, V5), 2.0)
+    actions = reconciler.handle(voted(2, V5, mode="direct"), 2.0)
+    assert withdrawn(actions) == {1: True}
+    assert withdrawn(reconciler.handle(committed(1, V5), 3.0)) == {3: True}
+    assert withdrawn(reconciler.handle(committed(3, V5), 4.0)) == {2: False}
+
+
+def test_of_each_component_somebody_is_left() -> None:
+    four = replace(POLICY, max_unavailable=4)
+    reconciler = new(prefill(1), 2, prefill(3), 4, policy=four)
+    reconciler.handle(DRAIN5, 1.0)
+    reconciler.handle(leased(DRAIN5), 1.0)
+    for worker in (1, 2, 3):
+        assert withdrawn(reconciler.handle(voted(worker, DRAIN5), 2.0)) == {}
+    assert withdrawn(reconciler.handle(voted(4, DRAIN5), 2.0)) == {1: True, 2: True}
+
+
 @pytest.mark.parametrize("policy", [POLICY, BARRIER])
 def test_direct_installs_withdraw_whatever_the_policy(policy: Policy) -> None:
     """Their pause is long, and they cannot go back from a barrier."""
@@ -173,6 +200,12 @@ def test_drain_is_refused_with_fewer_than_two_that_serve(
     assert "one worker" in event.detail
 
 
+def test_drain_is_refused_where_a_component_has_one_worker_only() -> None:
+    reconciler = new(prefill(1), 2, prefill(3))
+    event = drain_refusal(reconciler.handle(ready(5, in_flight="drain"), 1.0))
+    assert "one worker of 'backend'" in event.detail
+
+
 def test_drain_is_refused_when_the_workers_turn_out_to_be_too_few() -> None:
     reconciler = Reconciler("tiny", POLICY)
     assert reconciler.handle(ready(5, in_flight="drain"), 1.0) == []
@@ -224,6 +257,19 @@ def test_too_few_workers_fail_the_version_and_nobody_is_fenced() -> None:
     assert without(actions, SendAbort) == failed(
         V5, failure(2), (1, None), (2, None), (3, None)
     )
+
+
+def test_a_quorum_is_one_of_each_component() -> None:
+    """Half of the fleet could go on, and nobody would be left to decode."""
+    reconciler = new(prefill(1), 2, prefill(3), policy=QUORUM)
+    reconciler.handle(V5, 1.0)
+    reconciler.handle(leased(V5), 1.0)
+    reconciler.handle(voted(1, V5), 2.0)
+    actions = reconciler.handle(vote_refused(2, V5), 2.0)
+    assert aborts(actions) == {1: 5, 2: 5, 3: 5}
+    assert fences(actions) == {}
+    (event,) = [e for e in events(actions) if isinstance(e, RefitFailed)]
+    assert event.failure == failure(2)
 
 
 def test_silent_workers_are_excluded_at_the_deadline_and_told_to_stop() -> None:

@@ -134,21 +134,26 @@ def _other_model(
 def _unsafe(
     ready: WeightVersionReady, members: Collection[FleetMember], policy: Policy
 ) -> tuple[RefusalReason, str] | None:
-    """A worker that drains is not routed to: somebody else has to be."""
+    """A worker that drains is not routed to: another of its component has to be."""
     if (ready.in_flight or policy.in_flight) != "drain":
         return None
     if policy.commit == "barrier":
         why = "with commit policy barrier nobody would be left to serve"
-    elif members and sum(_is_routable(m) for m in members) < 2:
-        why = "one worker alone cannot be spared"
+    elif alone := _cannot_be_spared(members):
+        why = f"one worker of {alone!r} alone cannot be spared"
     else:
         return None
     return (
         "unsafe_policy",
         f"in-flight policy drain takes workers out of routing, and {why}: use "
-        "continue or recompute, or rolling with two workers",
+        "continue or recompute, or rolling with two workers of each component",
     )
 
 
-def _is_routable(member: FleetMember) -> bool:
-    return member.status.admitted and member.status.phase != "fenced"
+def _cannot_be_spared(members: Collection[FleetMember]) -> str | None:
+    """A component with a single worker that is routed to, or with none."""
+    routable = {member.component: 0 for member in members}
+    for member in members:
+        status = member.status
+        routable[member.component] += status.admitted and status.phase != "fenced"
+    return next((name for name, count in routable.items() if count < 2), None)

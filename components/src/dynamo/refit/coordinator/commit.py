@@ -5,8 +5,8 @@ one of them does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from dynamo.refit.coordinator.actions import Action, SendAbort, SendCommit
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
@@ -80,13 +80,14 @@ class CommitRound:
         """Nobody is under way, and nobody will be."""
         return not self._busy and not self._waiting
 
-    def advance(self, now: float, routable: AbstractSet[int]) -> list[Action]:
+    def advance(self, now: float, routable: Mapping[int, str]) -> list[Action]:
         """What to do next; after :attr:`ended`, nothing.
 
         Args:
             now: monotonic seconds.
             routable: the workers of the fleet that routers may send to, apart from
-                what this round does.
+                what this round does, and each one's component: prefill workers cannot
+                stand in for those that decode.
         """
         for worker in [w for w, deadline in self._busy.items() if now > deadline]:
             self._refuse(worker, NoAnswer(f"no answer to {self._step!r} of its commit"))
@@ -103,27 +104,30 @@ class CommitRound:
         room = self._policy.at_a_time(len(self._members), changed)
         return self._send(self._next(room - len(self._busy), routable), now)
 
-    def _next(self, room: int, routable: AbstractSet[int]) -> dict[int, bool]:
+    def _next(self, room: int, routable: Mapping[int, str]) -> dict[int, bool]:
         """Who is to change now, and whether it is withdrawn meanwhile."""
         if not self._withdraw:
             chosen = dict.fromkeys(list(self._waiting)[: max(0, room)], False)
         else:
-            chosen = self._spared(room, set(routable) - set(self.refused))
+            able = {w: c for w, c in routable.items() if w not in self.refused}
+            chosen = self._spared(room, able)
         for worker in chosen:
             del self._waiting[worker]
         return chosen
 
-    def _spared(self, room: int, routable: set[int]) -> dict[int, bool]:
-        """As :meth:`_next`: routers always have somebody to send to."""
-        left = routable - self._withdrawn
+    def _spared(self, room: int, routable: Mapping[int, str]) -> dict[int, bool]:
+        """As :meth:`_next`: routers always have somebody of each component to send
+        to."""
+        left = Counter(c for w, c in routable.items() if w not in self._withdrawn)
         chosen: dict[int, bool] = {}
         for worker in self._waiting:
             if len(chosen) >= room:
                 break
-            if worker not in routable:
+            component = routable.get(worker)
+            if component is None:
                 chosen[worker] = False
-            elif len(left) > 1:
-                left.discard(worker)
+            elif left[component] > 1:
+                left[component] -= 1
                 chosen[worker] = True
         if not chosen and not self._busy and self._waiting:
             # Nobody else will ever serve meanwhile.

@@ -34,8 +34,8 @@ class Policy:
         max_unavailable: workers that change at a time; 0: all of them.
         hold_seconds: how long a worker waits at a barrier before it goes on alone.
         drain_seconds: how long ``drain`` waits for running requests.
-        quorum: the share of workers that must stage a version; those that cannot are
-            fenced when it is committed. 1: all, or nothing is committed.
+        quorum: the share of each component's workers that must stage a version; those
+            that cannot are fenced when it is committed. 1: all, or none commits.
         direct_readers: how many workers read from the trainer at a time; the others
             read from those that hold the version already. 0: all.
         peer_readers: how many read from one worker at a time. 0: all.

@@ -19,6 +19,8 @@ it. Only then, or when nobody serves any version, may a joiner serve.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -349,14 +351,21 @@ class Reconciler:
     def _shortfall(self, transaction: Transaction) -> Failure | None:
         """Why the version cannot be committed any more, if it cannot."""
         staging = transaction.staging
-        able = len(staging.readers)
-        unable = len(staging.failures.keys() & self.fleet.keys())
-        enough = transaction.catch_up or able >= self.policy.needed(able + unable)
+        able = self._components(staging.readers)
+        unable = self._components(staging.failures)
+        enough = transaction.catch_up or all(
+            able[name] >= self.policy.needed(able[name] + unable[name])
+            for name in able | unable
+        )
         if able and enough:
             return None
         first = next(iter(staging.failures.values()), None)
         error = WorkerLeft("every worker left before the commit")
         return first or self._failure(error, None)
+
+    def _components(self, workers: Iterable[int]) -> Counter[str]:
+        """How many of them each component has, of those that are there."""
+        return Counter(self.fleet[w].component for w in workers if w in self.fleet)
 
     def _start(self, now: float) -> list[Action]:
         able = self._upkeep.able(self.fleet)
@@ -481,7 +490,7 @@ class Reconciler:
         able, mine = self._upkeep.able(self.fleet), transaction.staging.readers
         # One that hangs in an earlier commit may be withdrawn.
         routable = {
-            worker
+            worker: member.component
             for worker, member in able.items()
             if member.status.admitted
             and (worker in mine or member.status.phase != "committing")
