@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.rank import install
 from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
 
@@ -74,6 +76,17 @@ def _assert_equal(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 
 
 # The copies.
+
+
+def test_what_was_queued_before_a_failure_is_waited_for_too(
+    model: TiedModel, layout: ArenaLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = mock.Mock()
+    monkeypatch.setattr(install, "_clock", lambda device: clock)
+    live = LiveParameters(model, layout)
+    with pytest.raises(RuntimeError):
+        live.copy_from([torch.zeros(1, 2, 3) for _ in layout.parameters])
+    assert [call[0] for call in clock.method_calls] == ["start", "stop"]
 
 
 def test_copy_from_overwrites_in_place_under_every_name(

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
         (["PATH"], None, False),
         (["PATH", "UCX_TLS"], 0, False),
         (["UCX_NET_DEVICES"], 0, False),
+        (["UCX_LOG_LEVEL", "UCX_PROTO_INFO"], 0, True),
+        (["UCX_LOG_LEVEL", "UCX_TLS"], 0, False),
     ],
 )
 def test_reads_are_allowed_where_no_link_is_and_nobody_chose(

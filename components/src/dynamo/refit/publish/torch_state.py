@@ -269,7 +269,10 @@ def _device(blocks: Sequence[LocalShard]) -> torch.device:
 def _zeros(nbytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return host_zeros(nbytes)
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    # Another stream may be the first that writes.
+    _synchronize(device)
+    return buffer
 
 
 def _current(block: LocalShard) -> torch.Tensor:

@@ -106,14 +106,17 @@ class LiveParameters:
         """
         self.check_addresses()
         self._clock.start()
-        if self._layers is not None:
-            # They may fail, so they come before anything else has changed.
-            self._layers.install(dict(zip(self._names, staged, strict=True)))
-        with torch.inference_mode():
-            _copy(self._tensors, [staged[n] for n in self._plain])
-        if self._layers is not None:
-            self._layers.refresh_attention()
-        self._clock.stop()
+        try:
+            if self._layers is not None:
+                # They may fail, so they come before anything else has changed.
+                self._layers.install(dict(zip(self._names, staged, strict=True)))
+            with torch.inference_mode():
+                _copy(self._tensors, [staged[n] for n in self._plain])
+            if self._layers is not None:
+                self._layers.refresh_attention()
+        finally:
+            # What was queued before a failure reads ``staged``, too.
+            self._clock.stop()
         self.check_addresses()
 
     def wait(self) -> float:

@@ -147,13 +147,22 @@ class RankStager:
         self._previous: _Live | None = None
         #: What was live before that, while the arena still has all of it.
         self._kept: _Live | None = None
+        # Made once: torch has 32 streams and gives them out in turn, the model's among
+        # them.
+        self._stream = _new_stream(self._device)
         self._follower = ThreadPoolExecutor(
-            1, "refit-follower", initializer=self._use_own_stream
+            1,
+            "refit-follower",
+            initializer=_use_stream,
+            initargs=(_new_stream(self._device),),
         )
         # Not the follower's: what has arrived would wait for the whole backup, and
         # with it what is to be read into the same scratch.
         self._backup = ThreadPoolExecutor(
-            1, "refit-backup", initializer=self._use_own_stream
+            1,
+            "refit-backup",
+            initializer=_use_stream,
+            initargs=(_new_stream(self._device),),
         )
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
@@ -207,7 +216,7 @@ class RankStager:
     def _stage(
         self, request: Stage, manifest: Manifest, limit: Limit, cycle: Cycle
     ) -> Staged:
-        self._use_own_stream()
+        _use_stream(self._stream)
         # The last install reads what is about to be overwritten.
         self._live.wait()
         self._abandoned.sweep(self._offers.holds)
@@ -255,7 +264,7 @@ class RankStager:
         cycle = Cycle()
         self._staged = None
         with self._offers.overwriting(self._arena, limit):
-            self._use_own_stream()
+            _use_stream(self._stream)
             kept, arena = self._find_kept(request.restores), self._arena
             limit.check(f"going back to version {request.restores}")
             # The last install reads what is about to be overwritten.
@@ -370,7 +379,7 @@ class RankStager:
                 f"version {version} is not what was installed here last "
                 f"({live.version if live else 'nothing'})"
             )
-        self._use_own_stream()
+        _use_stream(self._stream)
         with self._offers.agent_use:
             self._evict()
         copy_ms = self._live.wait()
@@ -523,7 +532,7 @@ class RankStager:
             arena.preserve(self._live)
 
     def _install_direct(self, session: Session, staged: _Staged, limit: Limit) -> None:
-        self._use_own_stream()
+        _use_stream(self._stream)
         self._live.check_addresses()
         submit = self._follower.submit
         with self._offers.agent_use:
@@ -587,11 +596,16 @@ class RankStager:
         if session.arena is self._arena:
             self._arena = None
 
-    def _use_own_stream(self) -> None:
-        """For the calling thread: copies on the model's stream would hold it up."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _use_stream(stream: torch.cuda.Stream | None) -> None:
+    """On the calling thread: copies on the model's stream would hold it up."""
+    if stream is not None:
+        torch.cuda.set_device(stream.device)
+        torch.cuda.set_stream(stream)
 
 
 def _warm_up_fingerprints(device: torch.device) -> None:

@@ -22,12 +22,15 @@ except ImportError:
 
 READS = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
 
+#: They say what is to be seen of UCX, and choose nothing.
+SHOWING = ("UCX_LOG_", "UCX_PROTO_INFO", "UCX_STATS_", "UCX_PROFILE_")
+
 
 def allow_reads_on_one_gpu() -> None:
     """Switch CUDA IPC reads on in this process, where UCX would not.
 
     Before UCX is used for the first time: it reads its environment then. Nothing is
-    changed where the operator has set any UCX variable, or a GPU has an NVLink.
+    changed where the operator has chosen anything, or a GPU has an NVLink.
     """
     if READS not in os.environ and needs_reads(os.environ, _nvlinks()):
         os.environ[READS] = "y"
@@ -40,8 +43,10 @@ def needs_reads(variables: Iterable[str], nvlinks: int | None) -> bool:
         variables: names of the environment.
         nvlinks: active links of all GPUs; ``None``: no GPU, or nobody knows.
     """
-    own = any(name.startswith("UCX_") for name in variables)
-    return nvlinks == 0 and not own
+    chosen = any(
+        name.startswith("UCX_") and not name.startswith(SHOWING) for name in variables
+    )
+    return nvlinks == 0 and not chosen
 
 
 def _nvlinks() -> int | None:

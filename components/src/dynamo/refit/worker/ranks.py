@@ -73,6 +73,10 @@ Report = Callable[[tuple[RankProgress, ...]], object]
 #: small model is staged in a millisecond, so the first polls come quicker.
 POLL_SECONDS = 0.02
 
+#: For this share of what the last warm stage took the ranks are left alone: before it
+#: answers a poll, a tensor-parallel engine ends the steps that it has begun.
+QUIET_SHARE = 0.8
+
 #: Between two reports of how far a stage is; one that ends sooner makes none.
 PROGRESS_SECONDS = 0.25
 
@@ -185,6 +189,7 @@ class Ranks:
         self._recalled: HeldVersion | None = None
         #: An install of what was staged last is a transfer, and cannot be undone.
         self.direct = False
+        self._quiet_seconds = 0.0
 
     async def describe(self) -> list[Described]:
         """Let every rank get ready to plan, and say who it is.
@@ -343,12 +348,19 @@ class Ranks:
 
     async def _poll(self, version: int, report: Report) -> list:
         """Wait until every rank has ended; the ranks keep their own deadline."""
+        began = time.monotonic()
+        quiet, self._quiet_seconds = self._quiet_seconds, 0.0
+        await asyncio.sleep(quiet)
         wait = POLL_SECONDS / 16
-        due = time.monotonic() + PROGRESS_SECONDS
+        due = began + PROGRESS_SECONDS
         while True:
             replies = await self._caller.call_ranks(Poll(version=version))
             if not any(isinstance(reply, Running) for reply in replies):
-                return _all_or_raise(replies)
+                staged = _all_or_raise(replies)
+                if all(reply.vote.session == "warm" for reply in staged):
+                    took = time.monotonic() - began
+                    self._quiet_seconds = min(QUIET_SHARE * took, PROGRESS_SECONDS)
+                return staged
             if any(isinstance(reply, Refused) for reply in replies):
                 # One has failed: the others need not finish.
                 _all_or_raise([r for r in replies if not isinstance(r, Running)])
