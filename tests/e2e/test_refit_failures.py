@@ -27,7 +27,7 @@ from dynamo.refit.events import (
 from graphs.client import Client, Completion
 from graphs.local import Process
 from tests.e2e.conftest import COMMIT_SECONDS, STAGE_SECONDS, Bench
-from tests.support.process_group import held
+from tests.support.process_group import held, living, rank_process
 from tests.support.processes import Trainer, fleet_status
 
 pytestmark = [
@@ -383,7 +383,7 @@ async def bring_a_worker(bench: Bench, trainer: Trainer) -> None:
 async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
     """The same between two steps: the ranks end by themselves, then the engine, and
     Dynamo ends the process, perhaps before the agent can say why. The coordinator
-    says that it is gone. The last test.
+    says that it is gone.
     """
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         if "worker0" not in bench.graph.processes:
@@ -406,3 +406,30 @@ async def test_ranks_that_end_take_their_worker_along(bench: Bench) -> None:
     assert cut_off.error is not None
     assert cut_off.finish_reason is None
     await assert_ends(bench.graph.processes.pop("worker0"))
+
+
+@pytest.mark.parametrize("step", ["stage", "install"])
+async def test_one_rank_of_two_is_killed(bench: Bench, step: str) -> None:
+    """The other one may wait for it in vain: the version fails, and says on whom, and
+    the worker ends with all that it has started."""
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        if "worker0" in bench.graph.processes:
+            await asyncio.to_thread(bench.refit, trainer, "A")
+        else:
+            await bring_a_worker(bench, trainer)
+        (member,) = (await asyncio.to_thread(fleet_status, bench.graph))["members"]
+        bench.order(**{step: {"rank": 1, "seconds": 3.0}})
+        version = next(bench.versions)
+        trainer.publish(version, bench.models["B"])
+        await asyncio.to_thread(bench.wait_until_at, step)
+        worker = bench.graph.processes.pop("worker0")
+        rank_process(worker.pid, rank=1).kill()
+        failed = await asyncio.to_thread(bench.events.find, RefitFailed, version)
+        assert trainer.released()["outcome"] == "failed"
+    assert failed.failure.worker == member["worker"]
+    assert bench.events.of(WorkerRefitted, version) == []
+    deadline = time.monotonic() + 30
+    while living(worker.pid) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    assert living(worker.pid) == []
+    await assert_ends(worker)

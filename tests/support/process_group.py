@@ -58,8 +58,8 @@ def held(group: int) -> Held:
     return Held(threads, descriptors)
 
 
-def rank_process(group: int) -> psutil.Process:
-    """The process that holds a worker's first rank: one of its own, or the engine's.
+def rank_process(group: int, rank: int = 0) -> psutil.Process:
+    """The process that holds a worker's rank: one of its own, or the engine's.
 
     Raises:
         AssertionError: there is none.
@@ -69,7 +69,7 @@ def rank_process(group: int) -> psutil.Process:
         with contextlib.suppress(psutil.NoSuchProcess):
             named[" ".join(process.cmdline())] = process
     for title in (RANK, ENGINE):
-        for name in sorted(named):
-            if name.startswith(title):
-                return named[name]
+        found = [name for name in sorted(named) if name.startswith(title)]
+        if len(found) > rank:
+            return named[found[rank]]
     raise AssertionError(f"no rank among {sorted(named)}")

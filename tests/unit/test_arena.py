@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo.refit.protocol import CacheCounters, MemoryUse
+from dynamo.refit.errors import TransferFailed
+from dynamo.refit.protocol import CacheCounters, MemoryUse, StagingMode
 from dynamo.refit.rank import buffers
 from dynamo.refit.rank.buffers import Arena, exchange
 from dynamo.refit.rank.cycle import Cycle
@@ -301,6 +302,56 @@ def test_on_a_device_there_is_one_shadow_and_it_is_always_expendable() -> None:
         assert (arena.live, arena.expendable) == (0, {0})
     arena.restored()
     assert arena.live is None
+
+
+# --- a construction that fails --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "mode"), [("meta", "device"), ("cpu", "host")], ids=["backup", "shadow"]
+)
+@pytest.mark.parametrize("call", ["_allocate", "_views"])
+def test_an_arena_that_finds_no_memory_leaves_nothing_registered(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: StagingMode, call: str
+) -> None:
+    """For the backup of a device's shadow, or for the second shadow of a host."""
+    agent = FakeNixlAgent(one_slice((4,), whole((4,))).manifest)
+    agent.register([(1, 1)], "DRAM", 0)
+    before, seen = dict(agent.registered), []
+    original = getattr(buffers, call)
+
+    def fail_the_second_time(*arguments: object) -> object:
+        seen.append(dict(agent.registered))
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(buffers, call, fail_the_second_time)
+    memory = MemoryUse(mode=mode, device_nbytes=0, host_nbytes=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Arena(agent, LAYOUT, memory, torch.device(device), Cycle())
+
+    assert len(seen[1]) > len(before)
+    assert agent.registered == before
+
+
+def test_a_shadow_that_nixl_refuses_takes_the_one_before_it_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = FakeNixlAgent(one_slice((4,), whole((4,))).manifest)
+    register = agent.register
+
+    def refuse_the_second(*arguments: object) -> int:
+        if agent.registered:
+            raise TransferFailed("cannot register 1 regions of DRAM")
+        return register(*arguments)
+
+    monkeypatch.setattr(agent, "register", refuse_the_second)
+    memory = MemoryUse(mode="host", device_nbytes=0, host_nbytes=0)
+    with pytest.raises(TransferFailed, match="cannot register"):
+        Arena(agent, LAYOUT, memory, torch.device("cpu"), Cycle())
+
+    assert agent.registered == {}
 
 
 # --- on a device --------------------------------------------------------------------

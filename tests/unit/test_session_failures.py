@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+import torch
 
 from dynamo.refit.errors import StagingCancelled, TransferFailed
-from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.fingerprint import Batch
+from dynamo.refit.rank import session
+from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions
+from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions, Session
 from tests.support.fake_nixl import NEVER
 from tests.support.layouts import ALWAYS_EXACT, ROOMY
-from tests.support.rank import Rank, bytes_of, layer
+from tests.support.rank import CPU, Rank, bytes_of, layer
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -52,6 +55,45 @@ def test_a_refused_source_leaves_nothing_behind(follower: Submit) -> None:
     rank.address()
     rank.pull(0, follower)
     assert bytes_of(rank.staged) == rank.loaded(full)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 4], ids=["live", "first", "later"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_session_that_finds_no_memory_leaves_nothing_registered(
+    monkeypatch: pytest.MonkeyPatch, direct: bool, nth: int
+) -> None:
+    """But for the arena, which the next one uses."""
+    rank = layer(direct=direct)
+    before = dict(rank.agent.registered)
+    made = []
+
+    def run_short(*arguments: object) -> Batch:
+        made.append(dict(rank.agent.registered))
+        if len(made) == nth:
+            raise torch.OutOfMemoryError("out of memory")
+        return Batch(*arguments)
+
+    def build() -> Session:
+        return Session(
+            rank.agent,
+            rank.session.layout,
+            rank.session.plan,
+            rank.session.memory,
+            rank.arena,
+            rank.live,
+            CPU,
+            Cycle(),
+        )
+
+    with monkeypatch.context() as short:
+        short.setattr(session, "Batch", run_short)
+        with pytest.raises(torch.OutOfMemoryError):
+            build()
+    assert len(made[-1]) == len(before) + (nth > 1)
+    assert rank.agent.registered == before
+
+    build().close()
+    assert rank.agent.registered == before
 
 
 @pytest.mark.parametrize("late", [0, 2])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -105,10 +106,17 @@ class Bench:
 
     async def run(self) -> None:
         trainers = [Trainer.parse(text) for text in self._options.trainers]
-        first = self._publish(trainers[0], first=True)
-        if self._options.reader and first.offers[0].handle is not None:
-            self.results["figures"] = figures(first, self._options.reader)
-            print(json.dumps(self.results["figures"]), flush=True)
+        # Closed early if all goes well, for its memory: see _measure_trainers.
+        with contextlib.closing(self._publish(trainers[0], first=True)) as first:
+            if self._options.reader and first.offers[0].handle is not None:
+                self.results["figures"] = figures(first, self._options.reader)
+                print(json.dumps(self.results["figures"]), flush=True)
+            await self._measure_trainers(trainers, first)
+
+    async def _measure_trainers(
+        self, trainers: list[Trainer], first: Publishers
+    ) -> None:
+        """One after the other, since there is no room for two; closes ``first``."""
         llm = self._start_engine()
         try:
             fresh = (await greedy(llm))[0] if self._options.from_disk else None
@@ -117,8 +125,8 @@ class Bench:
             await llm.collective_rpc("watch_gc")
             for number, trainer in enumerate(trainers):
                 published = self._publish(trainer) if number else first
-                await self._measure_trainer(replica, trainer, published, fresh)
-                published.close()
+                with contextlib.closing(published):
+                    await self._measure_trainer(replica, trainer, published, fresh)
         finally:
             llm.shutdown()
 

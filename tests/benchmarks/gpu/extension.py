@@ -74,4 +74,10 @@ class Extension(RefitWorkerExtension):
                 live[name].to(parameter.device).view(torch.uint8),
             )
         ]
-        return len(live), different
+        compared = len(live)
+        # Two copies of the model, else kept in torch's cache, where no other process
+        # and no staging finds room.
+        del weights, live
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return compared, different

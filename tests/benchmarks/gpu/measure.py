@@ -15,11 +15,15 @@ import torch
 from dynamo.refit.protocol import InFlightPolicy, RankVote
 from dynamo.refit.rank.cycle import STEPS
 from tests.benchmarks.gpu.source import Publishers
-from tests.benchmarks.gpu.streams import Streams, greedy, spread
+from tests.benchmarks.gpu.streams import Span, Streams, greedy, spread, summary
 from tests.support.replica import Replica
 
 #: Of a commit, in its timings.
 PHASES = "pause_ms install_ms copy_ms resume_ms probe_ms verify_ms".split()
+
+#: After a commit, for what it leaves to do, and then until the next cycle begins.
+SETTLE_SECONDS = 0.3
+QUIET_SECONDS = 0.3
 
 
 async def stage(
@@ -42,31 +46,27 @@ async def measure(
 ) -> dict:
     """``refits`` cycles under load; milliseconds, GB/s, tokens per second.
 
+    Each is compared with the quiet time right before it: see :func:`summary`.
     With ``forget`` the ranks drop their sessions and buffers before each.
     """
     await stage(replica, published, 1)
     await replica.commit()
-    quiet_from = time.time()
-    await asyncio.sleep(2.0)
-    quiet_until = time.time()
-    undisturbed = streams.tokens(quiet_from, quiet_until) / (quiet_until - quiet_from)
-    # As long as a commit, for what gaps there are without one.
-    starts = [quiet_from + 0.1 * number for number in range(1, 20)]
-    quiet = [streams.longest_gap_ms(start, start + 0.05) for start in starts]
-    stalls, votes, commits = [], [], []
-    staging_tokens = staging_seconds = 0.0
+    await streams.go_on(time.time())
+    spans, votes, commits = [], [], []
     for cycle in range(refits):
         if forget:
             await replica.llm.collective_rpc("refit_forget")
+        await asyncio.sleep(SETTLE_SECONDS)
+        quiet = time.time()
+        await asyncio.sleep(QUIET_SECONDS)
         began = time.time()
         vote = await stage(replica, published, cycle)
         staged = time.time()
-        staging_seconds += staged - began
         commit = await replica.commit(policy)
         done = time.time()
-        await asyncio.sleep(0.3)
-        stalls.append(streams.longest_gap_ms(staged, done))
-        staging_tokens += streams.tokens(began, staged)
+        # Streams that are recomputed stand still for longer than the commit takes.
+        await streams.go_on(done)
+        spans.append(Span(quiet, began, staged, done))
         votes.append(vote)
         commits.append(commit.timings)
     wire = [max(v.timings.wire_ms for v in vote) for vote in votes]
@@ -74,9 +74,7 @@ async def measure(
     return {
         "streams": len(streams.times),
         "policy": policy,
-        "median_gap_ms": streams.median_gap_ms(quiet_from, quiet_until),
-        "quiet_ms": spread(quiet),
-        "stall_ms": spread(stalls),
+        **summary([streams.see(span) for span in spans]),
         **{
             name: spread([getattr(timings, name) for timings in commits])
             for name in PHASES
@@ -97,8 +95,6 @@ async def measure(
         ),
         "wire_nbytes": nbytes,
         "wire_gb_per_s": nbytes / spread(wire)["p50"] / 1e6,
-        "tokens_per_s": undisturbed,
-        "tokens_per_s_staging": staging_tokens / staging_seconds,
         "built": built([v for vote in votes for v in vote]),
     }
 

@@ -27,19 +27,19 @@ def print_table(results: dict) -> None:
         )
     print(
         f"{'trainer':16} {'streams':>7} {'cycle':20} {'m':>5} {'quiet p95/max':>13} "
-        f"{'stall p50/p95/max':>22} "
+        f"{'stall p50/p95/max':>22} {'stall - m':>22} "
         + " ".join(f"{name[:7]:>7}" for name in COLUMNS)
         + "  GB/s  skew tok/s staging built"
     )
     for run in results["runs"]:
-        stall = run["stall_ms"]
-        share = run["tokens_per_s_staging"] / run["tokens_per_s"]
+        stall, over = run["stall_ms"], run["stall_over_median_ms"]
         print(
             f"{run['trainer']:16} {run['streams']:7} {run['cycle']:20} "
             f"{run['median_gap_ms']:5.1f} "
             f"{run['quiet_ms']['p95']:6.1f}{run['quiet_ms']['max']:7.1f} "
             f"{stall['p50']:7.1f}{stall['p95']:7.1f}{stall['max']:8.1f} "
+            f"{over['p50']:7.1f}{over['p95']:7.1f}{over['max']:8.1f} "
             + " ".join(f"{run[f'{name}_ms']['p50']:7.1f}" for name in COLUMNS)
             + f" {run['wire_gb_per_s']:5.0f} {run['skew_ms']['p50']:5.1f} "
-            f"{share:13.0%} {run['built']}"
+            f"{run['staging_share']:13.0%} {run['built']}"
         )

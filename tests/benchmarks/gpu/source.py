@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +36,13 @@ LENT = "lent"
 
 PROGRESS_SECONDS = 0.002
 
+#: For a process that has closed its pipe to have an exit code.
+EXIT_SECONDS = 10.0
+
+
+class TrainerDied(RuntimeError):
+    """A trainer rank's process ended before it had offered anything."""
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -58,6 +66,11 @@ class Publishers:
         devices: of each rank: ``cuda:N`` or ``cpu``.
         directory: where the first version is saved as a checkpoint, if anywhere.
         lend: whether rank 0 lends its matrix.
+
+    Blocks until every rank has its versions in memory.
+
+    Raises:
+        TrainerDied: a rank did not get there. No process is left.
     """
 
     def __init__(
@@ -69,8 +82,36 @@ class Publishers:
         directory: Path | None = None,
         lend: bool = False,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._devices = tuple(devices)
         self._pipes, self._processes = [], []
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            self._start(config, mode, directory, lend)
+            self.offers: list[Offer] = [
+                self._receive(rank) for rank in range(len(devices))
+            ]
+            parts = {rank: offer.part for rank, offer in enumerate(self.offers)}
+            merged = merge(parts)
+            self.manifest: Manifest = merged.manifest
+            #: Per slot one uint64 per tensor.
+            self.fingerprints = [
+                merged.add_up(
+                    {rank: offer.blocks[slot] for rank, offer in enumerate(self.offers)}
+                )
+                for slot in range(self.manifest.slots)
+            ]
+            on_error.pop_all()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _start(
+        self, config: Mapping, mode: Mode, directory: Path | None, lend: bool
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        devices = self._devices
         for rank, device in enumerate(devices):
             here, there = context.Pipe()
             process = context.Process(
@@ -87,23 +128,23 @@ class Publishers:
                 daemon=True,
             )
             process.start()
+            # With a copy of it open here, a dead child's pipe would have no end.
+            there.close()
             self._pipes.append(here)
             self._processes.append(process)
-        self.offers: list[Offer] = [pipe.recv() for pipe in self._pipes]
-        merged = merge({rank: offer.part for rank, offer in enumerate(self.offers)})
-        self.manifest: Manifest = merged.manifest
-        #: Per slot one uint64 per tensor.
-        self.fingerprints = [
-            merged.add_up(
-                {rank: offer.blocks[slot] for rank, offer in enumerate(self.offers)}
-            )
-            for slot in range(self.manifest.slots)
-        ]
 
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+    def _receive(self, rank: int) -> Offer:
+        try:
+            return self._pipes[rank].recv()
+        # An OSError where it ended in the middle of its offer.
+        except (EOFError, OSError) as error:
+            process = self._processes[rank]
+            process.join(EXIT_SECONDS)
+            raise TrainerDied(
+                f"trainer rank {rank} of {len(self._devices)} on "
+                f"{self._devices[rank]} ended with exit code {process.exitcode} "
+                "before its offer; it has written why to stderr, unless it was killed"
+            ) from error
 
 
 def rows_of(

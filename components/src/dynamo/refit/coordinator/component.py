@@ -443,9 +443,15 @@ class Coordinator:
             reply = await self._caller.call(
                 self._path(worker), worker, request, expected, seconds
             )
-            if isinstance(reply, Refused) and reply.failure.kind == STALE:
+            if not isinstance(reply, Refused):
+                return reply
+            if reply.failure.kind == STALE:
                 # What it makes of this reply must not be acted on.
                 self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
+            if reply.failure.worker is None:
+                # An error that its agent did not expect, as of an engine that is dead.
+                failure = msgspec.structs.replace(reply.failure, worker=worker)
+                return Refused(failure=failure)
             return reply
         except (RefitError, msgspec.ValidationError) as error:
             stage = type(request).__name__.lower()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import ExitStack
 
 import torch
 
@@ -45,15 +46,9 @@ class Shadow:
     ``staged`` has the parameters in the layout's order, ``by_name`` by name.
     """
 
-    def __init__(
-        self,
-        agent: NixlAgent,
-        layout: ArenaLayout,
-        device: torch.device,
-        cycle: Cycle,
-    ) -> None:
-        self.buffer = RegisteredBuffer(agent, layout.nbytes, device, cycle)
-        self.staged = _views(self.buffer.bytes, layout)
+    def __init__(self, buffer: RegisteredBuffer, layout: ArenaLayout) -> None:
+        self.buffer = buffer
+        self.staged = _views(buffer.bytes, layout)
         names = [parameter.name for parameter in layout.parameters]
         self.by_name = dict(zip(names, self.staged, strict=True))
 
@@ -83,10 +78,7 @@ class Arena:
     ) -> None:
         self.memory = memory
         self.layout = layout
-        on_host = memory.mode == "host" or device.type == "cpu"
-        where = torch.device("cpu") if on_host else device
-        count = 2 if on_host else 1
-        self.shadows = [Shadow(agent, layout, where, cycle) for _ in range(count)]
+        self.shadows: list[Shadow] = []
         #: The shadow that the next version comes into.
         self.target = 0
         self._padded = [n for n, p in enumerate(layout.parameters) if p.unloaded]
@@ -96,11 +88,21 @@ class Arena:
         self._pinned: torch.Tensor | None = None
         self._backup: list[torch.Tensor] | None = None
         self._backup_is_whole = False
-        if not on_host:
-            with cycle.time("allocate"):
-                self._pinned = _allocate(layout.nbytes, torch.device("cpu"))
-                cycle.built["allocations"] += 1
-            self._backup = _views(self._pinned, layout)
+        on_host = memory.mode == "host" or device.type == "cpu"
+        where = torch.device("cpu") if on_host else device
+        # What is short of memory gives back what it has registered: torch would hand
+        # out memory that NIXL still knows.
+        with ExitStack() as undo:
+            for _ in range(2 if on_host else 1):
+                buffer = RegisteredBuffer(agent, layout.nbytes, where, cycle)
+                undo.callback(buffer.close)
+                self.shadows.append(Shadow(buffer, layout))
+            if not on_host:
+                with cycle.time("allocate"):
+                    self._pinned = _allocate(layout.nbytes, torch.device("cpu"))
+                    cycle.built["allocations"] += 1
+                self._backup = _views(self._pinned, layout)
+            undo.pop_all()
 
     @property
     def staged(self) -> list[torch.Tensor]:

@@ -68,7 +68,8 @@ def choose(
         wanted: a mode, or ``auto`` for the first that fits, in the order above.
         arena: bytes of the rank's parameters.
         scratch: bytes of scratch.
-        held: what the rank has already, and would use again or give back.
+        held: what the rank has already. Its arena is used again; its scratch is not,
+            as an old session keeps it until the new one is installed.
 
     Raises:
         MemoryShort: the mode, or in ``auto`` every mode, needs more than there is.
@@ -76,11 +77,17 @@ def choose(
     modes: tuple[StagingMode, ...] = (
         ("device", "host", "direct") if wanted == "auto" else (wanted,)
     )
+    on_host = free.device is None
+    device_again = host_again = 0
+    if held is not None:
+        kept = _use(held.mode, 0, scratch, on_host)
+        device_again = held.device_nbytes - kept.device_nbytes
+        host_again = held.host_nbytes - kept.host_nbytes
     short = []
     for mode in modes:
-        use = _use(mode, arena, scratch, free.device is None)
-        device = use.device_nbytes - (held.device_nbytes if held else 0)
-        host = use.host_nbytes - (held.host_nbytes if held else 0)
+        use = _use(mode, arena, scratch, on_host)
+        device = use.device_nbytes - device_again
+        host = use.host_nbytes - host_again
         if device <= (free.device or 0) and host <= free.host:
             return use
         short.append(
@@ -126,12 +133,21 @@ def room_for_cache(
 
 
 def _use(mode: StagingMode, arena: int, scratch: int, on_host: bool) -> MemoryUse:
+    """What ``mode`` takes: shadow, backup (in host memory always) and scratch."""
     shadow = 0 if mode == "direct" else arena
-    backup = shadow
-    if on_host or mode == "host":
-        host = shadow + backup + scratch
+    if on_host:
+        return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=2 * shadow + scratch)
+    backup = _pinned_nbytes(shadow)
+    if mode == "host":
+        host = 2 * backup + _pinned_nbytes(scratch)
         return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
     return MemoryUse(mode=mode, device_nbytes=shadow + scratch, host_nbytes=backup)
+
+
+def _pinned_nbytes(nbytes: int) -> int:
+    """Host memory of one pinned buffer: torch rounds each up to a power of two
+    (``ATen/core/CachingHostAllocator.h``, ``allocate``; as it does by default)."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def _cgroup_room(root: Path) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -63,18 +64,22 @@ class Session:
         self._device = device
         self._requests: Requests | None = None
         self._former: Requests | None = None
+        self._wave_nbytes = [wave.nbytes for wave in plan.waves]
+        self.live_parts = LiveParts(plan.pieces, live)
+        targets = [live] if arena is None else [s.by_name for s in arena.shadows]
         # At least a byte: NIXL does not register nothing.
         nbytes = max(plan.scratch_nbytes, 1)
         self._scratch = RegisteredBuffer(agent, nbytes, device, cycle)
-        targets = [live] if arena is None else [s.by_name for s in arena.shadows]
-        self._works = [
-            [_WaveWork(wave, self._scratch.bytes, target) for wave in plan.waves]
-            for target in targets
-        ]
-        self._wave_nbytes = [wave.nbytes for wave in plan.waves]
+        # As in an arena: memory that torch hands out again must not be registered.
+        with ExitStack() as undo:
+            undo.callback(self._scratch.close)
+            self._works = [
+                [_WaveWork(wave, self._scratch.bytes, target) for wave in plan.waves]
+                for target in targets
+            ]
+            undo.pop_all()
         #: The local work of the shadow that was pulled into last.
         self._current = self._works[0]
-        self.live_parts = LiveParts(plan.pieces, live)
 
     @property
     def addressed_to(self) -> str | None:
