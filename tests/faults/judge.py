@@ -42,12 +42,18 @@ class Observation:
     ended: float
     completion: Completion
 
+    def arrived_before(self, moment: float) -> int:
+        """How many of its tokens, at the least: its end was seen after the last one."""
+        times = self.completion.times
+        return sum(time - times[-1] + self.ended < moment for time in times)
+
 
 @dataclass(frozen=True)
 class Verdict:
     """``right``: what its worker's version produces. ``straddled``: across a change,
-    begun as one version produces it. ``blended``: across a change, on blocks that were
-    cached before it. ``lost``: with its worker, which was killed."""
+    begun as one version produces it, up to the change. ``blended``: begun in the pause
+    of a change, on blocks that were cached before it. ``lost``: with its worker, which
+    was killed."""
 
     kind: Literal["right", "straddled", "blended", "lost", "wrong"]
     why: str = ""
@@ -85,29 +91,43 @@ class Judge:
             if killed is not None and seen.ended > killed - BLUR_SECONDS:
                 return Verdict("lost")
             return Verdict("wrong", f"worker {seen.worker}: {completion.error}")
-        versions = self.possible(seen)
-        names = {self._checkpoints[version] for version in versions}
-        answers = [self._expected[name][seen.prompt] for name in names]
+        before, during = self._served(seen)
+        versions = before | {change.version for change in during}
+        answers = [self._answer(version, seen) for version in versions]
         if completion.answer in answers:
             return Verdict("right")
         if len(versions) < 2:
             what = f"worker {seen.worker} answered unlike version {versions}"
             return Verdict("wrong", what)
-        return _across(seen, answers)
+        first = min(map(_earliest, during))
+        made = seen.arrived_before(first)
+        if before and not any(
+            _begins_as(completion.answer, self._answer(version, seen), made)
+            for version in before
+        ):
+            what = f"worker {seen.worker}: {made} tokens before its change are not of"
+            return Verdict("wrong", f"{what} version {before}")
+        return _across(seen, answers, during)
 
-    def possible(self, seen: Observation) -> set[int | None]:
-        """The versions that its worker may have served meanwhile."""
+    def _answer(self, version: int | None, seen: Observation) -> Answer:
+        return self._expected[self._checkpoints[version]][seen.prompt]
+
+    def _served(
+        self, seen: Observation
+    ) -> tuple[set[int | None], list[WorkerRefitted]]:
+        """The version that its worker had before, if it had any, and the changes that
+        there may have been meanwhile."""
         # Start-up weights are served by those only that were there before any version.
         before: set[int | None] = {None} if seen.worker in self._first else set()
-        during: set[int | None] = set()
+        during: list[WorkerRefitted] = []
         for event in self._changes:
             if event.worker != seen.worker:
                 continue
             if event.at < seen.began:
                 before = {event.version}
             elif _earliest(event) < seen.ended:
-                during.add(event.version)
-        return before | during
+                during.append(event)
+        return before, during
 
 
 def _earliest(change: WorkerRefitted) -> float:
@@ -117,7 +137,15 @@ def _earliest(change: WorkerRefitted) -> float:
     return change.at - since / 1e3 - SLACK_SECONDS
 
 
-def _across(seen: Observation, answers: Sequence[Answer]) -> Verdict:
+def _resumed(change: WorkerRefitted) -> float:
+    """After this, requests have the new version's keys; Unix seconds."""
+    timings = change.timings
+    return change.at - (timings.probe_ms + timings.verify_ms) / 1e3 + SLACK_SECONDS
+
+
+def _across(
+    seen: Observation, answers: Sequence[Answer], changes: Iterable[WorkerRefitted]
+) -> Verdict:
     """Of a response that is like none of the ``answers`` as a whole."""
     completion = seen.completion
     tokens = len(completion.answer.tokens)
@@ -126,11 +154,19 @@ def _across(seen: Observation, answers: Sequence[Answer]) -> Verdict:
         return Verdict("wrong", f"{what}: cut short by a change")
     if _start(completion.answer) in map(_start, answers):
         return Verdict("straddled")
-    if completion.cached_tokens > 0:
+    paused = any(seen.began < _resumed(change) for change in changes)
+    if completion.cached_tokens > 0 and paused:
         # Admitted under the old key and computed with the new weights, as ``continue``
         # lets requests that are in flight.
         return Verdict("blended")
     return Verdict("wrong", f"worker {seen.worker} began as none of its versions does")
+
+
+def _begins_as(answer: Answer, other: Answer, tokens: int) -> bool:
+    mine, theirs = (
+        (one.tokens[:tokens], one.logprobs[:tokens]) for one in (answer, other)
+    )
+    return mine == theirs
 
 
 def _start(answer: Answer) -> tuple[int, float]:

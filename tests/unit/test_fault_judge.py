@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
 import pytest
 
 from dynamo.refit.events import (
@@ -53,8 +56,16 @@ def refitted(worker: int, at: float = 100.0) -> WorkerRefitted:
     )
 
 
+#: Worker 3's is checked for two seconds after it has resumed.
+CHECKED = msgspec.structs.replace(TIMINGS, verify_ms=2000.0)
+LATE = msgspec.structs.replace(refitted(3, at=102.5), timings=CHECKED)
+
 JUDGE = Judge(
-    EXPECTED, CHECKPOINTS, [refitted(1), refitted(2)], first=[1], killed={2: 120.0}
+    EXPECTED,
+    CHECKPOINTS,
+    [refitted(1), refitted(2), LATE],
+    first=[1, 3],
+    killed={2: 120.0},
 )
 
 
@@ -67,9 +78,17 @@ def observed(
     finish: str | None = "length",
     cached: int = 0,
     error: str | None = None,
+    times: Sequence[float] = (),
 ) -> Observation:
-    completion = Completion(said, finish, cached, (), error)
+    """``times`` of its tokens are on another clock, of which only the last is known."""
+    completion = Completion(said, finish, cached, tuple(times), error)
     return Observation(worker, 0, began, ended, completion)
+
+
+#: A token each 0.1 s, the last one at second 101: so many come earlier than half a
+#: second before the change is announced, and certainly before the change.
+EVEN = [7.0 + 0.1 * n for n in range(MAX_TOKENS)]
+SPAN, BEFORE = (98.6, 101.0), 8
 
 
 def mixed(first: Answer, then: Answer, at: int) -> Answer:
@@ -93,10 +112,16 @@ def mixed(first: Answer, then: Answer, at: int) -> Answer:
         (observed(mixed(OLD, NEW, 3), 90.0, 91.0), "wrong"),
         (observed(mixed(OLD, NEW, 3), 99.0, 101.0), "straddled"),
         (observed(mixed(OLD, OTHER, 1), 99.0, 101.0), "straddled"),
+        # What came before the change was made with the old weights.
+        (observed(mixed(OLD, NEW, BEFORE), *SPAN, times=EVEN), "straddled"),
+        (observed(mixed(OLD, NEW, BEFORE - 1), *SPAN, times=EVEN), "wrong"),
+        (observed(mixed(NEW, OLD, BEFORE), *SPAN, times=EVEN), "wrong"),
         # Never seen anywhere.
         (observed(OTHER, 99.0, 101.0), "wrong"),
         (observed(OTHER, 99.0, 101.0, cached=32), "blended"),
         (observed(OTHER, 90.0, 91.0, cached=32), "wrong"),
+        # Begun after the pause, whose end is announced much later.
+        (observed(OTHER, 101.5, 102.0, cached=32, worker=3), "wrong"),
         # Cut short by the change.
         (observed(answer(100, tokens=5), 99.0, 101.0), "wrong"),
         (observed(mixed(OLD, NEW, 3), 99.0, 101.0, finish="stop"), "wrong"),
