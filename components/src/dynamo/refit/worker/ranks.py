@@ -350,7 +350,7 @@ class Ranks:
         """Wait until every rank has ended; the ranks keep their own deadline."""
         began = time.monotonic()
         quiet, self._quiet_seconds = self._quiet_seconds, 0.0
-        await asyncio.sleep(quiet)
+        await asyncio.sleep(min(quiet, PROGRESS_SECONDS))
         wait = POLL_SECONDS / 16
         due = began + PROGRESS_SECONDS
         while True:
@@ -358,8 +358,7 @@ class Ranks:
             if not any(isinstance(reply, Running) for reply in replies):
                 staged = _all_or_raise(replies)
                 if all(reply.vote.session == "warm" for reply in staged):
-                    took = time.monotonic() - began
-                    self._quiet_seconds = min(QUIET_SHARE * took, PROGRESS_SECONDS)
+                    self._quiet_seconds = QUIET_SHARE * (time.monotonic() - began)
                 return staged
             if any(isinstance(reply, Refused) for reply in replies):
                 # One has failed: the others need not finish.
