@@ -332,17 +332,18 @@ def _verdicts(found: dict[str, Any]) -> Iterable[Verdict]:
     share = found["share_of_raw"]
     if found["row_parallel"]:
         yield at_least(f"{name}: row-parallel pull over raw NIXL", share, ROW_PARALLEL)
-    elif found["small"]:
-        # A descriptor has its price, of which one large buffer says nothing.
-        share = found["share_of_modelexpress"]
-        yield at_least(f"{name}: reads over ModelExpress's", share, CONTIGUOUS)
     else:
-        share, ratio = found["share_alone"], found["proved_over_raw"]
-        yield at_least(f"{name}: contiguous reads over raw NIXL", share, CONTIGUOUS)
+        yield at_least(f"{name}: contiguous pull over raw NIXL", share, CONTIGUOUS)
+        alone = found["share_alone"]
+        yield at_least(f"{name}: its reads alone over raw NIXL", alone, CONTIGUOUS)
+        ratio = found["proved_over_raw"]
         yield at_most(f"{name}: proved pull over raw NIXL's time", ratio, PROVED)
-    if not found["row_parallel"]:
         part = found["fingerprint_of_pull"]
         yield at_most(f"{name}: fingerprint over pull", part, FINGERPRINT)
+    if found["small"]:
+        # A descriptor has its price, of which one large buffer says nothing.
+        other = found["share_of_modelexpress"]
+        yield at_least(f"{name}: its reads over ModelExpress's", other, CONTIGUOUS)
     total = found["total_of_pull_and_install"]
     yield at_most(f"{name}: warm cycle over pull + install", total, WARM_TOTAL)
 
