@@ -430,7 +430,7 @@ def test_a_reader_that_dies_leaves_the_others_alone(
         group.load(checkpoint("qwen3", "A"))
         doomed = PeerHalf(group)
         doomed.stage(a.serve())
-        doomed.caller.on_poll = group.kill
+        doomed.caller.on_stage = group.kill
         with pytest.raises((ChildFailed, OSError)):
             doomed.stage(offered)
     b.refit(offered)

@@ -32,6 +32,7 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
     RankVote,
+    Stage,
     StagingChoice,
 )
 from dynamo.refit.worker.ranks import Ranks, RanksFailed
@@ -94,12 +95,14 @@ class OfferingTrainer:
 class GroupCaller:
     """Calls a :class:`RankGroup` from a thread, as an engine's RPC would.
 
-    ``on_poll`` is called after every poll, in the same thread.
+    ``on_stage`` is called when the ranks have been asked to stage, ``on_poll`` after
+    every poll, in the same thread. A small stage may have ended at its first poll.
     """
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group
         self.calls: list[RankRequest] = []
+        self.on_stage: Callable[[], None] = lambda: None
         self.on_poll: Callable[[], None] = lambda: None
 
     async def call_ranks(self, request: RankRequest) -> list[RankReply]:
@@ -108,8 +111,11 @@ class GroupCaller:
 
     def _call(self, request: RankRequest) -> list[RankReply]:
         replies = self.group.call(request)
-        if isinstance(request, Poll):
-            self.on_poll()
+        match request:
+            case Stage():
+                self.on_stage()
+            case Poll():
+                self.on_poll()
         return replies
 
 
