@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import signal
 import struct
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from dynamo.refit.events import (
     RefitFailed,
     RefitRefused,
     RefitStarted,
+    StageProgress,
     WorkerFenced,
     WorkerRefitted,
     WorkerStaged,
@@ -184,6 +187,27 @@ async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
     assert failed.failure.kind == "TransferFailed"
     assert failed.failure.rank in (0, 1)
     assert failed.failure.version == version
+    await assert_unchanged(bench, before)
+
+
+async def test_trainer_that_discovery_has_given_up(bench: Bench) -> None:
+    """Stopped for longer than its lease; a transport takes it for a slow one."""
+    before = fleet_status(bench.graph)
+    trainer = Trainer(bench.graph, bench.models["A"], change="deaf")
+    version = next(bench.versions)
+    trainer.publish(version, bench.models[other(bench)])
+    bench.events.wait_for(StageProgress, lambda e: e.version == version)
+    trainer.child.send_signal(signal.SIGSTOP)
+    failed = bench.events.wait_for(RefitFailed, lambda e: e.version == version)
+    trainer.kill()
+    assert failed.failure.kind == "TransferFailed"
+    assert re.fullmatch(
+        r"instance \d+ of \S+, from which 0 of \d+ bytes had been read, is gone from "
+        "discovery: publish the version again",
+        failed.failure.message,
+    )
+    assert (failed.failure.rank, failed.failure.version) == (0, version)
+    assert failed.failure.worker == before["members"][0]["worker"]
     await assert_unchanged(bench, before)
 
 

@@ -292,6 +292,8 @@ class Caller:
         self.cut_off = False
 
     async def instances(self, path: str) -> list[int]:
+        if path == TRAINER:
+            return [self._world.trainer.life]
         return sorted(self._world.workers) if path == WORKERS else []
 
     async def call(

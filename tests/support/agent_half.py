@@ -80,6 +80,9 @@ class OfferingTrainer:
         self.offer: Offer | None = None
         self.manifests_sent = 0
 
+    async def instances(self, path: str) -> list[int]:
+        return [0]
+
     async def call(
         self, path: str, instance: int, request: Message, *_: object
     ) -> Message:

@@ -547,6 +547,9 @@ class FakeTrainer:
         self.error: Exception | None = None
         self.requests: list[tuple[str, int, Message]] = []
 
+    async def instances(self, path: str) -> list[int]:
+        return [99]
+
     async def call(
         self, path: str, instance: int, request: Any, expected: Any, seconds: float
     ) -> Any:

@@ -90,6 +90,9 @@ class FakeTrainers:
         self.asked = 0
         self.fingerprints: dict[str, np.ndarray] = {}
 
+    async def instances(self, path: str) -> list[int]:
+        return [0]
+
     async def call(
         self, path: str, instance: int, request: Message, *_: object
     ) -> Message:

@@ -81,7 +81,7 @@ class SourceLost(RefitError):
 
 
 class TransferFailed(RefitError):
-    """NIXL refused or broke off a transfer."""
+    """NIXL refused or broke off a transfer, or its source is gone."""
 
 
 class FingerprintMismatch(RefitError):

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from dynamo.refit.errors import (
     NoWayBack,
     PeerUnsuitable,
     RefitError,
+    TransferFailed,
+    failure_from,
 )
 from dynamo.refit.fingerprint import version_fingerprint
 from dynamo.refit.manifest import Manifest, decode_manifest
@@ -61,6 +63,7 @@ from dynamo.refit.protocol import (
     Withdraw,
 )
 from dynamo.refit.worker.proof import Proof, Reads
+from dynamo.refit.worker.source import SourceWatch, Trainers
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +115,6 @@ class RankCaller(Protocol):
     """Calls every rank; see :class:`dynamo.refit.worker.engine.RefitEngine`."""
 
     async def call_ranks(self, request: RankRequest) -> list[RankReply]: ...
-
-
-class Trainers(Protocol):
-    """Reaches a trainer's endpoint; see :class:`dynamo.refit.rpc.Caller`."""
-
-    async def call(
-        self, path: str, instance: int, request: Message, expected: Any, seconds: float
-    ) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -236,7 +231,8 @@ class Ranks:
         )
         self._ranks_manifest = held.fingerprint
         published = await self._fetch_fingerprints(request, held.manifest)
-        staged = await self._poll(request.version, report)
+        source = SourceWatch(self._trainers, request.endpoint, request.instance)
+        staged = await self._poll(request.version, report, source)
         self._proven = self._prove(held, staged)
         return self._vote(request, held, published, staged, self._proven.proof)
 
@@ -346,8 +342,11 @@ class Ranks:
             raise RanksFailed(reply.failure)
         return reply
 
-    async def _poll(self, version: int, report: Report) -> list:
-        """Wait until every rank has ended; the ranks keep their own deadline."""
+    async def _poll(
+        self, version: int, report: Report, source: SourceWatch | None = None
+    ) -> list:
+        """Wait until every rank has ended, or their source is gone; the ranks keep
+        their own deadline."""
         began = time.monotonic()
         quiet, self._quiet_seconds = self._quiet_seconds, 0.0
         await asyncio.sleep(min(quiet, PROGRESS_SECONDS))
@@ -366,6 +365,8 @@ class Ranks:
             if time.monotonic() >= due:
                 due = time.monotonic() + PROGRESS_SECONDS
                 report(_progress(replies))
+                if source is not None and await source.is_gone():
+                    raise RanksFailed(_source_gone(version, source, replies))
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
 
@@ -561,6 +562,17 @@ def _progress(replies: list[Running | Staged]) -> tuple[RankProgress, ...]:
         )
         for rank, reply in enumerate(replies)
     )
+
+
+def _source_gone(
+    version: int, source: SourceWatch, replies: list[Running | Staged]
+) -> Failure:
+    rank = next(r for r, reply in enumerate(replies) if isinstance(reply, Running))
+    error = TransferFailed(
+        f"{source}, from which {replies[rank].nbytes} of {replies[rank].total_nbytes} "
+        "bytes had been read, is gone from discovery: publish the version again"
+    )
+    return failure_from(error, stage="stage", rank=rank, version=version)
 
 
 def _all_or_raise(replies: list[RankReply]) -> list:

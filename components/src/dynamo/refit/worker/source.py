@@ -1,0 +1,50 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the process that weights are read from is still there.
+
+NIXL ends a read whose source has died, mostly: when both ends were still connecting,
+UCX may say nothing (nixl 1.4.1), and the read would wait for the stage's deadline.
+Discovery knows: a process that is gone loses its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from dynamo.refit.protocol import Message
+
+#: A source counts as gone when discovery has not had it for so long. One that only
+#: stalled for longer than its lease is put back sooner: see
+#: :data:`dynamo.refit.presence.MISSING_SECONDS`.
+GONE_SECONDS = 4.0
+
+
+class Trainers(Protocol):
+    """Reaches a trainer's endpoint; see :class:`dynamo.refit.rpc.Caller`."""
+
+    async def call(
+        self, path: str, instance: int, request: Message, expected: Any, seconds: float
+    ) -> Any: ...
+
+    async def instances(self, path: str) -> list[int]: ...
+
+
+class SourceWatch:
+    """Watches instance ``instance`` of the endpoint ``path``: a trainer, or a peer."""
+
+    def __init__(self, trainers: Trainers, path: str, instance: int) -> None:
+        self._trainers = trainers
+        self._path = path
+        self._instance = instance
+        self._loop = asyncio.get_running_loop()
+        self._seen = self._loop.time()
+
+    async def is_gone(self) -> bool:
+        """Whether discovery has been without it for :data:`GONE_SECONDS`."""
+        if self._instance in await self._trainers.instances(self._path):
+            self._seen = self._loop.time()
+        return self._loop.time() - self._seen >= GONE_SECONDS
+
+    def __str__(self) -> str:
+        return f"instance {self._instance} of {self._path}"
