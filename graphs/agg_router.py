@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graphs.command import main
-from graphs.local import LocalGraph, kv_events
+from graphs.local import KV_ROUTER_ARGS, LocalGraph, kv_events
 
 REPLICAS = 2
 
@@ -24,7 +24,7 @@ def build(model: Path, *, replicas: int = REPLICAS, **settings: Any) -> LocalGra
     return LocalGraph(
         model,
         workers=[kv_events() for _ in range(replicas)],
-        frontend_args=["--router-mode", "kv"],
+        frontend_args=KV_ROUTER_ARGS,
         **settings,
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graphs.command import main
-from graphs.local import LocalGraph, kv_events
+from graphs.local import KV_ROUTER_ARGS, LocalGraph, kv_events
 
 
 def build(model: Path, **settings: Any) -> LocalGraph:
@@ -32,7 +32,7 @@ def build(model: Path, **settings: Any) -> LocalGraph:
             ],
             ["--disaggregation-mode", "decode", *kv_over_nixl("consumer")],
         ],
-        frontend_args=["--router-mode", "kv"],
+        frontend_args=KV_ROUTER_ARGS,
         **settings,
     )
 

@@ -43,6 +43,11 @@ CPU_WORKER_ARGS = (
     f"--kv-cache-memory-bytes={64 << 20}",
 )
 
+#: Arguments of a frontend with several workers. A request that the router has just
+#: given to one that leaves routing then (drained, or fenced) fails in Dynamo 1.6,
+#: unless it may be given to another one.
+KV_ROUTER_ARGS = ("--router-mode", "kv", "--migration-limit", "3")
+
 #: What vLLM needs on a CPU with few cores; anything set outside wins.
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

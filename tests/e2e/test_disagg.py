@@ -13,6 +13,7 @@ import pytest
 from dynamo.refit.events import RefitCompleted, WorkerRefitted
 from graphs import disagg
 from graphs.client import Client, Load
+from graphs.local import Plane
 from graphs.references import MAX_TOKENS, prompts, reference_answers
 from graphs.tiny_model import make_checkpoint
 from tests.support.live_fleet import CACHE, SEEDS
@@ -28,7 +29,10 @@ pytestmark = [
 ]
 
 
-async def test_both_kinds_of_workers_change_in_one_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plane", ["file", "etcd"])
+async def test_both_kinds_of_workers_change_in_one_version(
+    plane: Plane, tmp_path: Path
+) -> None:
     """One at a time, so that there are requests whose prefill was of another version
     than their decoding: they are answered, and leave nothing behind."""
     models = {
@@ -43,7 +47,10 @@ async def test_both_kinds_of_workers_change_in_one_version(tmp_path: Path) -> No
         for name, model in models.items()
     }
     graph = disagg.build(
-        models["A"], coordinator_args=["--commit-policy=rolling"], directory=tmp_path
+        models["A"],
+        coordinator_args=["--commit-policy=rolling"],
+        plane=plane,
+        directory=tmp_path,
     )
     with graph:
         await asyncio.to_thread(graph.start)

@@ -228,10 +228,11 @@ def stepped(
     return CommitAnswered(worker, announced.announcement, reply)
 
 
-def commit_refused(worker: int, announced: WeightVersionReady) -> CommitAnswered:
-    return CommitAnswered(
-        worker, announced.announcement, Refused(failure=failure(worker))
-    )
+def commit_refused(
+    worker: int, announced: WeightVersionReady, *, fenced: bool = False
+) -> CommitAnswered:
+    reply = Refused(failure=failure(worker), fenced=fenced)
+    return CommitAnswered(worker, announced.announcement, reply)
 
 
 # --- what it says ---------------------------------------------------------------

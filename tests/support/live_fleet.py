@@ -147,7 +147,7 @@ class Fleet:
 
 
 @contextmanager
-def live_fleet(plane: Plane, directory: Path) -> Iterator[Fleet]:
+def live_fleet(plane: Plane, directory: Path, *worker_args: str) -> Iterator[Fleet]:
     """Started, on start-up weights ``A``; the references are made first, since there
     are never two engines that start at a time."""
     models = {
@@ -166,6 +166,7 @@ def live_fleet(plane: Plane, directory: Path) -> Iterator[Fleet]:
         worker_args=[
             *CPU_WORKER_ARGS,
             "--worker-extension-cls=tests.support.faulty.FaultyExtension",
+            *worker_args,
         ],
         coordinator_args=[f"--hold-seconds={HOLD_SECONDS}"],
         plane=plane,

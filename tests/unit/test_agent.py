@@ -505,9 +505,15 @@ async def test_a_restore_that_fails_fences(bench: Bench) -> None:
     await bench.staged(5)
     bench.engine.ranks[1].fail[Install] = [RefitError("1st"), RefitError("2nd")]
     bench.engine.ranks[0].fail[Restore] = [RefitError("3rd")]
-    failure = refusal(await bench.agent.answer(commit(5)))
-    assert failure == bench.assert_fenced(5, "WeightsUnknown")
-    assert "2nd" in failure.message and "3rd" in failure.message
+    reply = await bench.agent.answer(commit(5))
+    assert reply == Refused(
+        failure=bench.assert_fenced(5, "WeightsUnknown"), fenced=True
+    )
+    failure = reply.failure
+    assert failure.message == (
+        "version 5 was installed in part (install: RefitError: 2nd (version 5, rank "
+        "1)) and could not be undone (restore: RefitError: 3rd (version 5, rank 0))"
+    )
     assert failure.worker == WORKER
     assert "resume" not in bench.engine.steps
     assert bench.engine.paused

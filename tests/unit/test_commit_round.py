@@ -167,7 +167,27 @@ def test_a_worker_that_has_fenced_itself_is_not_waited_for() -> None:
     ]
     # Its late answer does not bring it back.
     reconciler.handle(committed(2, V5), 7.0)
-    assert reconciler.serving() == ((1, 5), (2, None), (3, None))
+    assert reconciler.serving() == ((1, 5),)
+
+
+def test_a_worker_that_says_that_it_has_fenced_itself_serves_nothing() -> None:
+    """From its answer on: what fails then says what is served, and a status that was
+    asked for before it does not bring it back."""
+    reconciler = committing(V5, 1, 2, policy=ONE_AT_A_TIME)
+    actions = reconciler.handle(commit_refused(1, V5, fenced=True), 3.0)
+    assert aborts(actions) == {2: 5}
+    assert without(actions, SendAbort) == failed(V5, failure(1), (2, None))
+    reconciler.handle(fleet(1, 2), 4.0)
+    assert reconciler.serving() == ((2, None),)
+
+
+def test_a_worker_that_has_fenced_itself_is_not_fenced_once_more() -> None:
+    reconciler = committing(V5, 1, 2, policy=ONE_AT_A_TIME)
+    reconciler.handle(committed(1, V5), 3.0)
+    actions = reconciler.handle(commit_refused(2, V5, fenced=True), 4.0)
+    assert fences(actions) == {}
+    [event] = events(actions, RefitCompleted)
+    assert (event.workers, event.excluded) == ((1,), (failure(2),))
 
 
 def test_a_worker_that_leaves_after_its_commit_fails_nothing() -> None:

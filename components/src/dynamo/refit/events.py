@@ -146,10 +146,10 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
 class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
     """A version is not installed: why, and what each worker serves instead.
 
-    ``serving`` has a pair ``(worker, version)`` per worker; version ``None``
-    stands for the weights the worker started with. ``catch_up``: the fleet serves the
-    version, and those that were to be brought there are not; they are tried again.
-    ``restores``: it was a rollback to the weights of that older version.
+    ``serving`` has a pair ``(worker, version)`` per worker that is not fenced; version
+    ``None`` stands for the weights the worker started with. ``catch_up``: the fleet
+    serves the version, and those that were to be brought there are not; they are tried
+    again. ``restores``: it was a rollback to the weights of that older version.
     """
 
     version: int

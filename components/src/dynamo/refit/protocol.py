@@ -48,9 +48,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Refused(Message, frozen=True, kw_only=True, tag=True):
-    """The request was not carried out; nothing has changed because of it."""
+    """The request was not carried out; nothing has changed because of it, unless the
+    worker is ``fenced``: then it serves nobody any more."""
 
     failure: Failure
+    fenced: bool = False
 
 
 # --- what is measured -------------------------------------------------------

@@ -451,7 +451,7 @@ class Coordinator:
             if reply.failure.worker is None:
                 # An error that its agent did not expect, as of an engine that is dead.
                 failure = msgspec.structs.replace(reply.failure, worker=worker)
-                return Refused(failure=failure)
+                return msgspec.structs.replace(reply, failure=failure)
             return reply
         except (RefitError, msgspec.ValidationError) as error:
             stage = type(request).__name__.lower()

@@ -164,8 +164,12 @@ class Reconciler:
         return [*actions, *self._advance(now)]
 
     def serving(self) -> tuple[tuple[int, int | None], ...]:
-        """What each worker serves, as far as it is known."""
-        return tuple((w, m.status.version) for w, m in sorted(self.fleet.items()))
+        """What each worker serves, as far as it is known; a fenced one serves none."""
+        return tuple(
+            (worker, member.status.version)
+            for worker, member in sorted(self.fleet.items())
+            if member.status.phase != "fenced"
+        )
 
     # --- inputs ---------------------------------------------------------------
 
@@ -277,8 +281,11 @@ class Reconciler:
 
     def _commit_answered(self, answer: CommitAnswered) -> list[Action]:
         admitted: list[Action] = []
-        if isinstance(answer.reply, Committed):
-            admitted = self._now_serving(answer.worker, answer.reply)
+        match answer.reply:
+            case Committed():
+                admitted = self._now_serving(answer.worker, answer.reply)
+            case Refused(fenced=True):
+                self._now_fenced(answer.worker)
         transaction = self._concerned(answer.announcement, "committing")
         if transaction is not None:
             transaction.commit.answered(answer.worker, answer.reply)
@@ -315,6 +322,11 @@ class Reconciler:
         if member.status.admitted:
             return []
         return self._upkeep.serves(worker, committed.version)
+
+    def _now_fenced(self, worker: int) -> None:
+        if member := self.fleet.get(worker):
+            status = msgspec.structs.replace(member.status, phase="fenced")
+            self.fleet[worker] = msgspec.structs.replace(member, status=status)
 
     # --- progress ---------------------------------------------------------------
 
@@ -630,9 +642,14 @@ def _is_behind(member: FleetMember, version: int) -> bool:
 def _newer(known: FleetMember | None, seen: FleetMember) -> FleetMember:
     """``seen``, unless it is an older answer than a commit's reply.
 
-    Versions grow for as long as a worker lives, and a new process is a new worker.
+    Versions grow for as long as a worker lives, a fence is for good, and a new process
+    is a new worker.
     """
-    if known is None or known.status.version is None:
+    if known is None:
+        return seen
+    if known.status.phase == "fenced":
+        return known
+    if known.status.version is None:
         return seen
     version = seen.status.version
     older = version is None or version < known.status.version

@@ -556,7 +556,7 @@ class RefitAgent:
             event = WorkerFenced(worker=self._worker, version=version, failure=failure)
             self._publish(event)
             self._fence()
-        return Refused(failure=failure)
+        return Refused(failure=failure, fenced=True)
 
     async def _serve_weights(self, request: ServeWeights) -> Message:
         try:

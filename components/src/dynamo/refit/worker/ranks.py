@@ -471,9 +471,10 @@ class Ranks:
         replies = await self._caller.call_ranks(Restore(version=version))
         for reply in replies:
             if not isinstance(reply, Installed):
+                why = reply.failure if isinstance(reply, Refused) else reply
                 raise WeightsUnknown(
-                    f"version {version} was installed on some ranks only "
-                    f"({cause.failure}) and could not be undone ({reply})"
+                    f"version {version} was installed in part ({cause.failure}) and "
+                    f"could not be undone ({why})"
                 ) from cause
         if self._live is not None and self._live is self._staged:
             self._live = self._previous
