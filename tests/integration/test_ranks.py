@@ -101,7 +101,7 @@ def discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
 
 
-def test_golden_digests_tell_weights_apart(replica: GoldenReplica) -> None:
+async def test_golden_digests_tell_weights_apart(replica: GoldenReplica) -> None:
     a, b = replica.golden["A"], replica.golden["B"]
     assert len(a) == 2
     for rank in range(2):

@@ -258,6 +258,7 @@ async def test_a_label_replaces_ours_and_keeps_the_user_s(worker: Worker) -> Non
 async def test_a_user_cannot_drop_or_forge_the_label(
     worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     await worker.admitted()
     await worker.routing.label(3)
     await worker.routing.set_user_taints(worker.generate, {"weights=9", "a"})

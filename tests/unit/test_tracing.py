@@ -247,6 +247,7 @@ def test_tracing_without_opentelemetry_says_what_to_install(
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORT_ENABLED", "1")
     monkeypatch.setattr(tracing, "trace", None)
+    caplog.set_level("WARNING")
     assert not tracing.from_environment().enabled
     assert "pip install 'dynamo-refit[tracing]'" in caplog.text
     assert tracing.current_traceparent() is None
