@@ -6,6 +6,7 @@ each leaves routing for it, and there is no way back."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -61,9 +62,11 @@ async def watch_routing(
             await asyncio.sleep(0.01)
 
     watching = asyncio.create_task(watch())
-    yield seen
-    watching.cancel()
-    runtime.shutdown()
+    try:
+        yield seen
+    finally:
+        watching.cancel()
+        runtime.shutdown()
 
 
 async def both_are_routed_to(fleet: Fleet, routed: list[frozenset[int]]) -> None:
@@ -127,7 +130,9 @@ async def test_one_whose_trainer_dies_under_it_is_fenced(fleet: Fleet) -> None:
     assert fenced.worker == first
     for failure in (failed.failure, fenced.failure):
         assert (failure.kind, failure.worker) == ("WeightsUnknown", first)
-        assert "TransferFailed: cannot read from 'trainer-0-" in failure.message
+        assert re.search(
+            "TransferFailed: (cannot read|the read) from 'trainer-0-", failure.message
+        )
         assert "direct staging keeps no copy of the old weights" in failure.message
     assert failed.serving == ((other, fleet.version),)
     worker = fleet.graph.processes.pop(f"worker{index}")

@@ -26,7 +26,8 @@ class Fault:
     ``strike`` is done to ``target`` while a rank waits at the step ``at``, or at any
     moment if that is ``None``. ``orders`` are for one worker's ranks; see
     :mod:`tests.support.faulty`. ``torn``: the trainer's bytes change after the
-    announcement. ``never_served``: no worker may come to serve such a version.
+    announcement. ``never_served``: the struck worker may not come to serve such a
+    version, and no other one either, unless it changed before.
     """
 
     name: str

@@ -48,6 +48,9 @@ ANSWER_SECONDS = HOLD_SECONDS + 5.0
 
 RELEASE_SECONDS = 30.0
 
+#: In which order replicas change; another one for each round of all kinds of faults.
+POLICIES = ("barrier", "rolling")
+
 OUTCOMES = {
     "completed": RefitCompleted,
     "failed": RefitFailed,
@@ -111,11 +114,12 @@ class LiveFaults:
         #: Which checkpoint a version is of; ``None``: what workers start with.
         self.checkpoints: dict[int | None, str] = {None: "A"}
         self.observed: list[Observation] = []
-        #: When a worker was killed.
+        #: When a worker was killed, or ordered to do what it is fenced for.
         self.killed: dict[int, float] = {}
         #: The worker that each living process is.
         self.workers: dict[int, int] = {}
         self.first = set(fleet.members())
+        self.policy = POLICIES[0]
         #: By process group, what it held after its first refit.
         self.baseline: dict[int, Held] = {}
 
@@ -127,12 +131,17 @@ class LiveFaults:
             observers = [asyncio.create_task(self._observe(stop)) for _ in range(3)]
             for number in range(count):
                 fault = FAULTS[number % len(FAULTS)]
+                if number % len(FAULTS) == 0:
+                    self.policy = POLICIES[number // len(FAULTS) % len(POLICIES)]
+                    await asyncio.to_thread(self._restart_coordinator)
                 began = time.monotonic()
                 await self._inject(fault)
                 await self._settle(fault.name)
                 self.outcome.injected += 1
                 seconds = time.monotonic() - began
-                self.console.print(f"{number + 1:3} {fault.name}: {seconds:.1f} s")
+                self.console.print(
+                    f"{number + 1:3} {self.policy}: {fault.name}: {seconds:.1f} s"
+                )
             stop.set()
             await asyncio.gather(*observers)
         self.trainer.kill()
@@ -156,14 +165,14 @@ class LiveFaults:
         self.fleet.order(index, **fault.orders)
         if fault.torn:
             self._torn.touch()
+        gone = self._take(index) if self._fences(fault, index) else None
         version = self._publish()
         if fault.at is not None:
             await asyncio.to_thread(self.fleet.wait_until_at, index, fault.at)
         await asyncio.sleep(self.draw.uniform(0.0, LATEST_SECONDS))
         moment = time.time()
-        gone = self.workers.pop(index) if fault.takes_a_worker else None
-        if gone is not None:
-            self.killed[gone] = moment
+        if fault.takes_a_worker:
+            gone = self._take(index)
         answers = asyncio.create_task(self._all_answer(fault.name))
         if fault.strike is not None:
             await self._strike(fault, index)
@@ -171,13 +180,31 @@ class LiveFaults:
         phase = self._phase(fault, version, moment)
         self.outcome.hit.setdefault(fault.name, Counter())[phase] += 1
         await answers
-        if fault.never_served and not isinstance(end, RefitFailed):
+        if fault.never_served and gone is None and not isinstance(end, RefitFailed):
             self._violated("wrong_version", f"{fault.name}: version {version}: {end}")
-        if gone is not None:
-            self._check_named(gone, end, phase)
-            await asyncio.to_thread(self._bring_back, index)
+        # Before another one comes, which would carry them out, too.
         self._torn.unlink(missing_ok=True)
         self.fleet.forget_orders()
+        if gone is not None:
+            self._check_named(gone, version, end, phase)
+            await asyncio.to_thread(self._bring_back, index)
+
+    def _take(self, index: int) -> int:
+        """Which worker is gone from now on: it is asked no more."""
+        gone = self.workers.pop(index)
+        self.killed[gone] = time.time()
+        return gone
+
+    def _fences(self, fault: Fault, index: int) -> bool:
+        """Its worker cannot install when others have changed: it must go."""
+        if self.policy == "barrier" or not (
+            fault.never_served and "install" in fault.orders
+        ):
+            return False
+        return self.workers[index] != min(self.workers.values())
+
+    def _restart_coordinator(self) -> None:
+        self.fleet.restart_coordinator(f"--commit-policy={self.policy}")
 
     def _phase(self, fault: Fault, version: int, moment: float) -> str:
         """How far the refit had come; an order waits for its step by itself."""
@@ -189,7 +216,7 @@ class LiveFaults:
         graph = self.fleet.graph
         match fault.strike, fault.target:
             case "kill", "coordinator":
-                await asyncio.to_thread(self.fleet.restart_coordinator)
+                await asyncio.to_thread(self._restart_coordinator)
             case "stall", "coordinator":
                 await stall(graph.processes["coordinator"].send)
             case "kill", "trainer":
@@ -287,9 +314,13 @@ class LiveFaults:
         kind = OUTCOMES[outcome]
         return len(self.fleet.events.of(kind, version)) > 0
 
-    def _check_named(self, gone: int, end: END | None, phase: str) -> None:
-        """The event that ends a version says on whom it failed, or who is missing."""
-        if phase == "ended":
+    def _check_named(
+        self, gone: int, version: int, end: END | None, phase: str
+    ) -> None:
+        """The event that ends a version says on whom it failed, or who is missing; of
+        one that had changed before it went there is nothing to say."""
+        changed = {e.worker for e in self.fleet.events.of(WorkerRefitted, version)}
+        if phase == "ended" or gone in changed:
             return
         match end:
             case RefitFailed(failure=failure):

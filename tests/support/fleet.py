@@ -202,10 +202,11 @@ def voted_for_others(worker: int, announced: WeightVersionReady) -> PrepareAnswe
     return voted(worker, announced, weights="of another version")
 
 
-def vote_refused(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
-    return PrepareAnswered(
-        worker, announced.announcement, Refused(failure=failure(worker))
-    )
+def vote_refused(
+    worker: int, announced: WeightVersionReady, *, fenced: bool = False
+) -> PrepareAnswered:
+    reply = Refused(failure=failure(worker), fenced=fenced)
+    return PrepareAnswered(worker, announced.announcement, reply)
 
 
 def committed(

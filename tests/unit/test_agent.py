@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo.refit.errors import (
+    Fenced,
     FingerprintMismatch,
     MemoryShort,
     NothingStaged,
@@ -68,7 +69,7 @@ from dynamo.refit.worker import engine as engine_module
 from dynamo.refit.worker import ranks as ranks_module
 from dynamo.refit.worker.engine import RefitEngine, with_epoch
 from dynamo.refit.worker.last import LastRefit
-from dynamo.refit.worker.ranks import RanksFailed, WeightsUnknown
+from dynamo.refit.worker.ranks import RanksFailed
 from tests.support.fake_replica import (
     COMMIT_STEPS,
     EPOCH,
@@ -329,7 +330,8 @@ async def test_answers_out_of_step_while_staging_fence_the_worker(
 ) -> None:
     """Nothing that the ranks say can be trusted from here on."""
     bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
-    refusal(await bench.agent.answer(bench.prepare(5)))
+    reply = await bench.agent.answer(bench.prepare(5))
+    assert reply == Refused(failure=reply.failure, fenced=True)
     bench.assert_fenced(5, "OutOfStep")
 
 
@@ -519,7 +521,7 @@ async def test_a_restore_that_fails_fences(bench: Bench) -> None:
     assert bench.engine.paused
 
     for request in (bench.prepare(6), commit(5), abort(5)):
-        with pytest.raises(WeightsUnknown, match="fenced: restart it"):
+        with pytest.raises(Fenced, match="restart it"):
             await bench.agent.answer(request)
     assert bench.agent.status().phase == "fenced"
     assert bench.fences == 1
@@ -1050,7 +1052,7 @@ async def test_a_fenced_worker_checks_nothing(bench: Bench) -> None:
     bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
     refusal(await bench.agent.answer(bench.prepare(6)))
     bench.engine.fail.clear()
-    with pytest.raises(WeightsUnknown, match="fenced: restart it"):
+    with pytest.raises(Fenced, match="restart it"):
         await bench.agent.answer(VerifyWeights())
 
 

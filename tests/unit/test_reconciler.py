@@ -365,6 +365,12 @@ def test_a_vote_that_is_refused_fails_the_version_and_aborts_the_others() -> Non
     assert reconciler.transaction is None
 
 
+def test_one_that_has_fenced_itself_while_it_staged_serves_nothing() -> None:
+    reconciler = preparing(V5, 1, member(2, 4))
+    actions = reconciler.handle(vote_refused(2, V5, fenced=True), 3.0)
+    assert without(actions, SendAbort) == failed(V5, failure(2), (1, None))
+
+
 def test_a_failed_announcement_is_not_tried_again_and_a_new_one_is() -> None:
     reconciler = preparing(V5, 1)
     reconciler.handle(vote_refused(1, V5), 2.0)

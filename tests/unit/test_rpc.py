@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.refit import protocol
-from dynamo.refit.errors import LayoutRefused
+from dynamo.refit.errors import Fenced, LayoutRefused, RefitError
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
@@ -252,3 +252,16 @@ async def test_an_error_of_this_package_is_not_logged_as_a_bug(
 
     await replies_of(answer, to_wire(GetStatus()))
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("error", "fenced"), [(Fenced("restart it"), True), (PeerLost("gone"), False)]
+)
+async def test_a_refusal_says_whether_the_worker_is_fenced(
+    error: RefitError, fenced: bool
+) -> None:
+    async def answer(request: Any) -> Message:
+        raise error
+
+    [reply] = await replies_of(answer, to_wire(GetStatus()))
+    assert reply == Refused(failure=reply.failure, fenced=fenced)

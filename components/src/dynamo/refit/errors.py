@@ -124,6 +124,10 @@ class OutOfStep(RefitError):
     """A rank answered another request than the one asked: fence the replica."""
 
 
+class Fenced(RefitError):
+    """The worker has taken itself out: it serves nobody, and its process ends."""
+
+
 class LeaseHeld(RefitError):
     """The buffers of a version are still being read."""
 

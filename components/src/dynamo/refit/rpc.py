@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from dynamo.runtime import Client, DistributedRuntime, Endpoint
 
-from dynamo.refit.errors import RefitError, failure_from
+from dynamo.refit.errors import Fenced, RefitError, failure_from
 from dynamo.refit.protocol import Message, Refused, from_wire, to_wire
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ def unary(
         try:
             reply = await answer(from_wire(data, requests))
         except (RefitError, msgspec.ValidationError) as error:
-            reply = Refused(failure=failure_from(error, stage=stage))
+            failure = failure_from(error, stage=stage)
+            reply = Refused(failure=failure, fenced=isinstance(error, Fenced))
         except Exception as error:
             logger.exception("dynamo-refit: a request failed")
             reply = Refused(failure=failure_from(error, stage=stage))

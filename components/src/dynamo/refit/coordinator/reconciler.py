@@ -268,9 +268,12 @@ class Reconciler:
 
     def _prepare_answered(self, answer: PrepareAnswered) -> list[Action]:
         transaction = self._concerned(answer.announcement, "preparing")
+        reply = answer.reply
+        if isinstance(reply, Refused) and reply.fenced:
+            self._now_fenced(answer.worker)
         if transaction is None:
             return []
-        reply, ready = answer.reply, transaction.ready
+        ready = transaction.ready
         if isinstance(reply, Vote) and reply.weights != ready.weights:
             error = FingerprintMismatch(
                 f"the worker speaks of weights {reply.weights}, announced were "

@@ -30,6 +30,7 @@ import msgspec
 
 from dynamo.refit.errors import (
     Failure,
+    Fenced,
     NothingStaged,
     OutOfStep,
     RefitError,
@@ -78,7 +79,7 @@ from dynamo.refit.release import RELEASE
 from dynamo.refit.worker.barrier import Barrier
 from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.peer import PeerSource
-from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers, WeightsUnknown
+from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class RefitAgent:
 
     def _check_not_fenced(self) -> None:
         if self._fenced:
-            raise WeightsUnknown("this worker is fenced: restart it")
+            raise Fenced("this worker is fenced: restart it")
 
     def _check_epoch(self, epoch: int) -> None:
         self._check_not_fenced()
@@ -320,7 +321,8 @@ class RefitAgent:
             with contextlib.suppress(RefitError):
                 await self._ranks.discard(version)
             self._transaction = None
-            return Refused(failure=self._failure(error, "stage", version))
+            failure = self._failure(error, "stage", version)
+            return Refused(failure=failure, fenced=self._fenced)
         self._last.staged(votes)
         transaction = self._transaction
         transaction.phase = "staged"

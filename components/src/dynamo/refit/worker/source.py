@@ -37,14 +37,18 @@ class SourceWatch:
         self._trainers = trainers
         self._path = path
         self._instance = instance
-        self._loop = asyncio.get_running_loop()
-        self._seen = self._loop.time()
+        self._missing_since: float | None = None
 
     async def is_gone(self) -> bool:
-        """Whether discovery has been without it for :data:`GONE_SECONDS`."""
+        """Whether discovery has been without it for :data:`GONE_SECONDS`, as far as
+        this was called meanwhile: a reader that stalled gives it as long once more."""
+        now = asyncio.get_running_loop().time()
         if self._instance in await self._trainers.instances(self._path):
-            self._seen = self._loop.time()
-        return self._loop.time() - self._seen >= GONE_SECONDS
+            self._missing_since = None
+            return False
+        if self._missing_since is None:
+            self._missing_since = now
+        return now - self._missing_since >= GONE_SECONDS
 
     def __str__(self) -> str:
         return f"instance {self._instance} of {self._path}"
