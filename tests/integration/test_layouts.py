@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from dynamo.refit.protocol import StagingChoice
-from graphs.tiny_model import ARCHITECTURES, make_checkpoint
 from tests.support.megatron_sources import MegatronSources
 from tests.support.rank_group import RankGroup, RanksRefused
 from tests.support.raw_sources import CUTS, RawSources, cut, name_cut, shapes
+from tests.support.variants import VARIANTS, checkpoint
 
 pytestmark = [
     pytest.mark.integration,
@@ -26,27 +26,10 @@ pytestmark = [
     pytest.mark.timeout(180),
 ]
 
-MODELS = Path(__file__).resolve().parents[2] / ".cache" / "models"
-
-#: What is served: an architecture and what is different in its config.
-VARIANTS = {
-    **{architecture: (architecture, {}) for architecture in ARCHITECTURES},
-    # The last rank's part of the vocabulary is shorter, and padded.
-    "uneven-vocabulary": ("qwen3", {"vocab_size": 4100}),
-}
 RANKS = (1, 2)
 SHARDS = (1, 2, 3)
 
-SEEDS = {"A": 1, "B": 2, "C": 3}
-
 SERVED = {f"{v}-tp{ranks}": (v, ranks) for v in VARIANTS for ranks in RANKS}
-
-
-def checkpoint(variant: str, weights: str) -> Path:
-    architecture, changes = VARIANTS[variant]
-    seed = SEEDS[weights]
-    directory = MODELS / f"layouts-{variant}-{seed}"
-    return make_checkpoint(directory, seed=seed, architecture=architecture, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tests.support.child import ChildFailed
 from tests.support.counted_rank import CountedRanks
 from tests.support.peers import MortalRanks, PeerHalf
 from tests.support.raw_sources import Held, RawSources
+from tests.support.variants import MODELS, TELLING, checkpoint
 
 pytestmark = [
     pytest.mark.integration,
@@ -33,26 +34,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-MODELS = Path(__file__).resolve().parents[2] / ".cache" / "models"
-SEEDS = {"A": 1, "B": 2, "C": 3}
-
-#: Fused and row-parallel weights; a tied embedding; experts; a vocabulary that does not
-#: divide, so that the last rank's part is padded.
-SERVED = {
-    "qwen3": ("qwen3", {}),
-    "qwen3-tied": ("qwen3-tied", {}),
-    "qwen3moe": ("qwen3moe", {}),
-    "uneven-vocabulary": ("qwen3", {"vocab_size": 4100}),
-}
-
 WARM = ("warm", 0, 0, 0)
-
-
-def checkpoint(served: str, weights: str) -> Path:
-    architecture, changes = SERVED[served]
-    seed = SEEDS[weights]
-    directory = MODELS / f"layouts-{served}-{seed}"
-    return make_checkpoint(directory, seed=seed, architecture=architecture, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +69,7 @@ def assert_serves(half: PeerHalf, golden: Path) -> None:
     assert half.group.digests() == half.group.golden(golden)
 
 
-@pytest.mark.parametrize("served", SERVED)
+@pytest.mark.parametrize("served", TELLING)
 @pytest.mark.parametrize("reader", ["narrow", "wide"])
 def test_what_a_replica_reads_from_another_is_the_golden_load(
     groups: dict[str, CountedRanks], trainer: RawSources, served: str, reader: str

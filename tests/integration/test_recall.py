@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from dynamo.refit.errors import Failure, NoWayBack
 from dynamo.refit.protocol import Poll, RankReply, RankVote, Recall, Refused, Running
 from dynamo.refit.worker.ranks import RanksFailed
-from graphs.tiny_model import make_checkpoint
 from tests.support.agent_half import Offer, built, offer
 from tests.support.ordered_rank import OrderedRanks
 from tests.support.peers import PeerHalf
 from tests.support.rank_group import STAGE_SECONDS
 from tests.support.raw_sources import Held, RawSources
+from tests.support.variants import TELLING, checkpoint
 
 pytestmark = [
     pytest.mark.integration,
@@ -30,26 +29,7 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-MODELS = Path(__file__).resolve().parents[2] / ".cache" / "models"
-SEEDS = {"A": 1, "B": 2, "C": 3}
-
-#: Fused and row-parallel weights; a tied embedding; experts; a vocabulary that does not
-#: divide, so that the last rank's part is padded.
-SERVED = {
-    "qwen3": ("qwen3", {}),
-    "qwen3-tied": ("qwen3-tied", {}),
-    "qwen3moe": ("qwen3moe", {}),
-    "uneven-vocabulary": ("qwen3", {"vocab_size": 4100}),
-}
-
 WARM = ("warm", 0, 0, 0)
-
-
-def checkpoint(served: str, weights: str) -> Path:
-    architecture, changes = SERVED[served]
-    seed = SEEDS[weights]
-    directory = MODELS / f"layouts-{served}-{seed}"
-    return make_checkpoint(directory, seed=seed, architecture=architecture, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +91,7 @@ class Replica(PeerHalf):
         assert self.group.digests() == golden
 
 
-@pytest.mark.parametrize("served", SERVED)
+@pytest.mark.parametrize("served", TELLING)
 def test_it_goes_back_and_forth_without_a_source(
     group: OrderedRanks, trainer: RawSources, served: str
 ) -> None:
