@@ -161,11 +161,11 @@ class LiveFaults:
     # --- one fault --------------------------------------------------------------
 
     async def _inject(self, fault: Fault) -> None:
-        index = self.draw.choice(sorted(self.workers))
+        index = self._draw_index(fault)
         self.fleet.order(index, **fault.orders)
         if fault.torn:
             self._torn.touch()
-        gone = self._take(index) if self._fences(fault, index) else None
+        gone = self._take(index) if self._fences(fault) else None
         version = self._publish()
         if fault.at is not None:
             await asyncio.to_thread(self.fleet.wait_until_at, index, fault.at)
@@ -195,13 +195,17 @@ class LiveFaults:
         self.killed[gone] = time.time()
         return gone
 
-    def _fences(self, fault: Fault, index: int) -> bool:
-        """Its worker cannot install when others have changed: it must go."""
-        if self.policy == "barrier" or not (
-            fault.never_served and "install" in fault.orders
-        ):
-            return False
-        return self.workers[index] != min(self.workers.values())
+    def _draw_index(self, fault: Fault) -> int:
+        """Of the process that is struck."""
+        if self._fences(fault):
+            # The one that changes last.
+            return max(self.workers, key=self.workers.__getitem__)
+        return self.draw.choice(sorted(self.workers))
+
+    def _fences(self, fault: Fault) -> bool:
+        """Its worker cannot install when another one has changed: it must go."""
+        cannot_install = fault.never_served and "install" in fault.orders
+        return cannot_install and self.policy == "rolling"
 
     def _restart_coordinator(self) -> None:
         self.fleet.restart_coordinator(f"--commit-policy={self.policy}")
