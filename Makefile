@@ -151,7 +151,7 @@ bench-fleet: $(STAMP)
 bench-scale: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.benchmarks.scale $(BENCH_ARGS)
 
-# About twelve minutes; make faults FAULTS_ARGS="--simulations 100 --real 0".
+# About eleven minutes; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
 
