@@ -3,7 +3,7 @@
 """Whether the process that weights are read from is still there.
 
 NIXL ends a read whose source has died, but no sooner than the kernel closes its
-sockets, and that was seen to take 18 s after a SIGKILL; those of a process that is
+sockets, and that was seen to take 9 s after a SIGKILL; those of a process that is
 stopped stay open. The read would wait for the stage's deadline. Discovery knows: a
 process that does not live loses its lease.
 """
