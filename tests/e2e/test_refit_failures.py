@@ -173,14 +173,23 @@ async def test_bytes_that_change_after_the_announcement(
     await bench.assert_serves(bench.serving)
 
 
-async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
-    before = fleet_status(bench.graph)
+def begin_to_read(bench: Bench) -> tuple[Trainer, int]:
+    """A trainer that is deaf, and the version that is being staged from it.
+
+    An event says that it is, not the command line: while ranks poll such a trainer,
+    another process has taken the kernel up to 18 s to start or to end.
+    """
     trainer = Trainer(bench.graph, bench.models["A"], change="deaf")
     version = next(bench.versions)
     trainer.publish(version, bench.models[other(bench)])
-    # An event says that it is staged, not the command line: while ranks poll a trainer
-    # that is deaf, another process has taken the kernel up to 18 s to start or to end.
-    bench.events.wait_for(StageProgress, lambda e: e.version == version)
+    progress = bench.events.wait_for(StageProgress, lambda e: e.version == version)
+    assert [(rank.rank, rank.nbytes) for rank in progress.ranks] == [(0, 0), (1, 0)]
+    return trainer, version
+
+
+async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
+    before = fleet_status(bench.graph)
+    trainer, version = begin_to_read(bench)
     trainer.kill()
     failed = bench.events.wait_for(RefitFailed, lambda e: e.version == version)
     assert failed.failure.kind == "TransferFailed"
@@ -192,10 +201,7 @@ async def test_trainer_killed_in_the_middle_of_the_pull(bench: Bench) -> None:
 async def test_trainer_that_discovery_has_given_up(bench: Bench) -> None:
     """Stopped for longer than its lease; a transport takes it for a slow one."""
     before = fleet_status(bench.graph)
-    trainer = Trainer(bench.graph, bench.models["A"], change="deaf")
-    version = next(bench.versions)
-    trainer.publish(version, bench.models[other(bench)])
-    bench.events.wait_for(StageProgress, lambda e: e.version == version)
+    trainer, version = begin_to_read(bench)
     trainer.child.send_signal(signal.SIGSTOP)
     failed = bench.events.wait_for(RefitFailed, lambda e: e.version == version)
     trainer.kill()

@@ -521,7 +521,7 @@ async def test_a_restore_that_fails_fences(bench: Bench) -> None:
     assert bench.engine.paused
 
     for request in (bench.prepare(6), commit(5), abort(5)):
-        with pytest.raises(Fenced, match="restart it"):
+        with pytest.raises(Fenced, match="fenced: restart it"):
             await bench.agent.answer(request)
     assert bench.agent.status().phase == "fenced"
     assert bench.fences == 1
@@ -1052,7 +1052,7 @@ async def test_a_fenced_worker_checks_nothing(bench: Bench) -> None:
     bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
     refusal(await bench.agent.answer(bench.prepare(6)))
     bench.engine.fail.clear()
-    with pytest.raises(Fenced, match="restart it"):
+    with pytest.raises(Fenced, match="fenced: restart it"):
         await bench.agent.answer(VerifyWeights())
 
 

@@ -267,13 +267,11 @@ class Reconciler:
         return [ReleasePeer(answer.peer, answer.reply.announcement)]
 
     def _prepare_answered(self, answer: PrepareAnswered) -> list[Action]:
+        self._note_fence(answer)
         transaction = self._concerned(answer.announcement, "preparing")
-        reply = answer.reply
-        if isinstance(reply, Refused) and reply.fenced:
-            self._now_fenced(answer.worker)
         if transaction is None:
             return []
-        ready = transaction.ready
+        reply, ready = answer.reply, transaction.ready
         if isinstance(reply, Vote) and reply.weights != ready.weights:
             error = FingerprintMismatch(
                 f"the worker speaks of weights {reply.weights}, announced were "
@@ -284,11 +282,9 @@ class Reconciler:
 
     def _commit_answered(self, answer: CommitAnswered) -> list[Action]:
         admitted: list[Action] = []
-        match answer.reply:
-            case Committed():
-                admitted = self._now_serving(answer.worker, answer.reply)
-            case Refused(fenced=True):
-                self._now_fenced(answer.worker)
+        self._note_fence(answer)
+        if isinstance(answer.reply, Committed):
+            admitted = self._now_serving(answer.worker, answer.reply)
         transaction = self._concerned(answer.announcement, "committing")
         if transaction is not None:
             transaction.commit.answered(answer.worker, answer.reply)
@@ -326,10 +322,12 @@ class Reconciler:
             return []
         return self._upkeep.serves(worker, committed.version)
 
-    def _now_fenced(self, worker: int) -> None:
-        if member := self.fleet.get(worker):
+    def _note_fence(self, answer: PrepareAnswered | CommitAnswered) -> None:
+        """A worker that says that it has fenced itself is so in the view at once."""
+        member = self.fleet.get(answer.worker)
+        if member and isinstance(answer.reply, Refused) and answer.reply.fenced:
             status = msgspec.structs.replace(member.status, phase="fenced")
-            self.fleet[worker] = msgspec.structs.replace(member, status=status)
+            self.fleet[answer.worker] = msgspec.structs.replace(member, status=status)
 
     # --- progress ---------------------------------------------------------------
 

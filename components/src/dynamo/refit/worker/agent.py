@@ -79,7 +79,8 @@ from dynamo.refit.release import RELEASE
 from dynamo.refit.worker.barrier import Barrier
 from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.peer import PeerSource
-from dynamo.refit.worker.ranks import Ranks, RanksFailed, Trainers
+from dynamo.refit.worker.ranks import Ranks, RanksFailed
+from dynamo.refit.worker.source import Trainers
 from dynamo.refit.worker.switch import Engine, Switch, check_awake
 
 logger = logging.getLogger(__name__)
