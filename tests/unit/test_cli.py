@@ -40,8 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (("publish", ".", "--version", 1, "--timeout", 0), "'--timeout'"),
         (("publish",), "give either a DIR or --from-trainer"),
         (("publish", "--version", 1), "give either a DIR or --from-trainer"),
-        (("doctor", "--tensor-parallel", 0), "'--tensor-parallel'"),
-        (("doctor", "--staging", "disk"), "'--staging'"),
+        (("doctor", "--model", "."), "No such option"),
         (("unpublish",), "No such command 'unpublish'"),
     ],
 )

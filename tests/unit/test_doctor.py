@@ -4,45 +4,25 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from pathlib import Path
 
 import msgspec
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from dynamo.refit.cli.doctor import discovery, memory, nixl, plane, versions
-from dynamo.refit.cli.doctor.memory import Machine
-from dynamo.refit.cli.doctor.trial import PlaneReport, Trial
+from dynamo.refit.cli.doctor import (
+    Finding,
+    judge_event,
+    judge_fleet,
+    judge_nixl,
+    judge_packages,
+)
+from dynamo.refit.cli.runtime import missing_server
 from dynamo.refit.events import SCHEMA
-from dynamo.refit.protocol import FleetStatus
-from dynamo.refit.publish.checkpoint import checkpoint_sizes
+from dynamo.refit.protocol import FleetMember, FleetStatus
 from dynamo.refit.release import RELEASE
 from tests.support.fleet import member
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
-
-NOW = 1_800_000_000.0
-GIB = 2**30
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "discovery"
-
-
-def record(directory: Path, key: str, age: float, content: str = "{}") -> None:
-    file = directory / "v1" / key
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(content)
-    os.utime(file, (NOW - age, NOW - age))
-
-
-def in_files(directory: Path) -> list:
-    environment = {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(directory)}
-    return discovery.check_discovery(environment, NOW)
 
 
 def closed_port() -> int:
@@ -51,76 +31,7 @@ def closed_port() -> int:
         return once.getsockname()[1]
 
 
-# --- discovery --------------------------------------------------------------------
-
-
-def test_records_that_are_renewed_are_fine(directory: Path) -> None:
-    record(directory, "instances/a", age=9.0)
-    record(directory, "event_channels/b", age=0.0)
-    there, stale = in_files(directory)
-    assert (there.level, stale.level) == ("ok", "ok")
-    assert there.summary == f"files in {directory}: 2 records"
-
-
-def test_records_of_the_dead_are_named_among_the_living(directory: Path) -> None:
-    record(directory, "instances/a", age=3.0)
-    for name in "bcde":
-        record(directory, f"instances/{name}", age=60.0)
-    _, stale = in_files(directory)
-    assert (stale.check, stale.level) == ("stale records", "failure")
-    assert stale.summary == (
-        "4 records of processes that are gone or stalled, the oldest for 60 s: "
-        "v1/instances/b, v1/instances/c, v1/instances/d and 1 more"
-    )
-    assert stale.remedy == f"others live: remove these files only, below {directory}"
-
-
-def test_a_directory_of_the_dead_may_be_removed(directory: Path) -> None:
-    record(directory, "instances/a", age=7200.0)
-    _, stale = in_files(directory)
-    assert "1 record of processes that are gone or stalled, the oldest for 2 h" in (
-        stale.summary
-    )
-    assert stale.remedy == f"nobody who lives is registered: rm -r {directory}"
-
-
-def test_what_is_no_record_is_told(directory: Path) -> None:
-    record(directory, "instances/a", age=1.0, content="\0binary")
-    record(directory, "instances/b", age=1.0)
-    _, stale = in_files(directory)
-    assert stale.level == "failure"
-    assert stale.summary == "1 file that this Dynamo cannot read: v1/instances/a"
-
-
-def test_a_directory_that_is_not_there_is_somebody_else_s(directory: Path) -> None:
-    (there,) = in_files(directory)
-    assert there.level == "warning"
-    assert "DYN_FILE_KV" in there.remedy
-
-
-def test_a_file_is_no_directory(directory: Path) -> None:
-    directory.write_text("")
-    (there,) = in_files(directory)
-    assert there.level == "failure"
-
-
-@pytest.mark.parametrize(
-    ("environment", "level", "says"),
-    [
-        ({"DYN_DISCOVERY_BACKEND": "mem"}, "failure", "does not leave the process"),
-        ({"DYN_DISCOVERY_BACKEND": "consul"}, "failure", "'consul' is unknown"),
-        ({"DYN_DISCOVERY_BACKEND": "kubernetes"}, "failure", "this is no pod"),
-        (
-            {"DYN_DISCOVERY_BACKEND": "kubernetes", "KUBERNETES_SERVICE_HOST": "x"},
-            "ok",
-            "within a pod",
-        ),
-    ],
-)
-def test_other_backends(environment: dict[str, str], level: str, says: str) -> None:
-    (found,) = discovery.check_discovery(environment, NOW)
-    assert found.level == level
-    assert says in found.summary
+# --- servers ----------------------------------------------------------------------
 
 
 def test_etcd_and_nats_are_there_or_not() -> None:
@@ -129,83 +40,47 @@ def test_etcd_and_nats_are_there_or_not() -> None:
         port = server.getsockname()[1]
         etcd = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{closed},http://127.0.0.1:{port}"}
         nats = {"DYN_EVENT_PLANE": "nats", "NATS_SERVER": f"nats://127.0.0.1:{port}"}
-        assert [f.level for f in discovery.check_servers(etcd | nats)] == ["ok", "ok"]
-    gone = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{closed}"}
-    (found,) = discovery.check_servers(gone)
-    assert found.level == "failure"
-    assert f"no etcd answers: http://127.0.0.1:{closed} (Conn" in found.summary
-    assert discovery.check_discovery(gone, NOW) == []
-    assert discovery.check_servers({"DYN_DISCOVERY_BACKEND": "file"}) == []
+        assert missing_server(etcd | nats) is None
+    what, remedy = missing_server({"ETCD_ENDPOINTS": f"http://127.0.0.1:{closed}"})
+    assert f"no etcd answers: http://127.0.0.1:{closed} (Conn" in what
+    assert "set ETCD_ENDPOINTS" in remedy
+    assert missing_server({"DYN_DISCOVERY_BACKEND": "file"}) is None
 
 
 def test_without_nats_there_is_no_event_plane() -> None:
-    server = f"nats://127.0.0.1:{closed_port()}"
     environment = {
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_EVENT_PLANE": "nats",
-        "NATS_SERVER": server,
+        "NATS_SERVER": f"nats://127.0.0.1:{closed_port()}",
     }
-    (found,) = discovery.check_servers(environment)
-    assert found.level == "failure"
-    assert found.summary.endswith("there is no event plane")
-    both = {**environment, "DYN_REQUEST_PLANE": "nats"}
-    (found,) = discovery.check_servers(both)
-    assert found.summary.endswith("there is no event plane and no request plane")
+    what, remedy = missing_server(environment)
+    assert what.endswith("(Connection refused); there is no event plane")
+    assert remedy.endswith("or DYN_EVENT_PLANE to what the graph uses")
+    what, remedy = missing_server(environment | {"DYN_REQUEST_PLANE": "nats"})
+    assert what.endswith("there is no event plane and no request plane")
+    assert remedy.endswith(
+        "or DYN_EVENT_PLANE and DYN_REQUEST_PLANE to what the graph uses"
+    )
 
 
 # --- the event plane --------------------------------------------------------------
 
-FLEET = FleetStatus(
-    model="tiny",
-    epoch=3,
-    desired=5,
-    completed=5,
-    under_way=None,
-    members=(member(1), member(2)),
-    release=RELEASE,
-    schema=SCHEMA,
-)
-
-
-def judged(report: PlaneReport, why: str = "", **environment: str) -> dict:
-    trial = Trial((msgspec.json.encode(report),), (), why)
-    found = plane.judge(plane.read(trial), trial, environment)
-    return {finding.check: finding for finding in found}
-
 
 def test_an_event_that_arrives_is_the_proof() -> None:
-    report = PlaneReport(runtime=True, connected=True, received_ms=21.4, fleet=FLEET)
-    found = judged(report, DYN_EVENT_PLANE="nats")
-    assert [f.level for f in found.values()] == ["ok"] * 3
-    assert found["event plane"].summary.startswith("nats: an event is published and")
-    assert found["coordinator"].summary == "answers; it sees 2 workers"
+    assert judge_event(21.4, "nats", {}) == Finding(
+        "event plane",
+        "ok",
+        "nats: an event is published and received, the first one after 21 ms",
+    )
 
 
 def test_events_that_do_not_arrive_are_no_event_plane() -> None:
-    report = PlaneReport(runtime=True, connected=True, fleet_error="no coordinator")
-    found = judged(report)
-    assert found["event plane"].level == "failure"
-    assert found["event plane"].summary.startswith("there is none: zmq takes events")
-    assert "DYN_EVENT_PLANE_HOST" in found["event plane"].remedy
-    assert found["coordinator"].level == "warning"
-    assert found["coordinator"].remedy == "no coordinator"
-    broker = judged(report, DYN_ZMQ_BROKER_URL="xsub=tcp://h:1 , xpub=tcp://h:2")
-    assert "DYN_ZMQ_BROKER_URL" in broker["event plane"].remedy
-
-
-def test_an_end_that_does_not_connect_says_why() -> None:
-    report = PlaneReport(runtime=True, error="the event relay has not subscribed")
-    found = judged(report)["event plane"]
+    found = judge_event(None, "zmq", {})
     assert found.level == "failure"
-    assert found.summary.endswith("connect: the event relay has not subscribed")
-
-
-@pytest.mark.parametrize("answers", [(), (b"{}",)])
-def test_a_runtime_that_hangs_is_told(answers: tuple[bytes, ...]) -> None:
-    trial = Trial(answers, (), "not within 60 s")
-    (found,) = plane.judge(plane.read(trial), trial, {})
-    assert (found.check, found.level) == ("runtime", "failure")
-    assert found.summary.endswith("does not start: not within 60 s")
+    assert found.summary.startswith("there is none: zmq takes events")
+    assert "DYN_EVENT_PLANE_HOST" in found.remedy
+    broker = {"DYN_ZMQ_BROKER_URL": "xsub=tcp://h:1 , xpub=tcp://h:2"}
+    assert "DYN_ZMQ_BROKER_URL" in judge_event(None, "zmq", broker).remedy
 
 
 # --- NIXL -------------------------------------------------------------------------
@@ -219,37 +94,25 @@ RDMA = (
     "rma(rc_mlx5/mlx5_0:1 cuda_ipc/cuda)  am(rc_mlx5/mlx5_0:1)"
 )
 TCP = CMA.replace(" cma/memory", "")
-READ = b'{"nbytes":67108864,"equal":true,"seconds":0.0134217728,"error":""}'
+READ = "64 MiB read and compared, at 5.0 GB/s"
 
 
-def read_once(*log: str, answer: bytes = READ, **environment: str) -> list:
-    return nixl.judge(Trial((answer,), log, ""), environment)
-
-
-def test_what_ucx_uses_is_read_from_its_log() -> None:
-    assert nixl.transports([CMA]) == {"tcp", "cma"}
-    assert nixl.transports([RDMA]) == {"rc_mlx5", "cuda_ipc"}
-    assert nixl.transports(["UCX  INFO  Version 1.22.0 (loaded from /usr/lib)"]) == (
-        frozenset()
-    )
+def read_once(*log: str, **environment: str) -> list[Finding]:
+    return judge_nixl("", [*log, READ], environment)
 
 
 def test_a_read_tells_its_rate_and_its_transports() -> None:
-    read, used = read_once("noise", CMA)
-    assert (read.level, used.level) == ("ok", "ok")
-    assert read.summary == "64 MiB read and compared, at 5.0 GB/s"
-    assert used.summary == (
-        "cma: one copy between processes of a host; tcp: sockets; no RDMA, so between "
-        "hosts it is sockets"
+    read, used = read_once("UCX  INFO  Version 1.22.0 (loaded from /usr/lib)", CMA)
+    assert read == Finding("NIXL", "ok", READ)
+    assert used == Finding(
+        "UCX transports", "ok", "cma, tcp; no RDMA, so between hosts it is sockets"
     )
     _, used = read_once(RDMA)
-    assert (
-        used.summary == "rc_mlx5: RDMA between hosts; cuda_ipc: GPU to GPU of one host"
-    )
+    assert used == Finding("UCX transports", "ok", "cuda_ipc, rc_mlx5")
 
 
 def test_a_log_that_says_nothing_is_no_all_clear() -> None:
-    read, used = read_once("noise")
+    read, used = read_once("UCX  INFO  Version 1.22.0 (loaded from /usr/lib)")
     assert (read.level, used.level) == ("ok", "warning")
 
 
@@ -263,29 +126,23 @@ def test_tcp_only_is_found_with_what_forces_it() -> None:
     assert "SYS_PTRACE" in used.remedy
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        (b'{"nbytes":9,"equal":false,"seconds":0.1,"error":""}', "other bytes arrived"),
-        (
-            b'{"nbytes":9,"equal":false,"seconds":0,"error":"no backend"}',
-            "a read between two agents fails: no backend",
-        ),
-    ],
-)
-def test_a_read_that_fails_is_a_failure(answer: bytes, says: str) -> None:
-    read, *_ = read_once(CMA, answer=answer)
+def test_a_read_that_fails_is_a_failure() -> None:
+    error = "dynamo.refit.errors.TransferFailed: other bytes arrived than were sent"
+    (read,) = judge_nixl("exit code 1", [CMA, "Traceback", error], {})
     assert read.level == "failure"
-    assert says in read.summary
+    assert read.summary == f"a read between two agents fails (exit code 1): {error}"
+    assert read.remedy.endswith("reinstall nixl")
+    (read,) = judge_nixl("not within 90 s", [], {"UCX_NET_DEVICES": "mlx5_9:1"})
+    assert read.summary == "a read between two agents fails (not within 90 s): "
+    assert read.remedy.startswith("UCX_NET_DEVICES=mlx5_9:1 in the environment forces")
 
 
-def test_nixl_that_is_missing_or_dies_is_told_apart() -> None:
+def test_nixl_that_is_missing_is_told_apart() -> None:
     error = "ModuleNotFoundError: NIXL is not installed: pip install nixl"
-    (missing,) = nixl.judge(Trial((), ("Traceback", error), "it ended with 1"), {})
+    (missing,) = judge_nixl("exit code 1", ["Traceback", error], {})
     assert missing.level == "failure"
-    assert missing.summary.endswith("loaded: NIXL is not installed: pip install nixl")
-    (dead,) = nixl.judge(Trial((), (), "it ended with -11"), {})
-    assert dead.summary == "it does not run: it ended with -11"
+    assert missing.summary.endswith(error)
+    assert "pip install 'dynamo-refit[trainer]'" in missing.remedy
 
 
 # --- packages and releases --------------------------------------------------------
@@ -301,15 +158,15 @@ ASKED = [
 FITTING = {"msgspec": "0.22", "ai-dynamo-runtime": "1.6.1", "nixl": "1.4.7"}
 
 
-def packages(**changes: str | None) -> list:
+def packages(**changes: str | None) -> list[Finding]:
     there = FITTING | {name.replace("_", "-"): v for name, v in changes.items()}
-    return versions.judge_packages(ASKED, there.get)
+    return judge_packages(ASKED, there.get)
 
 
 def test_packages_that_fit_are_listed() -> None:
-    (found,) = packages(ruff="9")
-    assert found.level == "ok"
-    assert found.summary == "ai-dynamo-runtime 1.6.1, nixl 1.4.7"
+    assert packages(ruff="9") == [
+        Finding("packages", "ok", "ai-dynamo-runtime 1.6.1, nixl 1.4.7")
+    ]
 
 
 def test_packages_that_do_not_fit_are_named() -> None:
@@ -329,102 +186,42 @@ def test_packages_that_do_not_fit_are_named() -> None:
     }
 
 
-def test_a_fleet_of_one_release_is_fine() -> None:
-    status = msgspec.structs.replace(member(1).status, release=RELEASE, schema=SCHEMA)
-    whole = msgspec.structs.replace(member(1), status=status)
-    (found,) = versions.judge_fleet(msgspec.structs.replace(FLEET, members=(whole,)))
-    assert found.level == "ok"
+def of_release(number: int, release: str) -> FleetMember:
+    status = msgspec.structs.replace(member(number).status, release=release)
+    return msgspec.structs.replace(member(number), status=status)
 
 
-def test_workers_of_other_releases_are_named() -> None:
-    newer = msgspec.structs.replace(member(7).status, release="9.9", schema=SCHEMA)
-    members = (member(1), msgspec.structs.replace(member(7), status=newer))
-    found = versions.judge_fleet(msgspec.structs.replace(FLEET, members=members))
-    assert [f.level for f in found] == ["failure", "failure"]
-    assert found[0].summary.startswith("workers 1 run an older release, which does not")
-    assert found[1].summary == (
-        f"workers 7 run 9.9 (schema {SCHEMA}), the coordinator {RELEASE} "
-        f"(schema {SCHEMA})"
+def fleet(release: str, *members: FleetMember) -> FleetStatus:
+    return FleetStatus(
+        model="tiny",
+        epoch=3,
+        desired=5,
+        completed=5,
+        under_way=None,
+        members=members,
+        release=release,
+        schema=SCHEMA,
     )
 
 
-def test_a_coordinator_of_another_release_is_told() -> None:
-    other = msgspec.structs.replace(FLEET, release="9.9", members=())
-    (found,) = versions.judge_fleet(other)
-    assert found.level == "failure"
-    assert found.summary.startswith(f"the coordinator runs 9.9 (schema {SCHEMA}), this")
-
-
-# --- the memory plan --------------------------------------------------------------
-
-
-def test_matrices_are_cut_and_vectors_are_not(tmp_path: Path) -> None:
-    tensors = {
-        "matrix": torch.zeros(64, 32, dtype=torch.bfloat16),
-        "vector": torch.zeros(64, dtype=torch.bfloat16),
-        "wide": torch.zeros(3, 1, dtype=torch.float32),
-        "small": torch.zeros(2, 2, dtype=torch.float8_e4m3fn),
-        "flags": torch.zeros(5, dtype=torch.bool),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    sizes = checkpoint_sizes(tmp_path)
-    assert {n: (s.shape, s.nbytes) for n, s in sizes.items()} == {
-        name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()
-    }
-    assert memory.rank_nbytes(sizes.values(), 2) == 2048 + 128 + 6 + 2 + 5
-    assert memory.rank_nbytes(sizes.values(), 1) == 4096 + 128 + 12 + 4 + 5
-
-
-def test_a_shadow_that_fits_beside_the_model_on_the_cpu() -> None:
-    """The parameters themselves, a shadow and a copy of what is live."""
-    found = memory.plan(4 * GIB, 2, "auto", Machine(12 * GIB + (16 << 20), None), 0.9)
-    assert found.level == "ok"
-    assert found.summary.startswith(
-        "4.00 GiB of parameters on each of 2 ranks: mode device takes 0.0 MiB of "
-        "device and 8.02 GiB of host memory of each"
+def test_a_coordinator_that_answers_tells_its_workers() -> None:
+    members = of_release(1, RELEASE), of_release(2, RELEASE)
+    assert judge_fleet(fleet(RELEASE, *members)) == Finding(
+        "coordinator", "ok", "answers; it sees 2 workers"
     )
-    one_byte_less = Machine(12 * GIB + (16 << 20) - 1, None)
-    assert memory.plan(4 * GIB, 2, "auto", one_byte_less, 0.9).level == "warning"
 
 
-def test_on_a_gpu_staging_comes_before_the_kv_cache() -> None:
-    """16 GiB of parameters of 80 GiB: 72 of them vLLM's."""
-    machine = Machine(64 * GIB, 80 * GIB)
-    found = memory.plan(16 * GIB, 1, "auto", machine, 0.9)
-    assert found.level == "ok"
+@pytest.mark.parametrize(
+    ("coordinator", "worker", "others"),
+    [
+        (RELEASE, "9.9", "['9.9']"),
+        ("9.9", RELEASE, "['9.9']"),
+        ("9.9", "9.8", "['9.8', '9.9']"),
+    ],
+)
+def test_other_releases_are_found(coordinator: str, worker: str, others: str) -> None:
+    found = judge_fleet(fleet(coordinator, of_release(7, worker)))
+    assert (found.check, found.level) == ("coordinator", "failure")
     assert found.summary == (
-        "16.0 GiB of parameters on one rank: mode device takes 16.5 GiB of "
-        "device and 16.0 GiB of host memory of each; 39.2 GiB are left for KV cache "
-        "and activations, and 64.0 GiB of host memory are free"
-    )
-
-
-def test_a_shadow_that_would_take_most_of_the_cache_goes_elsewhere() -> None:
-    """30 GiB of parameters leave 42: the cache keeps them all. Each of two pinned
-    buffers takes 32."""
-    machine = Machine(65 * GIB, 80 * GIB)
-    found = memory.plan(30 * GIB, 1, "auto", machine, 0.9)
-    assert (found.level, "mode host takes" in found.summary) == ("ok", True)
-    assert "42.0 GiB are left for KV cache" in found.summary
-    found = memory.plan(30 * GIB, 1, "auto", Machine(8 * GIB, 80 * GIB), 0.9)
-    assert (found.level, "mode direct takes" in found.summary) == ("warning", True)
-    assert "gpu-memory-utilization" in found.remedy
-    found = memory.plan(30 * GIB, 1, "device", machine, 0.9)
-    assert "mode device takes 30.5 GiB of device" in found.summary
-    assert "11.2 GiB are left for KV cache" in found.summary
-
-
-def test_staging_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    machine = Machine(64 * GIB, 80 * GIB)
-    found = memory.plan(40 * GIB, 4, "device", machine, 0.9)
-    assert found.level == "failure"
-    assert found.summary == (
-        "40.0 GiB of parameters on each of 4 ranks: staging in mode device takes 40.75 "
-        "GiB of device memory, and 32.00 GiB are left for it and the KV cache: raise "
-        "--gpu-memory-utilization, or use --refit-staging host"
-    )
-    found = memory.plan(16 * GIB, 1, "host", Machine(8 * GIB, 80 * GIB), 0.9)
-    assert found.level == "failure"
-    assert "host takes 0.00 GiB of device and 32.50 GiB of host memory" in (
-        found.summary
+        f"this command is of release {RELEASE}, the fleet of {others}"
     )

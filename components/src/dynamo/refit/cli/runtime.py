@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 #: Somebody wants to see Dynamo's log.
 LOG_WANTED = "DYN_LOG" in os.environ
@@ -19,12 +22,14 @@ LOG_WANTED = "DYN_LOG" in os.environ
 os.environ.setdefault("DYN_LOG", "warn")
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 
-from dynamo.refit.cli.doctor import discovery  # noqa: E402
 from dynamo.refit.errors import RefitError  # noqa: E402
 from dynamo.refit.rpc import runtime_from_environment  # noqa: E402
 
 if TYPE_CHECKING:
     from dynamo.runtime import DistributedRuntime
+
+#: How long a server may take to accept a connection.
+CONNECT_SECONDS = 2.0
 
 
 def connect(*, alone_on_terminal: bool = False) -> DistributedRuntime:
@@ -34,12 +39,48 @@ def connect(*, alone_on_terminal: bool = False) -> DistributedRuntime:
     Raises:
         RefitError: a server that it needs does not answer: it would wait for minutes.
     """
-    for finding in discovery.check_servers(os.environ):
-        if finding.level == "failure":
-            raise RefitError(f"{finding.summary}: {finding.remedy}")
+    if missing := missing_server(os.environ):
+        raise RefitError(": ".join(missing))
     if not LOG_WANTED or (alone_on_terminal and os.isatty(2)):
         _silence()
     return runtime_from_environment()
+
+
+def missing_server(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """Which server of discovery or of a plane does not answer, and what to do."""
+    if environment.get("DYN_DISCOVERY_BACKEND", "etcd") == "etcd":
+        endpoints = environment.get("ETCD_ENDPOINTS", "http://localhost:2379")
+        refused = [_refusal(url.strip(), 2379) for url in endpoints.split(",")]
+        if all(refused):
+            return (
+                f"no etcd answers: {'; '.join(refused)}",
+                "start etcd, set ETCD_ENDPOINTS to the graph's, or "
+                "DYN_DISCOVERY_BACKEND to the backend that the graph uses (etcd is "
+                "Dynamo's default)",
+            )
+    planes = {"DYN_EVENT_PLANE": "event plane", "DYN_REQUEST_PLANE": "request plane"}
+    named = [plane for plane in planes if environment.get(plane) == "nats"]
+    if named:
+        kinds = " and no ".join(planes[plane] for plane in named)
+        why = _refusal(environment.get("NATS_SERVER", "nats://localhost:4222"), 4222)
+        if why:
+            return (
+                f"no NATS answers: {why}; there is no {kinds}",
+                "start nats-server, set NATS_SERVER to the graph's, or "
+                f"{' and '.join(named)} to what the graph uses",
+            )
+    return None
+
+
+def _refusal(url: str, default_port: int) -> str:
+    """Why nothing accepts a connection at ``url``; empty if something does."""
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    address = parts.hostname or "localhost", parts.port or default_port
+    try:
+        with socket.create_connection(address, CONNECT_SECONDS):
+            return ""
+    except OSError as error:
+        return f"{url} ({error.strerror or error})"
 
 
 @functools.cache

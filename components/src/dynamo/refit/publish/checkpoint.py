@@ -14,11 +14,7 @@ directory into place, never by writing into one.
 from __future__ import annotations
 
 import json
-import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,12 +28,6 @@ INDEX_NAME = "model.safetensors.index.json"
 
 class CheckpointInvalid(RefitError):
     """A directory that is no complete safetensors checkpoint."""
-
-
-@dataclass(frozen=True)
-class TensorSize:
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 def checkpoint_shards(directory: Path | str) -> list[LocalShard]:
@@ -79,38 +69,6 @@ def checkpoint_shards(directory: Path | str) -> list[LocalShard]:
                 tensor=name,
             )
     return shards
-
-
-def checkpoint_sizes(directory: Path | str) -> dict[str, TensorSize]:
-    """Of every tensor in ``directory``, from the files' headers: maps nothing, and so
-    also of one that is larger than this machine's memory.
-
-    Raises:
-        CheckpointInvalid: no such directory, no safetensors in it, or a file that is
-            missing, cut short or corrupt.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointInvalid(f"{directory} is no directory")
-    sizes: dict[str, TensorSize] = {}
-    for file in _files(directory, _read_index(directory / INDEX_NAME)):
-        try:
-            # Torch would map it as memory that it may write to.
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.offset_keys():
-                    sizes[name] = _size(opened.get_slice(name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointInvalid(
-                f"{file} is missing, cut short or corrupt: {error}"
-            ) from error
-    return sizes
-
-
-def _size(tensor: Any) -> TensorSize:
-    shape = tuple(tensor.get_shape())
-    # BF16, F8_E4M3, I64, ...; a BOOL takes a byte.
-    bits = re.search(r"\d+", tensor.get_dtype())
-    return TensorSize(shape, math.prod(shape) * int(bits[0] if bits else 8) // 8)
 
 
 def _read_index(file: Path) -> dict[str, str]:
