@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from dynamo.common.utils.prometheus import register_engine_metrics_callback
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -332,6 +333,7 @@ class FakeEndpoint:
     def __init__(self) -> None:
         self.metrics = self
         self.text: Callable[[], str] | None = None
+        self.typed: Callable[[], list] | None = None
 
     def connection_id(self) -> int:
         return 0xABC
@@ -339,8 +341,8 @@ class FakeEndpoint:
     def register_prometheus_expfmt_callback(self, callback: Callable[[], str]) -> None:
         self.text = callback
 
-    def register_prometheus_typed_callback(self, callback: object) -> None:
-        pass
+    def register_prometheus_typed_callback(self, callback: Callable[[], list]) -> None:
+        self.typed = callback
 
 
 @pytest.mark.parametrize("kind", [WorkerMetrics, CoordinatorMetrics])
@@ -362,3 +364,23 @@ def test_names_and_labels_are_dynamos_and_no_version_is_a_label(kind: type) -> N
             assert labels.pop("worker_id") == "abc"
             assert set(labels) <= own
             assert "123456" not in labels.values()
+
+
+@pytest.mark.parametrize("kind", [WorkerMetrics, CoordinatorMetrics])
+def test_what_is_shown_is_what_dynamo_s_own_helper_shows(kind: type) -> None:
+    """It is in ai-dynamo, which the coordinator's package does not ask for."""
+    metrics, ours, theirs = kind(), FakeEndpoint(), FakeEndpoint()
+    for event in (staged(), refitted(), completed()):
+        metrics.observe(event)
+    export(metrics.registry, ours, "ns.backend.refit")
+    register_engine_metrics_callback(
+        theirs,
+        metrics.registry,
+        namespace_name="ns",
+        component_name="backend",
+        endpoint_name="refit",
+    )
+    assert ours.text() == theirs.text()
+    assert ours.typed() == theirs.typed()
+    names = [family.name for family in metrics.registry.collect()]
+    assert [family[0] for family in ours.typed()] == names

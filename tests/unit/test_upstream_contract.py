@@ -28,9 +28,6 @@ stand_in_if_missing()
 
 from dynamo.common import model_taints  # noqa: E402
 from dynamo.common.utils import graceful_shutdown  # noqa: E402
-from dynamo.common.utils.prometheus import (  # noqa: E402
-    register_engine_metrics_callback,
-)
 from dynamo.frontend import main as frontend_main  # noqa: E402
 from dynamo.frontend.frontend_args import (  # noqa: E402
     FrontendArgGroup,
@@ -522,10 +519,7 @@ def test_a_worker_keeps_no_attribute_where_the_extension_keeps_its_own(
         assert not set_there & (own | set(extension_names())), parent
 
 
-def test_metrics_and_routes_go_through_what_dynamo_s_own_components_use() -> None:
-    assert parameters(register_engine_metrics_callback)[:2] == ["endpoint", "registry"]
-    names = {"namespace_name", "component_name", "endpoint_name"}
-    assert names <= set(parameters(register_engine_metrics_callback))
+def test_routes_go_through_what_dynamo_s_own_components_use() -> None:
     fields = {"namespace", "discovery_backend", "request_plane", "event_plane"}
     parser = argparse.ArgumentParser()
     FrontendArgGroup().add_arguments(parser)

@@ -13,13 +13,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
-from dynamo.common.utils.prometheus import register_engine_metrics_callback
-from dynamo.prometheus_names import name_prefix
+from dynamo.prometheus_names import labels, name_prefix
 from dynamo.runtime import Endpoint
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
 
 from dynamo.refit.events import (
     Event,
@@ -75,15 +81,61 @@ OUTCOMES = ("completed", "failed", "superseded", "refused")
 
 def export(registry: CollectorRegistry, endpoint: Endpoint, path: str) -> None:
     """Show ``registry`` on this process's system server, labelled as Dynamo labels
-    its own metrics: namespace, component and endpoint from ``path``, and worker_id."""
+    its own metrics: namespace, component and endpoint from ``path``, and worker_id.
+
+    Dynamo's helper for it is in ai-dynamo, which a coordinator does without.
+    """
     namespace, component, name = path.split(".")
-    register_engine_metrics_callback(
-        endpoint,
+    labelled = _Labelled(
         registry,
-        namespace_name=namespace,
-        component_name=component,
-        endpoint_name=name,
+        {
+            labels.NAMESPACE: namespace,
+            labels.COMPONENT: component,
+            labels.ENDPOINT: name,
+            labels.WORKER_ID: format(endpoint.connection_id(), "x"),
+        },
     )
+    # /metrics shows text; OTLP exports what is handed over as a structure.
+    endpoint.metrics.register_prometheus_expfmt_callback(labelled.text)
+    endpoint.metrics.register_prometheus_typed_callback(labelled.typed)
+
+
+class _Labelled:
+    """A registry whose samples carry some labels more."""
+
+    def __init__(self, registry: CollectorRegistry, more: Mapping[str, str]) -> None:
+        self._registry = registry
+        self._more = more
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            labelled = Metric(
+                family.name, family.documentation, family.type, family.unit
+            )
+            labelled.samples = [
+                sample._replace(labels={**self._more, **sample.labels})
+                for sample in family.samples
+            ]
+            yield labelled
+
+    def text(self) -> str:
+        return generate_latest(self).decode()
+
+    def typed(self) -> list[tuple]:
+        """Name, text, type, unit and samples of each family, as Dynamo takes them."""
+        return [
+            (
+                family.name,
+                family.documentation,
+                family.type,
+                family.unit,
+                [
+                    (s.name, list(s.labels.items()), float(s.value), s.timestamp)
+                    for s in family.samples
+                ],
+            )
+            for family in self.collect()
+        ]
 
 
 class _Metrics:
