@@ -53,7 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def take_own_arguments() -> Options:
     """Our own arguments, taken out of what dynamo.vllm will parse."""
-    own, rest = build_parser().parse_known_args()
+    parser = build_parser()
+    own, rest = parser.parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        # Dynamo's own help follows, which does not have these.
+        print(parser.format_help())
     sys.argv = [sys.argv[0], *rest]
     return Options(**vars(own))
 
