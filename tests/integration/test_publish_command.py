@@ -287,41 +287,25 @@ async def test_a_version_that_does_not_end_is_withdrawn(
     assert bench.worker.version is None
 
 
-async def test_what_a_trainer_holds_is_announced_again(
+async def test_a_trainer_publishes_again_what_failed(
     bench: Bench, weights: dict[str, torch.Tensor]
 ) -> None:
-    """A version that failed, once its cause is gone; then under another number. The
-    trainer publishes on as if nothing had been."""
+    """Under the number that failed, once the cause is gone; and goes on above it."""
     bench.worker.refuse = LayoutRefused("has another shape", tensor="lm_head.weight")
     publisher = await asyncio.to_thread(WeightPublisher, "tiny", weights)
     try:
-        failed = await publisher.publish(3).released()
-        assert failed.outcome == "failed"
+        assert (await publisher.publish(3).released()).outcome == "failed"
         bench.worker.refuse = None
-
-        ended = await bench.publish("--from-trainer")
-        assert (ended.code, ended.complaints) == (0, [])
-        assert ended.out[0] == "trainer: version 3 of 'tiny' is announced"
-        assert ended.out[-1] == "version 3 is served"
+        assert (await publisher.publish(3).released()).outcome == "completed"
         assert bench.worker.version == 3
         assert_live(bench.worker, weights)
-
-        numbered = ("--from-trainer", "--version", 7, "--policy", "recompute", "--json")
-        ended = await bench.publish(*numbered)
-        assert (ended.code, ended.complaints) == (0, [])
-        expected = {"model": "tiny", "version": 7, "outcome": "completed", "detail": ""}
-        assert json.loads(ended.out[-1]) == expected
-        assert bench.worker.in_flight == ["continue", "recompute"]
 
         with torch.no_grad():
             weights["model.norm.weight"] += 1
         assert (await publisher.publish(8).released()).outcome == "completed"
         assert bench.worker.version == 8
         assert_live(bench.worker, weights)
-
-        ended = await bench.publish("--from-trainer", "--version", 6)
-        assert ended.code == 1
-        assert "version 6 was not installed: refused: stale" in ended.complaint
+        assert (await publisher.publish(6).released()).outcome == "refused"
     finally:
         await asyncio.to_thread(publisher.close)
     history = await fetch_history(bench.caller, "dynamo")
@@ -329,7 +313,6 @@ async def test_what_a_trainer_holds_is_announced_again(
     assert told == [
         (3, "failed"),
         (3, "completed"),
-        (7, "completed"),
         (8, "completed"),
         (6, "refused"),
     ]
@@ -386,12 +369,6 @@ def _read_all(descriptor: int) -> str:
             read += chunk
     os.close(descriptor)
     return read.decode(errors="replace")
-
-
-async def test_without_a_trainer(bench: Bench) -> None:
-    ended = await bench.publish("--from-trainer", "--trainer", "nobody")
-    assert (ended.code, ended.out) == (1, [])
-    assert "no trainer runs as component 'nobody': start it" in ended.complaint
 
 
 @pytest.fixture

@@ -385,24 +385,6 @@ class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
     detail: str = ""
 
 
-class AnnounceAgain(Message, frozen=True, kw_only=True, tag=True):
-    """Announce the newest version that is held, under its own number or ``version``.
-
-    One that has ended gets a new announcement, where its bytes cannot have changed.
-    """
-
-    version: int | None = None
-    in_flight: InFlightPolicy | None = None
-
-
-class Announced(Message, frozen=True, kw_only=True, tag=True):
-    """It is, or was, announced like this."""
-
-    model: str
-    version: int
-    announcement: str
-
-
 class Done(Message, frozen=True, kw_only=True, tag=True):
     """It was done, now or when it was first asked for."""
 
@@ -523,16 +505,9 @@ GroupRequest = (
 GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
 
 TrainerRequest = (
-    GetManifest
-    | GetFingerprints
-    | AcquireLease
-    | ReleaseLease
-    | AnnounceAgain
-    | GroupRequest
+    GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
 )
-TrainerReply = (
-    ManifestReply | FingerprintsReply | Announced | Done | GroupReply | Refused
-)
+TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
 
 
 # --- a worker's endpoint ----------------------------------------------------
