@@ -100,8 +100,6 @@ def test_the_last_event_of_a_version_is_the_coordinators() -> None:
 def test_events_are_told_in_one_line() -> None:
     started = RefitStarted(model="m", version=3, workers=(1, 2))
     assert describe(started) == "staging on 2 workers"
-    back = RefitStarted(model="m", version=7, workers=(1,), restores=5)
-    assert describe(back) == "staging on 1 worker, back to version 5"
     failure = Failure(kind="PointerMoved", message="it moved", stage="install")
     fenced = WorkerFenced(worker=7, version=3, failure=failure)
     told = "worker 7 was taken out of service: install: PointerMoved: it moved"
