@@ -121,7 +121,10 @@ class Worker:
         )
 
     def pass_time(self, now: float) -> None:
-        """Who waits at a barrier and hears nothing goes on by itself."""
+        """Who waits at a barrier and hears nothing goes on by itself; a fence is for
+        good."""
+        if self.phase == "fenced":
+            return
         if self.until is not None and now > self.until:
             self._finish() if self.installed else self._drop()
 
