@@ -238,8 +238,6 @@ class LocalGraph:
                 "dynamo.frontend",
                 "--http-port",
                 str(self.port),
-                "--frontend-route-extension",
-                "refit",
                 *self._frontend_args,
             ],
             **workers,

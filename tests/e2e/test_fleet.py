@@ -42,7 +42,7 @@ from tests.support.live_fleet import (
     live_fleet,
 )
 from tests.support.process_group import rank_process
-from tests.support.processes import Trainer, ask_cli
+from tests.support.processes import Trainer
 
 pytestmark = [
     pytest.mark.e2e,
@@ -387,28 +387,6 @@ async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
     done = fleet.events.of(RefitCompleted, fleet.version)[-1]
     assert done.catch_up
     assert admitted.worker in done.workers
-    await assert_go_back_together(fleet, admitted.worker, "C")
-
-
-async def assert_go_back_together(fleet: Fleet, joiner: int, name: str) -> None:
-    """One from its own copy, and the one that has none from the first."""
-    members = await asyncio.to_thread(fleet.members)
-    (keeper,) = set(members) - {joiner}
-    restores = members[keeper]["kept_version"]
-    assert (members[joiner]["kept_version"], restores) == (None, fleet.version - 1)
-    fleet.version = next(fleet.versions)
-    end = await asyncio.to_thread(
-        ask_cli, fleet.graph, "rollback", "--version", str(fleet.version)
-    )
-    fleet.serving = name
-    assert (end["outcome"], end["restores"]) == ("completed", restores)
-    assert end["weights"] == members[keeper]["kept_weights"]
-    staged = await asyncio.to_thread(
-        fleet.events.find_all, WorkerStaged, fleet.version, 2
-    )
-    read = {e.worker: sum(rank.nbytes for rank in e.ranks) for e in staged}
-    assert read[keeper] == 0 < read[joiner]
-    await fleet.assert_serves(name)
 
 
 async def ask_until_told(fleet: Fleet, stop: asyncio.Event) -> list[Completion]:

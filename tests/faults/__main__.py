@@ -54,7 +54,6 @@ def simulated_faults(seeds: range) -> Counter[str]:
             for name in ("faults", "tokens", "published", "completed", "failed"):
                 totals[name] += getattr(result, name)
             totals["fenced"] += result.fenced
-            totals["rolled back"] += result.rolled_back
     table = Table(title=f"{len(seeds)} lives of a simulated fleet")
     for name in totals:
         table.add_column(name, justify="right")

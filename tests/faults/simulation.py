@@ -25,7 +25,6 @@ FAULTS = (
     "publish",
     "publish",
     "publish quickly",
-    "roll back",
     "kill worker",
     "stall worker",
     "kill coordinator",
@@ -55,7 +54,6 @@ class Result:
     completed: int
     failed: int
     fenced: int
-    rolled_back: int
 
 
 def simulate(seed: int, *, faults: bool = True) -> Result:
@@ -104,17 +102,13 @@ async def _live(seed: int, faults: bool) -> Result:
         completed=kinds.count(RefitCompleted),
         failed=kinds.count(RefitFailed),
         fenced=kinds.count(WorkerFenced),
-        rolled_back=list(world.rollbacks.values()).count("completed"),
     )
 
 
 async def _quiet(world: World) -> int:
-    for number in range(5):
+    for _ in range(7):
         await asyncio.sleep(8.0)
         world.publish()
-        if number % 2:
-            await asyncio.sleep(8.0)
-            world.roll_back()
     return 0
 
 
@@ -139,8 +133,6 @@ def _fault(world: World, draw: random.Random, name: str) -> None:
         case "publish quickly":
             for number in range(draw.randint(2, 4)):
                 world.after(0.01 * number, world.publish)
-        case "roll back":
-            world.roll_back()
         case "kill coordinator":
             world.kill_coordinator()
         case "second coordinator":
@@ -242,7 +234,6 @@ def _what_is_left(world: World) -> dict[str, list[str]]:
             what = f"worker {number}: {status.version}, not {world.versions}"
             left["wrong_version"].append(what)
     left["leaked"] += world.trainer.left()
-    left["leaked"] += [f"rollback {n}" for n, how in world.rollbacks.items() if not how]
     if not world.workers:
         left["left_paused"].append("every worker")
     return left

@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 
 from dynamo.refit.args import CoordinatorConfig
-from dynamo.refit.coordinator.actions import FleetSeen
 from dynamo.refit.coordinator.component import (
     Coordinator,
     CoordinatorReplaced,
@@ -33,15 +32,12 @@ from dynamo.refit.protocol import (
     AcquireLease,
     Done,
     FingerprintsReply,
-    FleetMember,
     GetFingerprints,
     GetManifest,
     ManifestReply,
     Message,
     Refused,
     ReleaseLease,
-    Rollback,
-    RollbackStatus,
     TrainerRequest,
     WorkerRequest,
     from_wire,
@@ -361,8 +357,6 @@ class World:
         default_factory=list
     )
     events: list[Event] = field(default_factory=list)
-    #: By announcement, how rollbacks ended; ``None``: not yet.
-    rollbacks: dict[str, str | None] = field(default_factory=dict)
     tokens: int = 0
     #: From when on somebody knows that the fleet serves a version.
     served_since: float = math.inf
@@ -463,42 +457,6 @@ class World:
         done = self.trainer.alive and self.trainer.publish(self.versions + 1)
         self.versions += done
         return done
-
-    def roll_back(self) -> None:
-        """Ask for what was served before, and again until it has ended, as the command
-        does."""
-        version = self.versions + 1
-        wish = Rollback(announcement=f"r{version}", version=version)
-        if (begun := self._ask(wish)) is None:
-            return
-        self.versions = version
-        self.rollbacks[wish.announcement] = None
-        wish = msgspec.structs.replace(wish, to=begun.restores, weights=begun.weights)
-        self.spawn(self._follow(wish))
-
-    async def _follow(self, wish: Rollback) -> None:
-        while self.rollbacks[wish.announcement] is None:
-            await asyncio.sleep(REANNOUNCE_SECONDS)
-            if (status := self._ask(wish)) is not None:
-                self.rollbacks[wish.announcement] = status.outcome
-
-    def _ask(self, wish: Rollback) -> RollbackStatus | None:
-        if not self.coordinators or self.network.loses():
-            return None
-        coordinator, caller, _ = self.coordinators[-1]
-        members = tuple(
-            FleetMember(worker=number, component="backend", status=w.agent.status())
-            for number, w in sorted(self.workers.items())
-        )
-        try:
-            return (
-                None
-                if caller.cut_off
-                else coordinator.roll_back(wish, FleetSeen(members))
-            )
-        except RefitError:
-            # There is nothing to go back to.
-            return None
 
     # --- messages -----------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamo.refit.rank import buffers
 from tests.support.device_arena import DeviceEngine, assert_is
 
 pytestmark = [
@@ -20,20 +19,17 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("processed", [(), ("packed",)])
-def test_two_versions_change_places(
-    monkeypatch: pytest.MonkeyPatch, processed: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr(buffers, "EXCHANGE_NBYTES", 1000)
+def test_an_install_is_undone_from_pinned_memory(processed: tuple[str, ...]) -> None:
     engine = DeviceEngine(torch.device("cuda"), *processed)
     for seed in (1, 2):
         engine.stage(seed)
         engine.install()
     allocated = torch.cuda.memory_allocated()
-    for now, before in ((2, 1), (1, 2), (2, 1)):
-        engine.arena.recall()
-        assert_is(engine.live, now)
-        assert_is(engine.arena.staged, before)
-        assert_is(engine.arena.old, now)
+    for seed in (3, 4):
+        engine.stage(seed)
         engine.install()
-        assert_is(engine.live, before)
+        assert_is(engine.live, seed)
+        assert_is(engine.arena.old, 2)
+        engine.restore()
+        assert_is(engine.live, 2)
     assert torch.cuda.memory_allocated() == allocated

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo-refit publish`` and ``rollback`` against a real coordinator and a fake
-worker that reads the files' bytes over NIXL."""
+"""``dynamo-refit publish`` against a real coordinator and a fake worker that reads the
+files' bytes over NIXL."""
 
 from __future__ import annotations
 
@@ -94,18 +94,12 @@ class Bench:
         self.running.append(child)
         return child
 
-    async def start_command(self, *words: object) -> asyncio.subprocess.Process:
-        arguments = ["-m", "dynamo.refit.cli", *map(str, words)]
-        return await self.start(*arguments, heard=True)
-
     async def start_publish(self, *arguments: object) -> asyncio.subprocess.Process:
-        return await self.start_command("publish", *arguments)
+        words = ["-m", "dynamo.refit.cli", "publish", *map(str, arguments)]
+        return await self.start(*words, heard=True)
 
     async def publish(self, *arguments: object) -> Ended:
         return await end_of(await self.start_publish(*arguments))
-
-    async def rollback(self, *arguments: object) -> Ended:
-        return await end_of(await self.start_command("rollback", *arguments))
 
     async def prepared(self, times: int) -> None:
         """Until the worker was asked to stage for the ``times``-th time."""
@@ -287,41 +281,25 @@ async def test_a_version_that_does_not_end_is_withdrawn(
     assert bench.worker.version is None
 
 
-async def test_what_a_trainer_holds_is_announced_again(
+async def test_a_trainer_publishes_again_what_failed(
     bench: Bench, weights: dict[str, torch.Tensor]
 ) -> None:
-    """A version that failed, once its cause is gone; then under another number. The
-    trainer publishes on as if nothing had been."""
+    """Under the number that failed, once the cause is gone; and goes on above it."""
     bench.worker.refuse = LayoutRefused("has another shape", tensor="lm_head.weight")
     publisher = await asyncio.to_thread(WeightPublisher, "tiny", weights)
     try:
-        failed = await publisher.publish(3).released()
-        assert failed.outcome == "failed"
+        assert (await publisher.publish(3).released()).outcome == "failed"
         bench.worker.refuse = None
-
-        ended = await bench.publish("--from-trainer")
-        assert (ended.code, ended.complaints) == (0, [])
-        assert ended.out[0] == "trainer: version 3 of 'tiny' is announced"
-        assert ended.out[-1] == "version 3 is served"
+        assert (await publisher.publish(3).released()).outcome == "completed"
         assert bench.worker.version == 3
         assert_live(bench.worker, weights)
-
-        numbered = ("--from-trainer", "--version", 7, "--policy", "recompute", "--json")
-        ended = await bench.publish(*numbered)
-        assert (ended.code, ended.complaints) == (0, [])
-        expected = {"model": "tiny", "version": 7, "outcome": "completed", "detail": ""}
-        assert json.loads(ended.out[-1]) == expected
-        assert bench.worker.in_flight == ["continue", "recompute"]
 
         with torch.no_grad():
             weights["model.norm.weight"] += 1
         assert (await publisher.publish(8).released()).outcome == "completed"
         assert bench.worker.version == 8
         assert_live(bench.worker, weights)
-
-        ended = await bench.publish("--from-trainer", "--version", 6)
-        assert ended.code == 1
-        assert "version 6 was not installed: refused: stale" in ended.complaint
+        assert (await publisher.publish(6).released()).outcome == "refused"
     finally:
         await asyncio.to_thread(publisher.close)
     history = await fetch_history(bench.caller, "dynamo")
@@ -329,7 +307,6 @@ async def test_what_a_trainer_holds_is_announced_again(
     assert told == [
         (3, "failed"),
         (3, "completed"),
-        (7, "completed"),
         (8, "completed"),
         (6, "refused"),
     ]
@@ -388,12 +365,6 @@ def _read_all(descriptor: int) -> str:
     return read.decode(errors="replace")
 
 
-async def test_without_a_trainer(bench: Bench) -> None:
-    ended = await bench.publish("--from-trainer", "--trainer", "nobody")
-    assert (ended.code, ended.out) == (1, [])
-    assert "no trainer runs as component 'nobody': start it" in ended.complaint
-
-
 @pytest.fixture
 async def alone(environment: dict[str, str]) -> Bench:
     """Nobody else in the namespace."""
@@ -415,132 +386,3 @@ async def test_a_coordinator_that_knows_no_model(
     assert "give --model NAME, or start a worker first" in ended.complaint
     coordinator.kill()
     await coordinator.wait()
-
-
-# --- and back again ---------------------------------------------------------------
-
-
-@pytest.fixture
-async def refitted(
-    bench: Bench, checkpoint: Path, tmp_path: Path, weights: dict[str, torch.Tensor]
-) -> Bench:
-    """Serves version 2, whose weights are twice those of version 1."""
-    doubled = tmp_path / "doubled"
-    doubled.mkdir()
-    twice = {name: 2 * tensor for name, tensor in weights.items()}
-    save_file(twice, doubled / "model.safetensors")
-    for version, directory in ((1, checkpoint), (2, doubled)):
-        assert (await bench.publish(directory, "--version", version)).code == 0
-    assert_live(bench.worker, twice)
-    return bench
-
-
-async def test_rollback_serves_what_was_served_before(
-    refitted: Bench, weights: dict[str, torch.Tensor]
-) -> None:
-    """Nobody publishes it: the process that did is gone."""
-    bench, worker = refitted, refitted.worker
-    fingerprints = {1: worker.kept[1], 2: worker.weights}
-    ended = await bench.rollback()
-    assert (ended.code, ended.complaints) == (0, [])
-    assert ended.out == [
-        f"version 3 brings back the weights of version 1, fingerprint "
-        f"{fingerprints[1]}",
-        "version 3 is served",
-    ]
-    assert (worker.version, worker.weights) == (3, fingerprints[1])
-    assert_live(worker, weights)
-
-    ended = await bench.rollback(
-        "--json", "--version", 7, "--to", 2, "--policy", "recompute"
-    )
-    assert (ended.code, ended.complaints) == (0, [])
-    assert [json.loads(line) for line in ended.out] == [
-        {
-            "version": 7,
-            "restores": 2,
-            "weights": fingerprints[2],
-            "outcome": "completed",
-            "detail": "",
-        }
-    ]
-    assert (worker.version, worker.weights) == (7, fingerprints[2])
-    assert worker.in_flight == ["continue"] * 3 + ["recompute"]
-    assert (await fetch_status(bench.caller, "dynamo")).completed == 7
-
-
-async def test_what_cannot_be_gone_back_to_is_one_line(
-    refitted: Bench, checkpoint: Path
-) -> None:
-    """And nothing is begun."""
-    bench, worker = refitted, refitted.worker
-    for arguments, says in (
-        (("--to", 5), "copy of version 5 (kept: version 1 by 1 worker): publish the"),
-        (("--version", 2), "version 2 is not above 2, the newest so far"),
-    ):
-        ended = await bench.rollback(*arguments)
-        assert (ended.code, ended.out) == (1, [])
-        assert says in ended.complaint
-    worker.refuse = LayoutRefused("has another shape")
-    assert (await bench.publish(checkpoint, "--version", 3)).code == 1
-    # A real one's copy may be gone by then.
-    worker.refuse, worker.kept = None, None
-    prepares = worker.prepares
-    ended = await bench.rollback("--json")
-    assert (ended.code, ended.out) == (1, [])
-    assert ended.complaint.startswith(
-        "dynamo-refit: no worker keeps a copy of a version before"
-    )
-    assert ended.complaint.endswith("dynamo-refit publish DIR --version 4")
-    assert (worker.version, worker.prepares) == (2, prepares)
-
-
-async def test_a_rollback_that_fails_says_why(refitted: Bench) -> None:
-    bench, worker = refitted, refitted.worker
-    worker.refuse = LayoutRefused("has another shape")
-    ended = await bench.rollback("--json")
-    assert ended.code == 1
-    (end,) = map(json.loads, ended.out)
-    assert (end["version"], end["outcome"]) == (3, "failed")
-    assert "version 3 was not installed: failed: " in ended.complaint
-    assert "LayoutRefused: has another shape" in ended.complaint
-    assert worker.version == 2
-
-
-async def test_a_rollback_outlives_its_command_and_its_coordinator(
-    refitted: Bench, weights: dict[str, torch.Tensor]
-) -> None:
-    """A timeout and an interrupt end the command only; and one that goes on asking
-    finds the next coordinator, which knows nothing of it."""
-    bench, worker = refitted, refitted.worker
-    worker.gate.clear()
-    ended = await bench.rollback("--timeout", 3)
-    assert ended.code == 1
-    assert "version 3 has not ended within 3 s, but may yet be" in ended.complaint
-    child = await bench.start_command("rollback")
-    await bench.prepared(4)
-    child.send_signal(signal.SIGTERM)
-    ended = await end_of(child)
-    assert ended.code == 130
-    assert "interrupted; the coordinator goes on with version 4" in ended.complaint
-    assert not any("Traceback" in line for line in ended.err)
-
-    child = await bench.start_command("rollback")
-    await bench.prepared(5)
-    coordinator = bench.running[0]
-    coordinator.kill()
-    await coordinator.wait()
-    await bench.start("-m", "dynamo.refit", "--fleet-poll-seconds", "0.1")
-    await bench.prepared(6)
-    worker.gate.set()
-    ended = await end_of(child)
-    assert (ended.code, ended.complaints) == (0, [])
-    assert ended.out[-1] == "version 5 is served"
-    assert worker.version == 5
-    assert_live(worker, weights)
-
-
-async def test_without_a_coordinator_nobody_can_go_back(alone: Bench) -> None:
-    ended = await alone.rollback()
-    assert (ended.code, ended.out) == (1, [])
-    assert "no coordinator in namespace 'dynamo': start `python" in ended.complaint

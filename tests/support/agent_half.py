@@ -140,47 +140,26 @@ class AgentHalf:
         Raises:
             RefitError: refused; the ranks have let go of it, as after an agent's.
         """
-        self.trainer.offer = offered
-        return self._stage(
-            manifest=offered.announced,
-            slot=offered.slot,
-            weights=offered.weights,
-            stage_seconds=seconds,
-        )
-
-    def recall(self, restores: int, weights: str) -> list[RankVote]:
-        """As :meth:`stage`, from the ranks' own copies of an older version."""
-        self.trainer.offer = None
-        return self._stage(
-            manifest="",
-            slot=0,
-            weights=weights,
-            stage_seconds=STAGE_SECONDS,
-            restores=restores,
-        )
-
-    def _stage(self, **fields: object) -> list[RankVote]:
         self._version += 1
+        self.trainer.offer = offered
         prepare = Prepare(
             version=self._version,
             epoch=1,
             announcement=f"a{self._version}",
             endpoint="-",
             instance=0,
+            manifest=offered.announced,
+            slot=offered.slot,
+            weights=offered.weights,
+            stage_seconds=seconds,
             commit_seconds=STAGE_SECONDS,
             keep_seconds=STAGE_SECONDS,
-            **fields,
         )
         try:
             return list(self._runner.run(self._ranks.stage(prepare)))
         except Exception:
             self._runner.run(self._ranks.discard(self._version))
             raise
-
-    @property
-    def kept(self) -> int | None:
-        """The version that the ranks are believed to have a copy of."""
-        return self._ranks.kept.version if self._ranks.kept else None
 
     def refuse(self, offered: Offer, seconds: float = STAGE_SECONDS) -> Failure:
         """The failure that an agent answers a prepare with, which must fail."""
@@ -204,14 +183,10 @@ class AgentHalf:
     def refit(self, offered: Offer) -> list[RankVote]:
         """Stage an offer, scribble over the live parameters, install and verify it."""
         votes = self.stage(offered)
-        self.take_over()
-        return votes
-
-    def take_over(self) -> None:
-        """Scribble over the live parameters, install what is staged and verify it."""
         self.group.scribble()
         self.install()
         assert self.verify() == 0
+        return votes
 
     def close(self) -> None:
         self._runner.close()

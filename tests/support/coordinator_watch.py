@@ -196,7 +196,6 @@ class Watch:
     ) -> None:
         match action:
             case TakeLease():
-                assert action.ready.restores is None, "it has no trainer"
                 self._is_open(action.ready)
                 self.leases[action.ready.announcement] += 1
             case SendServe():
@@ -243,12 +242,7 @@ class Watch:
         assert action.worker in self.open.members
         assert not self.open.told, "staged during the commit"
         self.open.asked.add(action.worker)
-        if action.recall:
-            status = self.reconciler.fleet[action.worker].status
-            kept = status.kept_version, status.kept_weights
-            assert kept == (action.ready.restores, action.ready.weights), "no copy"
-        elif action.served is None:
-            assert action.ready.restores is None, "it has no trainer"
+        if action.served is None:
             assert self.leases[action.ready.announcement] > 0, "nobody keeps it"
         else:
             assert self.peer_leases[action.peer, action.served.announcement] == 1

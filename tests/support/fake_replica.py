@@ -55,7 +55,6 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
     RankVote,
-    Recall,
     Refused,
     Restore,
     Running,
@@ -167,12 +166,7 @@ class FakeRank:
         self.name = f"rank-{rank}"
         self.peers: dict[str, FakeRank] = {}
         self.shadows: list[int | None] = [None, None]
-        #: As which version each was staged: after a rollback, another than it has.
-        self.names: list[int | None] = [None, None]
         self.live_shadow = 1
-        #: What was live before and is still there; and what the staged one was.
-        self.kept: int | None = None
-        self.recalled: int | None = None
         #: Until when others read a shadow, on the loop's clock.
         self.offered: dict[int, float] = {}
         self._sources: tuple[str, ...] = ()
@@ -224,16 +218,13 @@ class FakeRank:
                     raise RefitError(f"this rank has no manifest {request.manifest}")
                 self.staged = None
                 return self._start(request, "stage", self._stage)
-            case Recall():
-                self.staged = None
-                return self._start(request, "stage", self._recall)
             case Poll(version=version):
                 return self._poll(version)
             case Offer():
                 return self._offer(request)
             case Withdraw(version=version):
                 for shadow in (0, 1):
-                    if self.names[shadow] == version:
+                    if self.shadows[shadow] == version:
                         self.offered.pop(shadow, None)
                 return Done()
             case Install():
@@ -253,7 +244,7 @@ class FakeRank:
 
     def _start(
         self,
-        request: Stage | Recall | Install | Verify,
+        request: Stage | Install | Verify,
         doing: str,
         work: Callable[[Any], RankReply],
     ) -> RankReply:
@@ -288,25 +279,12 @@ class FakeRank:
 
     def _stage(self, request: Stage) -> RankReply:
         content = self._read(request)
-        self.kept = self.recalled = None
+        self.staged, self.backup = request.version, self.live
         self.shadows[1 - self.live_shadow] = content
-        return self._hold(request.version, content, request.want_reads)
-
-    def _recall(self, request: Recall) -> Staged:
-        if self.kept != request.restores:
-            raise NoWayBack(f"kept is version {self.kept}, not {request.restores}")
-        self.recalled = self.kept
-        content = self.shadows[1 - self.live_shadow]
-        return self._hold(request.version, content, want_reads=True)
-
-    def _hold(self, version: int, content: int, want_reads: bool) -> Staged:
-        """``content`` is staged as ``version``, in the shadow that is not live."""
-        self.staged, self.backup = version, self.live
-        self.names[1 - self.live_shadow] = version
         parts = parts_of(content, self.rank)
         for number, error in self.wrong.items():
             parts[number] = (int(parts[number]) + error) % 2**64
-        reads = reads_of(self.rank) if want_reads else ()
+        reads = reads_of(self.rank) if request.want_reads else ()
         if self.reordered:
             parts, reads = parts[::-1], reads_of(self.rank)[::-1]
         mode = "direct" if self.direct else MEMORY.mode
@@ -323,7 +301,7 @@ class FakeRank:
 
     def _offer(self, request: Offer) -> RankReply:
         shadow = self.live_shadow if request.live else 1 - self.live_shadow
-        if self.names[shadow] != request.version or self.direct:
+        if self.shadows[shadow] != request.version or self.direct:
             raise PeerUnsuitable(f"version {request.version} is not in its shadows")
         now = asyncio.get_running_loop().time()
         self.offered[shadow] = max(self.offered.get(shadow, 0.0), now + request.seconds)
@@ -346,15 +324,14 @@ class FakeRank:
         self._require(request.version)
         if self.live != request.version:
             self.live_shadow = 1 - self.live_shadow
-            self.kept = None if self.direct else self.live
         self.live = request.version
         return Installed(rank=self.rank)
 
     def undo(self) -> None:
-        """Put back what was live before; what was recalled can be recalled again."""
+        """Put back what was live before."""
         if self.live != self.backup:
             self.live_shadow = 1 - self.live_shadow
-        self.live, self.kept = self.backup, self.recalled
+        self.live = self.backup
 
     def _verify(self, request: Verify) -> RankReply:
         if self.live != request.version:
@@ -613,12 +590,6 @@ class Bench:
             "keep_seconds": 60.0,
         }
         return Prepare(**(fields | changes))
-
-    def rollback(self, version: int, restores: int, **changes: Any) -> Prepare:
-        """To prepare ``version`` from the worker's own copy of ``restores``."""
-        nowhere = {"endpoint": "", "instance": 0, "manifest": "", "slot": 0}
-        fields = {"restores": restores, "weights": weights_of(restores)}
-        return self.prepare(version, **(nowhere | fields | changes))
 
     async def staged(self, version: int, **changes: Any) -> Vote:
         vote = await self.agent.answer(self.prepare(version, **changes))

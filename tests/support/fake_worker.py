@@ -5,8 +5,7 @@
 It answers the coordinator as a worker with one rank does, reads every shard of the
 announced version from wherever the manifest says, checks the version's fingerprint,
 and keeps the bytes by tensor name, as "live" ones from the commit on; ``served`` has
-those of every version that was committed, and ``kept`` those that were live before,
-which it goes back to when it is asked to.
+those of every version that was committed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from dynamo.runtime import DistributedRuntime
 from dynamo.refit.bus import EventPublisher
 from dynamo.refit.errors import (
     FingerprintMismatch,
-    NoWayBack,
     RefitError,
     TransferFailed,
 )
@@ -85,8 +83,6 @@ class FakeWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.refuse: RefitError | None = None
-        #: What was live before: version, fingerprint, bytes.
-        self.kept: tuple[int, str, Bytes] | None = None
         self._staged: dict[int, tuple[str, Bytes]] = {}
         self._epoch = 0
         self._caller = Caller(runtime)
@@ -114,7 +110,6 @@ class FakeWorker:
         raise RefitError(f"{type(request).__name__} is not for a fake worker")
 
     def _status(self) -> WorkerStatus:
-        kept_version, kept_weights, _ = self.kept or (None, "", {})
         return WorkerStatus(
             model=self.model,
             phase="serving",
@@ -124,8 +119,6 @@ class FakeWorker:
             epoch=self._epoch,
             kv_epoch="",
             ranks=1,
-            kept_version=kept_version,
-            kept_weights=kept_weights,
             release=self.release,
             schema=SCHEMA,
         )
@@ -137,8 +130,6 @@ class FakeWorker:
         if self.refuse is not None:
             raise self.refuse
         began = time.time()
-        if request.restores is not None:
-            return self._recall(request, began)
         reply = await self._caller.call(
             request.endpoint,
             request.instance,
@@ -155,20 +146,8 @@ class FakeWorker:
         weights = _fingerprint(manifest, held)
         if weights != request.weights:
             raise FingerprintMismatch(f"{weights} was read, not {request.weights}")
-        self.kept = None
-        return self._hold(request, weights, held, _vote(manifest.nbytes, began))
-
-    def _recall(self, request: Prepare, began: float) -> Vote:
-        if self.kept is None or self.kept[:2] != (request.restores, request.weights):
-            raise NoWayBack(f"no copy of version {request.restores} is kept here")
-        _, weights, held = self.kept
-        return self._hold(request, weights, held, _vote(0, began))
-
-    def _hold(
-        self, request: Prepare, weights: str, held: Bytes, vote: RankVote
-    ) -> Vote:
         self._staged[request.version] = (weights, held)
-        votes = (vote,)
+        votes = (_vote(manifest.nbytes, began),)
         self.events.publish(
             WorkerStaged(worker=self.worker, version=request.version, ranks=votes)
         )
@@ -176,8 +155,6 @@ class FakeWorker:
 
     def _commit(self, request: Commit) -> Message:
         weights, held = self._staged.pop(request.version)
-        if self.version is not None:
-            self.kept = self.version, self.weights, self.live
         self.version, self.weights, self.live = request.version, weights, held
         self.served[request.version] = held
         self.in_flight.append(request.in_flight)

@@ -110,14 +110,10 @@ def member(
     model: str = "tiny",
     weights: str | None = None,
     admitted: bool = True,
-    kept: int | None = None,
-    kept_weights: str | None = None,
     component: str = "backend",
 ) -> FleetMember:
     if weights is None:
         weights = "" if version is None else f"weights-{version}"
-    if kept_weights is None:
-        kept_weights = "" if kept is None else f"weights-{kept}"
     status = WorkerStatus(
         model=model,
         phase=phase,
@@ -128,8 +124,6 @@ def member(
         kv_epoch="",
         ranks=1,
         admitted=admitted,
-        kept_version=kept,
-        kept_weights=kept_weights,
     )
     return FleetMember(worker=worker, component=component, status=status)
 

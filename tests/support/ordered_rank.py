@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
-import torch
 from torch import nn
 
 from dynamo.refit.rank.cycle import Limit
@@ -44,10 +43,6 @@ class OrderedRanks(RankGroup):
 
     def move_back(self) -> None:
         self._ask("move_back")
-
-    def spoil_copy(self, rank: int, parameter: str) -> None:
-        """Change one byte of the copy that one rank keeps of the version before."""
-        self._ask("spoil_copy", rank, parameter)
 
     def exit_codes(self, seconds: float = 20.0) -> list[int]:
         """Wait until every process has ended."""
@@ -111,12 +106,6 @@ class OrderedRankProcess(RankProcess):
         if self._moved is not None:
             self._put(*self._moved)
             self._moved = None
-
-    def spoil_copy(self, rank: int, parameter: str) -> None:
-        if rank == self._rank:
-            arena = self._worker._refit_rank()._stager._arena
-            copy = arena.shadows[1 - arena.live].by_name[parameter]
-            copy.view(-1).view(torch.uint8)[5] ^= 1
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         module, _, own = name.rpartition(".")

@@ -101,8 +101,6 @@ class Worker:
     phase: WorkerPhase = "serving"
     epoch: int = 0
     staged: WeightVersionReady | None = None
-    #: What it served before, and its fingerprint, while it has a copy.
-    kept: tuple[int, str] | None = None
     #: Who serves what is staged, and under which name.
     source: tuple[int, str] | None = None
     #: At a barrier: until when it waits, and whether it has installed.
@@ -112,7 +110,6 @@ class Worker:
     leases: set[str] = field(default_factory=set)
 
     def seen(self) -> FleetMember:
-        kept, kept_weights = self.kept or (None, None)
         return member(
             self.number,
             self.version,
@@ -120,13 +117,14 @@ class Worker:
             pending=self.staged.version if self.staged else None,
             weights=self.weights,
             admitted=self.admitted,
-            kept=kept,
-            kept_weights=kept_weights,
             component="prefill" if self.number % 3 == 0 else "backend",
         )
 
     def pass_time(self, now: float) -> None:
-        """Who waits at a barrier and hears nothing goes on by itself."""
+        """Who waits at a barrier and hears nothing goes on by itself; a fence is for
+        good."""
+        if self.phase == "fenced":
+            return
         if self.until is not None and now > self.until:
             self._finish() if self.installed else self._drop()
 
@@ -167,13 +165,8 @@ class Worker:
         self._drop()
         peer = action.peer
         source = None if peer is None else (peer, action.served.announcement)
-        if action.recall:
-            if self.kept != (action.ready.restores, action.ready.weights):
-                return refused("NoWayBack", self.number)
-        elif not fleet.can_read(source, action.ready):
+        if not fleet.can_read(source, action.ready):
             return refused("SourceLost", self.number)
-        else:
-            self.kept = None
         self.staged, self.source, self.phase = action.ready, source, "staged"
         mode = "direct" if self.direct else "device"
         return voted(self.number, action.ready, mode=mode).reply
@@ -237,8 +230,6 @@ class Worker:
     def _finish(self) -> Committed:
         ready = self.staged
         assert ready.version >= (self.version or 0), "taken back"
-        has_copy = self.version is not None and not self.direct
-        self.kept = (self.version, self.weights) if has_copy else None
         self.version, self.weights, self.admitted = ready.version, ready.weights, True
         self.last_commit = self.epoch, ready.version
         self._drop()

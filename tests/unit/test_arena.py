@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dynamo.refit.errors import TransferFailed
 from dynamo.refit.protocol import CacheCounters, MemoryUse, StagingMode
 from dynamo.refit.rank import buffers
-from dynamo.refit.rank.buffers import Arena, exchange
+from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
 from tests.support.device_arena import DISGUISED, DeviceEngine, assert_is
@@ -184,80 +184,6 @@ def test_a_first_version_that_is_given_up_leaves_no_way_back_for_the_next() -> N
     assert _version(engine.arena.staged) == 2
 
 
-@pytest.mark.parametrize("processed", [(), ("packed",)])
-def test_the_version_before_is_recalled_again_and_again(
-    processed: tuple[str, ...],
-) -> None:
-    engine = Engine(*processed)
-    for version in (1, 2):
-        engine.stage(version)
-        engine.install()
-    for now, before in ((2, 1), (1, 2), (2, 1)):
-        for _ in range(2):
-            # The second time nothing has come in between.
-            engine.arena.recall()
-            assert engine.live.version == now
-            assert _version(engine.arena.staged) == before
-            assert _version(engine.arena.old) == now
-        engine.install()
-        assert engine.live.version == before
-    engine.stage(3)
-    assert _version(engine.arena.old) == 1
-
-
-def test_what_was_recalled_and_undone_is_recalled_again() -> None:
-    engine = Engine()
-    for version in (1, 2):
-        engine.stage(version)
-        engine.install()
-    for _ in range(2):
-        engine.arena.recall()
-        engine.install()
-        engine.restore()
-        assert engine.live.version == 2
-    engine.arena.recall()
-    assert _version(engine.arena.staged) == 1
-    # And what comes then does not overwrite what is live.
-    engine.stage(3)
-    assert _version(engine.arena.old) == 2
-
-
-@given(
-    steps=st.lists(st.sampled_from(["install", "restore", "recall"]), max_size=12),
-    processed=st.sampled_from([(), ("packed",)]),
-)
-def test_recalls_change_no_byte_of_host_memory(
-    steps: list[str], processed: tuple[str, ...]
-) -> None:
-    """Whatever is done and undone in between, both versions stay where they are."""
-    engine = Engine(*processed)
-    for version in (1, 2):
-        engine.stage(version)
-        engine.install()
-    engine.arena.recall()
-    before = [shadow.buffer.bytes.clone() for shadow in engine.arena.shadows]
-    for step in steps:
-        getattr(engine.arena if step == "recall" else engine, step)()
-        live = engine.arena.shadows[engine.arena.live]
-        assert _version(live.staged) == engine.live.version
-    for shadow, bytes_before in zip(engine.arena.shadows, before, strict=True):
-        assert torch.equal(shadow.buffer.bytes, bytes_before)
-
-
-@pytest.mark.parametrize("nbytes", [1, 7, 8, 20])
-def test_two_buffers_exchange_their_bytes_a_piece_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, nbytes: int
-) -> None:
-    monkeypatch.setattr(buffers, "EXCHANGE_NBYTES", 8)
-    one = torch.arange(nbytes, dtype=torch.uint8)
-    other = 100 + one
-    places = one.data_ptr(), other.data_ptr()
-    exchange(one, other)
-    assert one.tolist() == list(range(100, 100 + nbytes))
-    assert other.tolist() == list(range(nbytes))
-    assert (one.data_ptr(), other.data_ptr()) == places
-
-
 @given(
     steps=st.lists(st.sampled_from(["stage", "install", "restore"]), max_size=12),
     processed=st.sampled_from([(), ("packed",)]),
@@ -361,15 +287,13 @@ def test_a_shadow_that_nixl_refuses_takes_the_one_before_it_along(
 def device_engine(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> DeviceEngine:
-    """Serves version 2, and served 1 before; its buffers are exchanged in many
-    pieces."""
+    """Serves version 2, and served 1 before."""
 
     def allocate(nbytes: int, device: object) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     monkeypatch.setattr(buffers, "_allocate", allocate)
     monkeypatch.setattr(buffers, "memory_of", lambda device: ("VRAM", 0))
-    monkeypatch.setattr(buffers, "EXCHANGE_NBYTES", 1000)
     engine = DeviceEngine(DISGUISED, *request.param)
     assert (len(engine.arena.shadows), engine.arena.live) == (1, None)
     for seed in (1, 2):
@@ -378,72 +302,20 @@ def device_engine(
     return engine
 
 
-def test_on_a_device_the_two_versions_change_places(
+def test_on_a_device_an_install_is_undone_from_host_memory(
     device_engine: DeviceEngine,
 ) -> None:
+    """And what comes after it has its way back, too."""
     engine = device_engine
-    for now, before in ((2, 1), (1, 2), (2, 1)):
-        for _ in range(2):
-            # The second time there is nothing to do.
-            engine.arena.recall()
-            assert engine.arena.live is None
-            assert_is(engine.live, now)
-            assert_is(engine.arena.staged, before)
-            assert_is(engine.arena.old, now)
-        engine.install()
-        assert_is(engine.live, before)
-        assert engine.arena.live == 0
-
-
-def test_on_a_device_a_recall_is_undone_and_done_again(
-    device_engine: DeviceEngine,
-) -> None:
-    engine = device_engine
-    for _ in range(2):
-        engine.arena.recall()
-        engine.install()
-        engine.restore()
-        assert_is(engine.live, 2)
-    engine.arena.recall()
-    assert_is(engine.arena.staged, 1)
-
-
-def test_on_a_device_what_comes_after_a_recall_has_its_way_back(
-    device_engine: DeviceEngine,
-) -> None:
-    """After one that was given up before its install, and after one that was not."""
-    engine = device_engine
-    engine.arena.recall()
     engine.stage(3)
     assert_is(engine.arena.old, 2)
     engine.install()
     assert_is(engine.live, 3)
-    engine.arena.recall()
-    assert_is(engine.arena.staged, 2)
-    engine.install()
+    assert engine.arena.live == 0
+    engine.restore()
+    assert_is(engine.live, 2)
+    assert engine.arena.live is None
     engine.stage(4)
     assert_is(engine.arena.old, 2)
-
-
-def test_an_exchange_that_breaks_off_leaves_no_way_back(
-    device_engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither buffer is whole, and neither passes for it; the next version that is
-    staged finds what is live where it still is."""
-    engine = device_engine
-
-    def break_off(*buffers: torch.Tensor) -> None:
-        buffers[0][:1000] = 0
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(buffers, "exchange", break_off)
-        with pytest.raises(RuntimeError, match="gone"):
-            engine.arena.recall()
-    assert (engine.arena.old, engine.arena.live) == (None, None)
-    assert_is(engine.live, 2)
-    engine.stage(3)
-    if engine.can_copy_out:
-        assert_is(engine.arena.old, 2)
-    else:
-        assert engine.arena.old is None
+    engine.install()
+    assert_is(engine.live, 4)

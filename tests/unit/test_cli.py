@@ -34,12 +34,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (("publish", ".", "--version", 1), "has no *.safetensors: give the directory"),
         (("publish", ".", "--version", "new"), "Invalid value for '--version'"),
         (("publish", ".", "--version", -1), "Invalid value for '--version'"),
-        (("publish", "."), "a DIR needs a --version"),
-        (("publish", ".", "--from-trainer"), "either a DIR or --from-trainer"),
+        (("publish", "."), "Missing option '--version'"),
         (("publish", ".", "--version", 1, "--policy", "drop"), "'--policy'"),
         (("publish", ".", "--version", 1, "--timeout", 0), "'--timeout'"),
-        (("publish",), "give either a DIR or --from-trainer"),
-        (("publish", "--version", 1), "give either a DIR or --from-trainer"),
+        (("publish", "--version", 1), "Missing argument 'DIR'"),
         (("doctor", "--model", "."), "No such option"),
         (("unpublish",), "No such command 'unpublish'"),
     ],
@@ -101,8 +99,6 @@ def test_the_last_event_of_a_version_is_the_coordinators() -> None:
 def test_events_are_told_in_one_line() -> None:
     started = RefitStarted(model="m", version=3, workers=(1, 2))
     assert describe(started) == "staging on 2 workers"
-    back = RefitStarted(model="m", version=7, workers=(1,), restores=5)
-    assert describe(back) == "staging on 1 worker, back to version 5"
     failure = Failure(kind="PointerMoved", message="it moved", stage="install")
     fenced = WorkerFenced(worker=7, version=3, failure=failure)
     told = "worker 7 was taken out of service: install: PointerMoved: it moved"

@@ -109,7 +109,7 @@ def test_a_history() -> None:
                 excluded=(gone,),
             ),
             record(6, "superseded", seconds=0.125, detail="by version 7"),
-            record(7, "under way", restores=5),
+            record(7, "under way"),
         ),
     )
     assert lines_of(history_table(past)) == [
@@ -120,7 +120,7 @@ def test_a_history() -> None:
         f"{' ' * 49}without commit: WorkerLeft: it",
         f"{' ' * 49}left (worker 7215758003448591)",
         "6       01-15 08:00:06 0.12 s -       superseded by version 7",
-        "7       01-15 08:00:07 -      -       under way  back to version 5",
+        "7       01-15 08:00:07 -      -       under way",
     ]
 
 

@@ -89,14 +89,6 @@ def test_a_version_is_under_way_and_then_completed() -> None:
     assert life.history.view().since == EPOCH
 
 
-def test_a_rollback_is_told_as_one() -> None:
-    life = Life(member(1, 6, kept=5))
-    back = ready(7, endpoint="", manifest="", weights="weights-5", restores=5)
-    life.hear(1.0, back, *votes(back, 1), committed(1, back))
-    (record,) = life.records
-    assert (record.version, record.outcome, record.restores) == (7, "completed", 5)
-
-
 def test_each_way_to_end_is_told_with_its_cause() -> None:
     life = Life(1)
     life.hear(1.0, V5, not_leased(V5))

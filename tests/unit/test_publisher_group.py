@@ -29,7 +29,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.merge import RankPart, merge
-from dynamo.refit.publish.publication import KEPT, Publication
+from dynamo.refit.publish.publication import KEPT
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -676,93 +676,3 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
             name = sorted(leased)[0]
             leased.discard(name)
             job.release(name)
-
-
-# Announced once more, by somebody who asks for it.
-
-
-def again(job: Job, version: int | None = None) -> Publication:
-    return job.group.log.again(version, None, job.now)
-
-
-def test_what_is_out_is_announced_as_it_is(job: Job) -> None:
-    name = job.publish(5)
-    assert [p.announcement for p in job.group.log.to_announce()] == [name]
-    assert again(job).announcement == name
-    assert [p.announcement for p in job.group.log.to_announce()] == [name]
-    assert again(job, 5).announcement == name
-
-
-def test_what_has_ended_gets_a_new_announcement_of_the_same_bytes(job: Job) -> None:
-    name = job.publish(5)
-    job.group.log.to_announce()
-    job.lease(name)
-    job.release(name, "failed")
-    repeated = again(job)
-    assert repeated.announcement != name
-    assert (repeated.version, repeated.slot) == (5, 0)
-    first = job.group.log.find(name)
-    assert (repeated.weights, repeated.fingerprints) == (
-        first.weights,
-        first.fingerprints,
-    )
-    assert job.group.log.to_announce() == [repeated]
-    job.lease(repeated.announcement)
-    assert not repeated.ended
-    job.release(repeated.announcement)
-    assert repeated.ended
-    # Its own end, not that of the ranks' handles.
-    assert job.end(0, name) == Released(outcome="failed", detail="so it went")
-
-
-def test_the_newest_that_is_held_is_taken_and_may_get_a_number(job: Job) -> None:
-    for version in (5, 6):
-        name = job.publish(version)
-        job.lease(name)
-        job.release(name)
-    repeated = again(job, 9)
-    assert (repeated.version, repeated.slot) == (9, 1)
-    assert repeated.in_flight == "continue"
-
-
-def test_ranks_do_not_take_it_for_their_next_version(job: Job) -> None:
-    """Number 6 is announced again from version 5's bytes; then the trainer writes its
-    own 6, into the slot that is due."""
-    name = job.publish(5)
-    job.lease(name)
-    job.release(name)
-    repeated = again(job, 6)
-    own = job.take(0, 6)
-    assert own.announcement != repeated.announcement
-    assert own.slot == 1
-    assert job.take(1, 6) == own
-
-
-def test_it_goes_with_its_slot(job: Job) -> None:
-    name = job.publish(5)
-    job.lease(name)
-    job.release(name)
-    repeated = again(job)
-    job.lease(repeated.announcement)
-    job.publish(6)
-    with pytest.raises(LeaseHeld, match="version 5 is still being read from slot 0"):
-        job.take(0, 7)
-    job.release(repeated.announcement)
-    job.publish(8)
-    job.publish(9)
-    with pytest.raises(SourceLost):
-        job.lease(repeated.announcement)
-
-
-def test_what_the_trainer_may_write_is_not_announced_again() -> None:
-    whole = part(tensor("w", (0, 4)), slots=1)
-    job = Job(whole, in_place=True)
-    job.join(0)
-    with pytest.raises(SourceLost, match="no version is held here"):
-        again(job)
-    name = job.publish(5)
-    assert again(job).announcement == name
-    job.lease(name)
-    job.release(name)
-    with pytest.raises(SourceLost, match="the trainer may be writing it"):
-        again(job)

@@ -37,7 +37,9 @@ class FakeRanks:
         self._began, self.asked = time.monotonic(), []
         vote = msgspec.structs.replace(vote_of(0), session=session)
         self._staged = Staged(vote=vote, parts=b"", reads=())
-        assert await self.ranks._poll(1, lambda progress: None) == [self._staged]
+        watch = SourceWatch(FakeDiscovery(absent=range(0)), *SOURCE)
+        polled = await self.ranks._poll(1, lambda progress: None, watch)
+        assert polled == [self._staged]
         return self.asked
 
     async def call_ranks(self, request: Poll) -> list[RankReply]:

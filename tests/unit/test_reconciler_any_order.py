@@ -23,9 +23,7 @@ from dynamo.refit.coordinator.actions import (
     SendPrepare,
     Tick,
 )
-from dynamo.refit.coordinator.rollback import NothingKept, announce_rollback
 from dynamo.refit.events import WeightVersionReady
-from dynamo.refit.protocol import Rollback
 from tests.support.coordinator_watch import Watch
 from tests.support.fleet import (
     COMMIT_DEADLINE,
@@ -97,20 +95,6 @@ class AnyOrder(RuleBasedStateMachine):
         """A newer version, or anew one that there was before."""
         newest = max((a.version for a in self.announced), default=1)
         self._announce(max(1, newest + step))
-
-    @rule(messages=st.integers(0, 20))
-    def roll_back(self, messages: int) -> None:
-        """To what was served before, if somebody has it."""
-        wish = Rollback(announcement=f"r{len(self.announced)}", in_flight="continue")
-        members = self.fleet.seen().members
-        newest = max((a.version for a in self.announced), default=None)
-        try:
-            announced = announce_rollback(wish, members, "tiny", newest)
-        except NothingKept:
-            return
-        self.announced.append(announced)
-        self._feed(announced)
-        self.some_goes_well(messages)
 
     @rule(messages=st.integers(1, 20))
     def announce_and_go_on(self, messages: int) -> None:

@@ -31,9 +31,7 @@ SEEDS = range(25)
 @pytest.mark.parametrize("seed", range(6))
 def test_without_faults_every_version_arrives(seed: int) -> None:
     result = simulate(seed, faults=False)
-    # Six of the trainer's, and two that bring back what was served before.
     assert (result.published, result.failed, result.fenced) == (8, 0, 0)
-    assert result.rolled_back == 2
     # A newer one may have come before an older one was there.
     assert result.completed >= 6
     assert result.tokens > 1000
@@ -44,7 +42,6 @@ def test_whatever_goes_wrong_the_fleet_comes_to_the_newest_version() -> None:
     assert min(result.faults for result in results) > 10
     for outcome in ("completed", "failed", "fenced"):
         assert sum(getattr(result, outcome) for result in results) > len(SEEDS) // 2
-    assert sum(result.rolled_back for result in results) >= 3
 
 
 @pytest.mark.parametrize(

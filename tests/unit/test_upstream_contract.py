@@ -8,7 +8,6 @@ that is named in the test is the one to change. Imports only; no engine is start
 
 from __future__ import annotations
 
-import argparse
 import ast
 import asyncio
 import importlib
@@ -28,11 +27,6 @@ stand_in_if_missing()
 
 from dynamo.common import model_taints  # noqa: E402
 from dynamo.common.utils import graceful_shutdown  # noqa: E402
-from dynamo.frontend import main as frontend_main  # noqa: E402
-from dynamo.frontend.frontend_args import (  # noqa: E402
-    FrontendArgGroup,
-    FrontendConfig,
-)
 from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
 from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
@@ -517,17 +511,6 @@ def test_a_worker_keeps_no_attribute_where_the_extension_keeps_its_own(
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
         }
         assert not set_there & (own | set(extension_names())), parent
-
-
-def test_routes_go_through_what_dynamo_s_own_components_use() -> None:
-    fields = {"namespace", "discovery_backend", "request_plane", "event_plane"}
-    parser = argparse.ArgumentParser()
-    FrontendArgGroup().add_arguments(parser)
-    config = FrontendConfig.from_cli_args(parser.parse_args([]))
-    assert fields <= set(vars(config))
-    group = frontend_main.FRONTEND_ROUTE_ENTRYPOINT_GROUP
-    [route] = importlib.metadata.entry_points(group=group, name="refit")
-    assert route.value == "dynamo.refit.frontend:routes"
 
 
 def test_vllm_mixes_the_extension_into_the_worker_s_class() -> None:

@@ -54,9 +54,6 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
     ``traceparent`` (W3C) is the trainer's span, if it traces.
-
-    A rollback has no trainer: the version has the weights of the older version
-    ``restores``, which workers take from the copies that they keep.
     """
 
     model: str
@@ -68,22 +65,19 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: str
     in_flight: InFlightPolicy | None = None
-    restores: int | None = None
     traceparent: str | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     """The coordinator asks ``workers`` to stage ``version``.
 
-    ``catch_up``: the others serve it already. ``restores``: the older version whose
-    weights these are.
+    ``catch_up``: the others serve it already.
     """
 
     model: str
     version: int
     workers: tuple[int, ...]
     catch_up: bool = False
-    restores: int | None = None
 
 
 class StageProgress(Event, frozen=True, kw_only=True, tag=True):
@@ -128,8 +122,7 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     gone: a failure for each, with worker, rank and cause. ``catch_up``: some were
     brought to what the others served. ``seconds`` is the time from the announcement's
     arrival at the coordinator; ``None`` if this coordinator found the version already
-    installed. ``restores``: after a rollback, the older version whose weights these
-    are.
+    installed.
     """
 
     model: str
@@ -140,7 +133,6 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     seconds: float | None
     excluded: tuple[Failure, ...] = ()
     catch_up: bool = False
-    restores: int | None = None
 
 
 class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
@@ -149,14 +141,13 @@ class RefitFailed(Event, frozen=True, kw_only=True, tag=True):
     ``serving`` has a pair ``(worker, version)`` per worker that is not fenced; version
     ``None`` stands for the weights the worker started with. ``catch_up``: the fleet
     serves the version, and those that were to be brought there are not; they are tried
-    again. ``restores``: it was a rollback to the weights of that older version.
+    again.
     """
 
     version: int
     failure: Failure
     serving: tuple[tuple[int, int | None], ...]
     catch_up: bool = False
-    restores: int | None = None
 
 
 class RefitSuperseded(Event, frozen=True, kw_only=True, tag=True):

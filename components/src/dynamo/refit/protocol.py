@@ -162,9 +162,6 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     ``keep_seconds`` is how long after the stage's bound the worker keeps the version
     for a commit before it gives it up by itself. ``traceparent`` (W3C) is the caller's
     span, here and in :class:`Commit`.
-
-    With ``restores`` nothing is read from anybody: the worker takes its own copy of
-    that version, which it served before and which has the fingerprint ``weights``.
     """
 
     version: int
@@ -178,7 +175,6 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     stage_seconds: float
     commit_seconds: float
     keep_seconds: float
-    restores: int | None = None
     traceparent: str | None = None
 
 
@@ -315,8 +311,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     serves nobody. ``since`` (Unix seconds) it serves that version, which cost it
     ``stall_ms``; ``staging`` and ``cache`` are the last stage's. ``release`` and
     ``schema`` (of the events) say what it runs, and are empty and 0 in releases that
-    did not tell. ``kept_version`` and its fingerprint ``kept_weights`` are what it
-    served before and could go back to (``None``: it has no copy).
+    did not tell.
     """
 
     model: str
@@ -328,8 +323,6 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     kv_epoch: str
     ranks: int
     admitted: bool = True
-    kept_version: int | None = None
-    kept_weights: str = ""
     since: float | None = None
     stall_ms: float | None = None
     staging: StagingMode | None = None
@@ -383,24 +376,6 @@ class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
     announcement: str
     outcome: ReleaseOutcome
     detail: str = ""
-
-
-class AnnounceAgain(Message, frozen=True, kw_only=True, tag=True):
-    """Announce the newest version that is held, under its own number or ``version``.
-
-    One that has ended gets a new announcement, where its bytes cannot have changed.
-    """
-
-    version: int | None = None
-    in_flight: InFlightPolicy | None = None
-
-
-class Announced(Message, frozen=True, kw_only=True, tag=True):
-    """It is, or was, announced like this."""
-
-    model: str
-    version: int
-    announcement: str
 
 
 class Done(Message, frozen=True, kw_only=True, tag=True):
@@ -523,16 +498,9 @@ GroupRequest = (
 GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
 
 TrainerRequest = (
-    GetManifest
-    | GetFingerprints
-    | AcquireLease
-    | ReleaseLease
-    | AnnounceAgain
-    | GroupRequest
+    GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
 )
-TrainerReply = (
-    ManifestReply | FingerprintsReply | Announced | Done | GroupReply | Refused
-)
+TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
 
 
 # --- a worker's endpoint ----------------------------------------------------
@@ -578,7 +546,6 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     It came at ``announced_at`` and ended ``seconds`` later, at ``ended_at`` (Unix
     seconds); ``stall_ms`` is the longest stall of a worker. ``workers`` served it in
     the end, all but those ``excluded``, each with a failure that names it.
-    ``restores``: a rollback to the weights of that older version.
     """
 
     version: int
@@ -591,7 +558,6 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     workers: tuple[int, ...] = ()
     excluded: tuple[Failure, ...] = ()
-    restores: int | None = None
 
 
 class History(Message, frozen=True, kw_only=True, tag=True):
@@ -630,36 +596,8 @@ class FleetStatus(Message, frozen=True, kw_only=True, tag=True):
     schema: int = 0
 
 
-class Rollback(Message, frozen=True, kw_only=True, tag=True):
-    """Go back to the weights that were served before, from the workers' own copies, as
-    version ``version`` (``None``: the next number).
-
-    ``to`` insists on what the copies must be of. ``announcement`` names one wish: a
-    repeat starts nothing, and is answered with how far it is. A repeat with what the
-    first answer said (``version``, ``to``, ``weights``) is understood by another
-    coordinator, too.
-    """
-
-    announcement: str
-    version: int | None = None
-    to: int | None = None
-    weights: str = ""
-    in_flight: InFlightPolicy | None = None
-
-
-class RollbackStatus(Message, frozen=True, kw_only=True, tag=True):
-    """``version`` brings back ``restores``, whose fingerprint is ``weights``; and how
-    that ended, if it has (``outcome``, ``detail``)."""
-
-    version: int
-    restores: int
-    weights: str
-    outcome: ReleaseOutcome | None = None
-    detail: str = ""
-
-
-CoordinatorRequest = GetStatus | GetHistory | Rollback
-CoordinatorReply = FleetStatus | History | RollbackStatus | Refused
+CoordinatorRequest = GetStatus | GetHistory
+CoordinatorReply = FleetStatus | History | Refused
 
 
 # --- worker to rank ---------------------------------------------------------
@@ -686,15 +624,6 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
     seconds: float
     payload: bytes | None
     want_reads: bool
-
-
-class Recall(Message, frozen=True, kw_only=True, tag=True):
-    """Start staging, as ``version``, this rank's own copy of ``restores``, which was
-    live before. Polled as a :class:`Stage`, and answered with what the plan read."""
-
-    version: int
-    restores: int
-    seconds: float
 
 
 class Poll(Message, frozen=True, kw_only=True, tag=True):
@@ -831,16 +760,7 @@ class Verified(Message, frozen=True, kw_only=True, tag=True):
 
 
 RankRequest = (
-    Describe
-    | Stage
-    | Recall
-    | Poll
-    | Install
-    | Restore
-    | Verify
-    | Discard
-    | Offer
-    | Withdraw
+    Describe | Stage | Poll | Install | Restore | Verify | Discard | Offer | Withdraw
 )
 RankReply = (
     Described | Running | Staged | Installed | Verified | Offered | Done | Refused

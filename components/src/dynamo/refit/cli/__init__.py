@@ -15,7 +15,6 @@ from dynamo.refit.cli.doctor import doctor
 from dynamo.refit.cli.history import history
 from dynamo.refit.cli.output import complain
 from dynamo.refit.cli.publish import publish
-from dynamo.refit.cli.rollback import rollback
 from dynamo.refit.cli.status import status
 from dynamo.refit.cli.verify import verify
 from dynamo.refit.cli.watch import watch
@@ -32,7 +31,6 @@ app.command()(watch)
 app.command()(history)
 app.command()(verify)
 app.command()(publish)
-app.command()(rollback)
 app.command()(doctor)
 
 

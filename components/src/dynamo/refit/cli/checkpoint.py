@@ -62,9 +62,7 @@ def run(publication: Publication) -> int:
     try:
         return asyncio.run(_publish(publication, shards, report))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        report.interrupted(
-            "is withdrawn, but a worker that held all of it already may install it"
-        )
+        report.interrupted()
         return 130
 
 

@@ -67,8 +67,6 @@ def _row(record: RefitRecord) -> tuple[str | Text, ...]:
 
 def _told(record: RefitRecord) -> str:
     lines = [record.detail] if record.detail else []
-    if record.restores is not None:
-        lines.insert(0, f"back to version {record.restores}")
     if record.outcome == "completed":
         lines.append(count(len(record.workers), "worker"))
     lines += [f"without {failure}" for failure in record.excluded]

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo-refit publish``: its arguments. What it does with a checkpoint is in
-:mod:`checkpoint`, what with a trainer in :mod:`trainer`."""
+"""``dynamo-refit publish``: its arguments. What the command does with a checkpoint is
+in :mod:`checkpoint`."""
 
 from __future__ import annotations
 
@@ -12,36 +12,20 @@ from typing import Annotated
 import typer
 
 from dynamo.refit.cli.output import AsJson, Namespace
-from dynamo.refit.cli.trainer import Repetition, run
 from dynamo.refit.errors import UnsupportedConfiguration
 from dynamo.refit.protocol import InFlightPolicy
 
 
 def publish(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="a safetensors checkpoint")
-    ] = None,
+        Path, typer.Argument(metavar="DIR", help="a safetensors checkpoint")
+    ],
     version: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="higher than any version before it; with --from-trainer by default "
-            "the trainer's own",
-        ),
-    ] = None,
-    from_trainer: Annotated[
-        bool,
-        typer.Option(
-            "--from-trainer",
-            help="announce again the newest version that a running trainer holds",
-        ),
-    ] = False,
-    trainer: Annotated[
-        str, typer.Option(help="that trainer's Dynamo component")
-    ] = "trainer",
+        int, typer.Option(min=0, help="higher than any version before it")
+    ],
     model: Annotated[
         str | None,
-        typer.Option(help="of DIR: served model name; by default the coordinator's"),
+        typer.Option(help="served model name; by default the coordinator's"),
     ] = None,
     policy: Annotated[
         InFlightPolicy | None,
@@ -54,30 +38,14 @@ def publish(
     ] = 600.0,
     as_json: AsJson = False,
 ) -> int:
-    """Install a checkpoint, or what a trainer holds, and wait until it is served.
+    """Install a checkpoint, and wait until it is served.
 
-    A checkpoint's files are mapped, and the workers read them from this process, so it
-    runs until they are done; Ctrl-C withdraws the version. With --from-trainer they
-    read from the trainer, as when it published; Ctrl-C only ends the waiting.
+    The files are mapped, and the workers read them from this process, so it runs until
+    they are done; Ctrl-C withdraws the version.
 
     Exits with 0 when every worker serves the version, with 1 when it failed, was
     refused or was superseded, and with 2 for wrong arguments.
     """
-    if from_trainer == (directory is not None):
-        raise typer.BadParameter("give either a DIR or --from-trainer")
-    if from_trainer:
-        return run(
-            Repetition(
-                component=trainer,
-                version=version,
-                in_flight=policy,
-                namespace=namespace,
-                timeout=timeout,
-                as_json=as_json,
-            )
-        )
-    if version is None:
-        raise typer.BadParameter("a DIR needs a --version: higher than any before it")
     # Loaded on use: torch and NIXL take seconds, and the other commands are to answer
     # at once, also where neither is installed.
     try:

@@ -114,10 +114,13 @@ class Report:
         )
         return 1
 
-    def interrupted(self, what_then: str) -> None:
+    def interrupted(self) -> None:
         """Somebody does not want to wait any longer."""
         if self._announced:
-            complain(f"interrupted; version {self.version} {what_then}: {LOOK}")
+            complain(
+                f"interrupted; version {self.version} is withdrawn, but a worker that "
+                f"held all of it already may install it: {LOOK}"
+            )
         else:
             complain("interrupted; nothing was announced")
 

@@ -31,10 +31,9 @@ def headline(event: Event) -> str | None:
 def describe(event: Event) -> str | None:
     """The event in one line; ``None`` for one that has nothing to tell here."""
     match event:
-        case RefitStarted(workers=workers, catch_up=catch_up, restores=restores):
+        case RefitStarted(workers=workers, catch_up=catch_up):
             how = "bringing it to" if catch_up else "staging on"
-            back = "" if restores is None else f", back to version {restores}"
-            return f"{how} {count(len(workers), 'worker')}{back}"
+            return f"{how} {count(len(workers), 'worker')}"
         case WorkerStaged(worker=worker, ranks=ranks):
             nbytes = sum(rank.nbytes for rank in ranks)
             where = count(len(ranks), "rank")

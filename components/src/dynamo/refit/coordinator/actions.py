@@ -118,14 +118,12 @@ class ReleasePeer:
 
 @dataclass(frozen=True)
 class SendPrepare:
-    """Stage ``ready``, from the trainer or from ``peer`` where it is ``served``; or
-    ``recall`` the worker's own copy of what it restores."""
+    """Stage ``ready``, from the trainer or from ``peer`` where it is ``served``."""
 
     worker: int
     ready: WeightVersionReady
     peer: int | None = None
     served: WeightsServed | None = None
-    recall: bool = False
 
 
 @dataclass(frozen=True)

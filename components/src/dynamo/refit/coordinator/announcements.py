@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from dynamo.refit.coordinator.actions import Action, GiveBackLease, Publish
 from dynamo.refit.coordinator.policy import Policy
@@ -18,14 +17,6 @@ from dynamo.refit.protocol import FleetMember, ReleaseOutcome
 REMEMBERED = 256
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How an announcement ended, and why."""
-
-    outcome: ReleaseOutcome
-    detail: str
-
-
 class Announcements:
     """What was announced; the newest is desired."""
 
@@ -33,16 +24,16 @@ class Announcements:
         self.desired: WeightVersionReady | None = None
         #: When the desired one was heard of, in monotonic seconds.
         self.heard = 0.0
-        self._end: Ended | None = None
-        self._ended: OrderedDict[str, Ended] = OrderedDict()
+        self._outcome: ReleaseOutcome | None = None
+        self._ended: OrderedDict[str, ReleaseOutcome] = OrderedDict()
 
     @property
     def open(self) -> WeightVersionReady | None:
         """The desired version, unless its announcement has ended."""
-        return self.desired if self._end is None else None
+        return self.desired if self._outcome is None else None
 
     def want(self, ready: WeightVersionReady, now: float) -> None:
-        self.desired, self.heard, self._end = ready, now, None
+        self.desired, self.heard, self._outcome = ready, now, None
 
     def is_desired(self, ready: WeightVersionReady) -> bool:
         desired = self.desired
@@ -50,22 +41,16 @@ class Announcements:
 
     def outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:
         """How an announcement ended, if it did; the desired one is not forgotten."""
-        ended = self.ended(ready.announcement)
-        return ended.outcome if ended is not None else None
-
-    def ended(self, announcement: str) -> Ended | None:
-        """As :meth:`outcome`, and why."""
-        if self.desired is not None and announcement == self.desired.announcement:
-            return self._end
-        return self._ended.get(announcement)
+        if self.is_desired(ready):
+            return self._outcome
+        return self._ended.get(ready.announcement)
 
     def end(
         self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
     ) -> list[Action]:
-        ended = Ended(outcome, detail)
         if self.is_desired(ready):
-            self._end = ended
-        self._ended[ready.announcement] = ended
+            self._outcome = outcome
+        self._ended[ready.announcement] = outcome
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         return [GiveBackLease(ready, outcome, detail)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -42,12 +42,10 @@ from dynamo.refit.coordinator.actions import (
     TakeLease,
     Tick,
 )
-from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.history import RefitHistory
 from dynamo.refit.coordinator.policy import GRACE_SECONDS
 from dynamo.refit.coordinator.reconciler import Reconciler
-from dynamo.refit.coordinator.rollback import announce_rollback
 from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.errors import RefitError, StaleEpoch, failure_from
 from dynamo.refit.events import (
@@ -78,8 +76,6 @@ from dynamo.refit.protocol import (
     Prepare,
     Refused,
     ReleaseLease,
-    Rollback,
-    RollbackStatus,
     ServeWeights,
     Stepped,
     Vote,
@@ -127,12 +123,6 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     versions = runtime.endpoint(f"{prefix}.{WEIGHT_VERSIONS}")
     name = f"coordinator-{status.connection_id()}"
 
-    async def answer(request: CoordinatorRequest) -> CoordinatorReply:
-        if isinstance(request, Rollback):
-            # What workers keep changes with every version.
-            return coordinator.roll_back(request, await fleet.look())
-        return await coordinator.answer(request)
-
     async with (
         LastingPublisher(topic, name, epoch) as events,
         EventSubscriber(versions) as announcements,
@@ -157,7 +147,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(
                 serve(
                     status,
-                    unary(CoordinatorRequest, answer, "coordinator"),
+                    unary(CoordinatorRequest, coordinator.answer, "coordinator"),
                     health_check=GetStatus(),
                 )
             )
@@ -211,7 +201,6 @@ class Coordinator:
         self._history = RefitHistory(time.time())
         self._inputs: asyncio.Queue[Input | CoordinatorReplaced] = asyncio.Queue()
         self._calls: set[asyncio.Task] = set()
-        self._rollbacks: OrderedDict[str, WeightVersionReady] = OrderedDict()
         # A lease is taken and given back in the order that was decided.
         self._lease_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -245,7 +234,7 @@ class Coordinator:
             for call in self._calls:
                 call.cancel()
 
-    async def answer(self, request: GetStatus | GetHistory) -> CoordinatorReply:
+    async def answer(self, request: CoordinatorRequest) -> CoordinatorReply:
         """The fleet as it is seen now, or what became of the versions that came."""
         if isinstance(request, GetHistory):
             return self._history.view()
@@ -267,32 +256,6 @@ class Coordinator:
             schema=SCHEMA,
         )
 
-    def roll_back(self, wish: Rollback, seen: FleetSeen) -> RollbackStatus:
-        """Announce what ``wish`` stands for, unless it was before; how far it is.
-
-        Raises:
-            RefitError: there is nothing to go back to, or not what was wished for.
-        """
-        reconciler = self._reconciler
-        ready = self._rollbacks.get(wish.announcement)
-        if ready is None:
-            ready = announce_rollback(
-                wish, seen.members, reconciler.model, reconciler.newest
-            )
-            self._rollbacks[wish.announcement] = ready
-            while len(self._rollbacks) > REMEMBERED:
-                self._rollbacks.popitem(last=False)
-            self.hear(seen)
-            self.hear(ready)
-        ended = reconciler.ended(wish.announcement)
-        return RollbackStatus(
-            version=ready.version,
-            restores=ready.restores,
-            weights=ready.weights,
-            outcome=ended.outcome if ended else None,
-            detail=ended.detail if ended else "",
-        )
-
     # --- actions --------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
@@ -302,8 +265,7 @@ class Coordinator:
                 self._publish(event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
-            # A rollback has no trainer.
-            case GiveBackLease(ready=WeightVersionReady(restores=None)):
+            case GiveBackLease():
                 self._spawn(self._give_back_lease(action))
             case SendPrepare():
                 self._spawn(self._prepare(action))
@@ -386,7 +348,6 @@ class Coordinator:
             stage_seconds=policy.stage_seconds,
             commit_seconds=policy.commit_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
-            restores=ready.restores if action.recall else None,
         )
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)

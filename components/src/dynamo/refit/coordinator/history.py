@@ -56,9 +56,7 @@ class RefitHistory:
         ``actions``. ``at``: Unix seconds."""
         # Repeats of an announcement change nothing.
         if desired is not None and desired.announcement not in self._records:
-            self._add(
-                desired.version, desired.announcement, at, restores=desired.restores
-            )
+            self._add(desired.version, desired.announcement, at)
         if isinstance(what, CommitAnswered):
             self._answered(what)
         for action in actions:
@@ -112,15 +110,12 @@ class RefitHistory:
                 return record
         return None
 
-    def _add(
-        self, version: int, announcement: str, at: float, restores: int | None = None
-    ) -> None:
+    def _add(self, version: int, announcement: str, at: float) -> None:
         self._records[announcement] = RefitRecord(
             version=version,
             announcement=announcement,
             outcome=UNDER_WAY,
             announced_at=at,
-            restores=restores,
         )
         while len(self._records) > KEPT:
             self._records.popitem(last=False)

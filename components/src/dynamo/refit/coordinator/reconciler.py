@@ -40,10 +40,9 @@ from dynamo.refit.coordinator.actions import (
     TakeLease,
     Tick,
 )
-from dynamo.refit.coordinator.announcements import Announcements, Ended
+from dynamo.refit.coordinator.announcements import Announcements
 from dynamo.refit.coordinator.commit import CommitRound, NoAnswer, WorkerLeft
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
-from dynamo.refit.coordinator.rollback import find_keepers
 from dynamo.refit.coordinator.staging import NoSource, Staging
 from dynamo.refit.coordinator.upkeep import Upkeep
 from dynamo.refit.errors import (
@@ -116,18 +115,6 @@ class Reconciler:
     def desired(self) -> WeightVersionReady | None:
         """The newest announcement that was not refused at once."""
         return self._announcements.desired
-
-    @property
-    def newest(self) -> int | None:
-        """The highest version that is, was or will be served, as far as is known."""
-        known = [self.completed, *(version for _, version in self.serving())]
-        if self.desired is not None:
-            known.append(self.desired.version)
-        return max((version for version in known if version is not None), default=None)
-
-    def ended(self, announcement: str) -> Ended | None:
-        """How an announcement ended, if it has and is not forgotten."""
-        return self._announcements.ended(announcement)
 
     @property
     def model(self) -> str | None:
@@ -301,14 +288,8 @@ class Reconciler:
         member = self.fleet.get(worker)
         if member is None or member.status.phase == "fenced":
             return []
-        before = member.status
-        if before.version != committed.version:
-            # One that has no copy of it says so when it is asked for it.
-            before = msgspec.structs.replace(
-                before, kept_version=before.version, kept_weights=before.weights
-            )
         status = msgspec.structs.replace(
-            before,
+            member.status,
             phase="serving",
             version=committed.version,
             weights=committed.weights,
@@ -453,10 +434,7 @@ class Reconciler:
         catch_up: bool = False,
     ) -> list[Action]:
         holders = {w for w, m in able.items() if m.status.version == ready.version}
-        keepers: set[int] = set()
-        if ready.restores is not None:
-            keepers = find_keepers(able.values(), ready.restores, ready.weights)
-        lease = bool(ready.announcement) and ready.restores is None
+        lease = bool(ready.announcement)
         if catch_up:
             lease = lease and (not holders or self._upkeep.ask_trainer)
             # Answers to an earlier try must not be taken for this one's.
@@ -468,7 +446,7 @@ class Reconciler:
             )
         self.transaction = Transaction(
             ready=ready,
-            staging=Staging(ready, behind, holders, self.policy, keepers),
+            staging=Staging(ready, behind, holders, self.policy),
             began=now if catch_up else self._announcements.heard,
             deadline=now + self.policy.stage_seconds + GRACE_SECONDS,
             catch_up=catch_up,
@@ -479,7 +457,6 @@ class Reconciler:
             version=ready.version,
             workers=tuple(sorted(behind)),
             catch_up=catch_up,
-            restores=ready.restores,
         )
         if lease:
             seconds = self.policy.lease_seconds(len(self.fleet))
@@ -580,7 +557,6 @@ class Reconciler:
             excluded=excluded,
             seconds=seconds,
             catch_up=catch_up,
-            restores=ready.restores,
         )
 
     def _fail(self, now: float) -> list[Action]:
@@ -592,7 +568,6 @@ class Reconciler:
             failure=failure,
             serving=self.serving(),
             catch_up=transaction.catch_up,
-            restores=ready.restores,
         )
         actions: list[Action] = [Publish(event)]
         if transaction.catch_up:

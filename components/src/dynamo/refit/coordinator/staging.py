@@ -40,8 +40,7 @@ class Reader:
 
     ``peer`` is where it reads, ``None`` the trainer, and ``lease`` what that peer calls
     it. ``refused`` is why it could not read from its last peer, ``unserved`` why a peer
-    did not let it. A ``direct`` one holds nothing: it reads again in its commit. One
-    that ``recalls`` takes its own copy, and reads from nobody.
+    did not let it. A ``direct`` one holds nothing: it reads again in its commit.
     """
 
     state: Literal["waiting", "asking", "reading", "staged"] = "waiting"
@@ -50,7 +49,6 @@ class Reader:
     refused: Failure | None = None
     unserved: Failure | None = None
     direct: bool = False
-    recalls: bool = False
 
 
 class Staging:
@@ -61,7 +59,6 @@ class Staging:
         readers: workers that need it.
         holders: workers that serve it already.
         policy: bounds the readers of each source.
-        keepers: workers that have a copy of the version that ``ready`` restores.
     """
 
     def __init__(
@@ -70,7 +67,6 @@ class Staging:
         readers: Iterable[int],
         holders: Iterable[int],
         policy: Policy,
-        keepers: Iterable[int] = (),
     ) -> None:
         self.readers = {worker: Reader() for worker in sorted(readers)}
         self.holders = set(holders)
@@ -82,8 +78,6 @@ class Staging:
         self._ready = ready
         self._policy = policy
         self._bad: set[int] = set()
-        #: Have not been told yet to take their own copy.
-        self._keepers = set(keepers)
         #: May have something of it staged.
         self._asked: set[int] = set()
 
@@ -109,12 +103,7 @@ class Staging:
         heapq.heapify(peers)
         for worker in waiting:
             reader = self.readers[worker]
-            if worker in self._keepers:
-                self._keepers.discard(worker)
-                reader.state, reader.recalls = "reading", True
-                self._asked.add(worker)
-                actions.append(SendPrepare(worker, self._ready, recall=True))
-            elif direct > 0:
+            if direct > 0:
                 direct -= 1
                 reader.state = "reading"
                 self._asked.add(worker)
@@ -149,13 +138,11 @@ class Staging:
         for worker, reader in list(self.readers.items()):
             if reader.state == "waiting":
                 why = f" ({reader.unserved})" if reader.unserved else ""
-                error = NoSource(f"{self._nowhere()}{why}: publish a new version")
+                error = NoSource(
+                    "the trainer does not keep it any more, and no worker can serve "
+                    f"it{why}: publish a new version"
+                )
                 self.fail(worker, reader.refused or self._failure(error, worker))
-
-    def _nowhere(self) -> str:
-        if self._ready.restores is not None:
-            return f"no worker has a copy of version {self._ready.restores} any more"
-        return "the trainer does not keep it any more, and no worker can serve it"
 
     def served(self, answer: ServeAnswered) -> list[Action]:
         """A peer has answered whether ``reader`` may read from it."""
@@ -189,11 +176,7 @@ class Staging:
             reader.direct = any(rank.memory.mode == "direct" for rank in reply.ranks)
             return [] if reader.direct else self._release(reader)
         released = self._release(reader)
-        if reader.recalls:
-            # It reads from those whose copies are still there.
-            reader.state, reader.recalls = "waiting", False
-            reader.refused = reply.failure
-        elif reader.peer is None:
+        if reader.peer is None:
             self.fail(worker, reply.failure)
         else:
             reader.refused = reply.failure

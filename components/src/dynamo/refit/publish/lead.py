@@ -21,8 +21,6 @@ from dynamo.refit.events import WEIGHT_VERSIONS, WeightVersionReady
 from dynamo.refit.presence import LastingPublisher, keep_present
 from dynamo.refit.protocol import (
     AcquireLease,
-    AnnounceAgain,
-    Announced,
     AwaitGroup,
     AwaitRelease,
     Done,
@@ -163,14 +161,6 @@ class Lead:
             case AcquireLease():
                 self.group.log.acquire(
                     request.announcement, request.seconds, time.monotonic()
-                )
-            case AnnounceAgain(version=version, in_flight=in_flight):
-                held = self.group.log.again(version, in_flight, time.monotonic())
-                self._notify()
-                return Announced(
-                    model=self._merged.manifest.model,
-                    version=held.version,
-                    announcement=held.announcement,
                 )
             case ReleaseLease():
                 self.group.log.release(

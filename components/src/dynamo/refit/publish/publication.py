@@ -98,7 +98,6 @@ class PublicationLog:
         self._in_place = in_place
         self._ready_seconds = ready_seconds
         self._log: dict[int, Publication] = {}
-        self._repeated = 0
 
     def __iter__(self) -> Iterator[Publication]:
         return iter(list(self._log.values()))
@@ -121,45 +120,6 @@ class PublicationLog:
             publication.in_slot = False
             publication.decide(publication.refused, now)
         self._log[self.last] = publication
-        self._forget()
-        return publication
-
-    def again(
-        self, version: int | None, in_flight: InFlightPolicy | None, now: float
-    ) -> Publication:
-        """The newest publication that is held, to be announced once more.
-
-        As it is while it is out; under another number, or after its end, as a new
-        publication of the same bytes, which takes no slot and no rank's turn.
-
-        Raises:
-            SourceLost: nothing is held; or the trainer may write what was released.
-        """
-        held = [p for p in self if p.ready and p.in_slot]
-        if not held:
-            raise SourceLost("no version is held here: publish one first")
-        newest = max(held, key=lambda p: (p.version, abs(p.number)))
-        if newest.verdict is None and version in (None, newest.version):
-            newest.announced = False
-            return newest
-        if self._in_place and newest.verdict is not None:
-            raise SourceLost(
-                f"version {newest.version} was released and is published in place: "
-                "the trainer may be writing it, and has to publish it again itself"
-            )
-        self._repeated += 1
-        publication = Publication(
-            # Not in the order of turns: no rank may take it for its next one.
-            -self._repeated,
-            f"{newest.announcement}+{self._repeated}",
-            newest.version if version is None else version,
-            newest.slot,
-            deadline=now + self._ready_seconds,
-            in_flight=in_flight or newest.in_flight,
-            fingerprints=newest.fingerprints,
-            weights=newest.weights,
-        )
-        self._log[publication.number] = publication
         self._forget()
         return publication
 

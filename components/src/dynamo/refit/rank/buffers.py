@@ -16,10 +16,6 @@ from dynamo.refit.rank.install import LiveParameters, copy_out, synchronize
 from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
-#: Bytes that two buffers exchange at a time, through as many more on the host: what
-#: leaves a device holds up its tokens for so long; see :mod:`host_copy`.
-EXCHANGE_NBYTES = 4 << 20
-
 
 class RegisteredBuffer:
     """Bytes that NIXL may write into, from the allocation to :meth:`close`."""
@@ -85,7 +81,6 @@ class Arena:
         self._copied_out = False
         self._live: int | None = None
         self._old: int | None = None
-        self._pinned: torch.Tensor | None = None
         self._backup: list[torch.Tensor] | None = None
         self._backup_is_whole = False
         on_host = memory.mode == "host" or device.type == "cpu"
@@ -99,9 +94,9 @@ class Arena:
                 self.shadows.append(Shadow(buffer, layout))
             if not on_host:
                 with cycle.time("allocate"):
-                    self._pinned = _allocate(layout.nbytes, torch.device("cpu"))
+                    pinned = _allocate(layout.nbytes, torch.device("cpu"))
                     cycle.built["allocations"] += 1
-                self._backup = _views(self._pinned, layout)
+                self._backup = _views(pinned, layout)
             undo.pop_all()
 
     @property
@@ -161,20 +156,6 @@ class Arena:
             self._live = self._old = 1
             self._copied_out = True
 
-    def recall(self) -> None:
-        """Bring what was live before the live version into the target, and what is
-        live into :attr:`old`; only as long as no other version has come since.
-
-        Repeating it is safe. On a device it blocks for the exchange of both.
-        """
-        if self._backup is None:
-            self._old, self.target = self._live, 1 - self._live
-        elif self._live is not None:
-            # Neither is whole on the way: there is nothing that could be put back.
-            self._live, self._backup_is_whole = None, False
-            exchange(self.shadows[0].buffer.bytes, self._pinned)
-            self._backup_is_whole = True
-
     def installed(self) -> None:
         """The target is live."""
         self._live = self.target
@@ -186,16 +167,6 @@ class Arena:
     def close(self) -> None:
         for shadow in self.shadows:
             shadow.buffer.close()
-
-
-def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Swap the bytes of two buffers, of which ``other`` is on the host."""
-    pairs = zip(one.split(EXCHANGE_NBYTES), other.split(EXCHANGE_NBYTES), strict=True)
-    for mine, theirs in pairs:
-        kept = theirs.clone()
-        theirs.copy_(mine)
-        mine.copy_(kept)
-    synchronize(one.device)
 
 
 def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -51,7 +51,6 @@ from dynamo.refit.protocol import (
     RankCall,
     RankReply,
     RankRequest,
-    Recall,
     Refused,
     Restore,
     Running,
@@ -132,9 +131,6 @@ class RefitRank:
                 return self._describe(request)
             case Stage():
                 return self._stage(request)
-            case Recall():
-                recall = functools.partial(self._stager.recall, request)
-                return self._start("recall", request.version, request.seconds, recall)
             case Poll(version=version):
                 return self._poll(version)
             case Install():

@@ -250,9 +250,7 @@ class LiveParts:
             parts.append(Part(view, piece.box, piece.shape))
         self._parts = Batch(parts)
 
-    def check(
-        self, landed: np.ndarray, rank: int, what: str = "the live weights"
-    ) -> None:
+    def check(self, landed: np.ndarray, rank: int) -> None:
         """Compare with ``landed``, one part per piece.
 
         Raises:
@@ -261,7 +259,7 @@ class LiveParts:
         wrong = np.flatnonzero(self._parts.fold() != landed[self._chosen])
         if len(wrong):
             raise FingerprintMismatch(
-                f"{len(wrong)} blocks of {what} are not what was staged: "
+                f"{len(wrong)} blocks of the live weights are not what was staged: "
                 "something else wrote them",
                 tensor=self._names[wrong[0]],
                 rank=rank,

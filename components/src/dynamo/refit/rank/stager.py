@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import uuid
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from dynamo.refit.protocol import (
     Offer,
     Offered,
     RankVote,
-    Recall,
     SessionUse,
     Stage,
     Staged,
@@ -58,11 +57,10 @@ logger = init_logger("vllm.dynamo_refit")
 
 @dataclass(frozen=True)
 class _Live:
-    """A version that was installed, the parts that were voted for, and what the parts
-    of the live parameters must be."""
+    """A version that was installed, and what the parts of the live parameters must
+    be."""
 
     version: int
-    voted: np.ndarray
     parts: LiveParts
     landed: np.ndarray
     plan: Plan
@@ -70,31 +68,26 @@ class _Live:
 
 @dataclass(frozen=True)
 class _Staged:
-    """``session`` pulled it, or it was ``recalled``."""
+    """A version that ``session`` pulled."""
 
     version: int
     slot: int
     parts: np.ndarray
-    session: Session | None
-    recalled: _Live | None = None
+    session: Session
 
     @property
     def direct(self) -> bool:
         """It waits nowhere: an install pulls it again."""
-        return self.session is not None and self.session.arena is None
+        return self.session.arena is None
 
     @property
     def plan(self) -> Plan:
-        return self.recalled.plan if self.session is None else self.session.plan
+        return self.session.plan
 
     def as_live(self) -> _Live:
         """It, once it is installed."""
-        if self.session is None:
-            return replace(self.recalled, version=self.version)
         session = self.session
-        return _Live(
-            self.version, self.parts, session.live_parts, session.landed, session.plan
-        )
+        return _Live(self.version, session.live_parts, session.landed, session.plan)
 
 
 @dataclass(frozen=True)
@@ -145,8 +138,6 @@ class RankStager:
         self._staged: _Staged | None = None
         self._installed: _Live | None = None
         self._previous: _Live | None = None
-        #: What was live before that, while the arena still has all of it.
-        self._kept: _Live | None = None
         # Made once: torch has 32 streams and gives them out in turn, the model's among
         # them.
         self._stream = _new_stream(self._device)
@@ -250,59 +241,6 @@ class RankStager:
             reads=session.reads if request.want_reads or use == "cold" else (),
         )
 
-    def recall(self, request: Recall, limit: Limit) -> Staged:
-        """Stage, as a new version, the one that was live before the live one: from the
-        copy that was kept for the way back, without a source.
-
-        Blocks as :meth:`stage`, for one read of the copy; on a device for an exchange
-        with what is live, too.
-
-        Raises:
-            NoWayBack: there is no copy of it any more. FingerprintMismatch: the copy is
-                not what was voted for then.
-        """
-        cycle = Cycle()
-        self._staged = None
-        with self._offers.overwriting(self._arena, limit):
-            _use_stream(self._stream)
-            kept, arena = self._find_kept(request.restores), self._arena
-            limit.check(f"going back to version {request.restores}")
-            # The last install reads what is about to be overwritten.
-            self._live.wait()
-            # Should it turn out not to be whole, it is none.
-            self._kept = None
-            with cycle.time("backup"):
-                arena.recall()
-            with cycle.time("fingerprint"):
-                copy = LiveParts(kept.plan.pieces, arena.shadows[arena.target].by_name)
-                what = f"the copy of version {request.restores}"
-                copy.check(kept.landed, self._rank, what)
-            self._kept = kept
-        self._staged = _Staged(request.version, 0, kept.voted, None, kept)
-        return Staged(
-            vote=RankVote(
-                rank=self._rank,
-                nbytes=0,
-                memory=arena.memory,
-                session="warm",
-                counters=cycle.counters(),
-                timings=cycle.timings(),
-            ),
-            parts=kept.voted.astype("<u8").tobytes(),
-            reads=kept.plan.reads,
-        )
-
-    def _find_kept(self, version: int) -> _Live:
-        if self._kept is not None and self._kept.version == version:
-            return self._kept
-        if self.direct:
-            raise NoWayBack("direct staging keeps no copy of the version before")
-        there = f"version {self._kept.version}" if self._kept else "nothing"
-        raise NoWayBack(
-            f"no copy of version {version} is kept here (kept: {there}): it is "
-            "overwritten as soon as another version is staged"
-        )
-
     @property
     def direct(self) -> bool:
         """An install takes as long as the transfer: start it, and poll."""
@@ -338,10 +276,8 @@ class RankStager:
             self._arena.installed()
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
-            has_copy = not staged.direct and self._arena.old is not None
-            self._kept = self._installed if has_copy else None
         self._installed = staged.as_live()
-        self._proven = staged.session or self._proven
+        self._proven = staged.session
 
     def restore(self, version: int) -> None:
         """Put back what was live before ``version`` was installed, as an install does.
@@ -361,8 +297,6 @@ class RankStager:
         arena.restored()
         if self._installed is not None and self._installed.version == version:
             self._installed = self._previous
-        # Where that one was kept before, there is what was undone.
-        self._kept = staged.recalled
 
     def verify(self, version: int) -> Checked:
         """Compare the live parameters with ``version``, which was installed last.
@@ -516,7 +450,6 @@ class RankStager:
         submit, arena = self._follower.submit, session.arena
         if arena is None:
             return session.pull(slot, limit, submit, cycle, land=False)
-        self._kept = None
         with cycle.time("backup"):
             arena.begin(self._live.processed)
         backup = self._backup.submit(self._preserve, arena, cycle)

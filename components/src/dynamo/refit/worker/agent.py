@@ -230,7 +230,7 @@ class RefitAgent:
                 return await asyncio.shield(asyncio.ensure_future(self._verify()))
 
     def status(self) -> WorkerStatus:
-        transaction, kept = self._transaction, self._ranks.kept
+        transaction = self._transaction
         phase: WorkerPhase = transaction.phase if transaction else "serving"
         return WorkerStatus(
             model=self._model,
@@ -242,8 +242,6 @@ class RefitAgent:
             kv_epoch=self._engine.kv_epoch,
             ranks=self._size,
             admitted=self._routing.admitted,
-            kept_version=kept.version if kept else None,
-            kept_weights=kept.weights if kept else "",
             since=self._last.since,
             stall_ms=self._last.stall_ms,
             staging=self._last.staging,

@@ -23,7 +23,6 @@ from dynamo.refit.errors import (
     FingerprintMismatch,
     InstallUndone,
     ManifestInvalid,
-    NoWayBack,
     PeerUnsuitable,
     RefitError,
     TransferFailed,
@@ -51,7 +50,6 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
     RankVote,
-    Recall,
     Refused,
     Restore,
     Running,
@@ -91,9 +89,6 @@ HANG_SECONDS = 60.0
 
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
-
-#: What ranks say that have no sound copy of the version before.
-COPY_LOST = FingerprintMismatch.__name__, NoWayBack.__name__
 
 #: How long ranks may take to work out what they hold.
 OFFER_SECONDS = 60.0
@@ -178,10 +173,6 @@ class Ranks:
         self._staged: HeldVersion | None = None
         self._live: HeldVersion | None = None
         self._previous: HeldVersion | None = None
-        #: What was live before, as long as the ranks have a copy of it; and the one
-        #: that what is staged was recalled from.
-        self.kept: HeldVersion | None = None
-        self._recalled: HeldVersion | None = None
         #: An install of what was staged last is a transfer, and cannot be undone.
         self.direct = False
         self._quiet_seconds = 0.0
@@ -207,17 +198,14 @@ class Ranks:
         Raises:
             RanksFailed: a rank, or the trainer, refused. LayoutRefused: all ranks
                 together do not read every tensor once. FingerprintMismatch: they
-                hold other bytes than were published. NoWayBack: there is no copy of
-                what the request ``restores``. The others may still be staging:
-                :meth:`discard` follows.
+                hold other bytes than were published. The others may still be
+                staging: :meth:`discard` follows.
         """
-        self._staged = self._recalled = None
-        if request.restores is not None:
-            return await self._recall(request, report)
+        self._staged = None
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
         proven = self._proven is not None and self._proven.layout == held.layout
-        self._ranks_manifest = self.kept = None
+        self._ranks_manifest = None
         await self._call(
             Stage(
                 version=request.version,
@@ -234,48 +222,9 @@ class Ranks:
         source = SourceWatch(self._trainers, request.endpoint, request.instance)
         staged = await self._poll(request.version, report, source)
         self._proven = self._prove(held, staged)
-        return self._vote(request, held, published, staged, self._proven.proof)
-
-    async def _recall(self, request: Prepare, report: Report) -> tuple[RankVote, ...]:
-        """As :meth:`stage`, of the ranks' own copy of what was live before."""
-        kept, wanted = self.kept, (request.restores, request.weights)
-        if kept is None or (kept.version, kept.weights) != wanted:
-            there = f"version {kept.version} ({kept.weights})" if kept else "nothing"
-            raise NoWayBack(
-                f"no copy of version {request.restores} with the fingerprint "
-                f"{request.weights} is kept here (kept: {there})"
-            )
-        recall = Recall(
-            version=request.version,
-            restores=request.restores,
-            seconds=request.stage_seconds,
-        )
-        try:
-            await self._call(recall)
-            staged = await self._poll(request.version, report)
-        except RanksFailed as error:
-            if error.failure.kind in COPY_LOST:
-                self.kept = None
-            raise
-        # Its plan may be older than that of the session: it is proven by itself.
-        held, reads = kept.manifest, [reply.reads for reply in staged]
-        proof = Proof(held.manifest, reads)
-        votes = self._vote(request, held, kept.tensors, staged, proof)
-        self._recalled = kept
-        return votes
-
-    def _vote(
-        self,
-        request: Prepare,
-        held: HeldManifest,
-        published: np.ndarray,
-        staged: list[Staged],
-        proof: Proof,
-    ) -> tuple[RankVote, ...]:
-        """Every rank's vote, if together they have staged what was ``published``."""
         self.direct = any(reply.vote.memory.mode == "direct" for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
-        proof.check(published, parts)
+        self._proven.proof.check(published, parts)
         self._staged = HeldVersion(request.version, request.weights, held, published)
         return tuple(reply.vote for reply in staged)
 
@@ -342,9 +291,7 @@ class Ranks:
             raise RanksFailed(reply.failure)
         return reply
 
-    async def _poll(
-        self, version: int, report: Report, source: SourceWatch | None = None
-    ) -> list:
+    async def _poll(self, version: int, report: Report, source: SourceWatch) -> list:
         """Wait until every rank has ended, or their source is gone; the ranks keep
         their own deadline."""
         began = time.monotonic()
@@ -365,7 +312,7 @@ class Ranks:
             if time.monotonic() >= due:
                 due = time.monotonic() + PROGRESS_SECONDS
                 report(_progress(replies))
-                if source is not None and await source.is_gone():
+                if await source.is_gone():
                     raise RanksFailed(_source_gone(version, source, replies))
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
@@ -428,7 +375,6 @@ class Ranks:
     def _now_live(self) -> None:
         if self._live is not self._staged:
             self._previous, self._live = self._live, self._staged
-            self.kept = None if self.direct else self._previous
 
     async def verify(self, version: int) -> LiveCheck:
         """Compare the live weights of every rank with ``version``, while serving.
@@ -478,7 +424,6 @@ class Ranks:
                 ) from cause
         if self._live is not None and self._live is self._staged:
             self._live = self._previous
-        self.kept = self._recalled
 
     # --- what others read ----------------------------------------------------
 
