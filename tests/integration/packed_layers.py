@@ -55,7 +55,7 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 )
 
 from dynamo.refit.errors import UnsupportedConfiguration  # noqa: E402
-from dynamo.refit.rank.capture import build_twin, describe_parameters  # noqa: E402
+from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
 from dynamo.refit.rank.cpu_layout import (  # noqa: E402
     LAYOUT_VARIABLE,
     keep_plain_layout,
@@ -64,6 +64,7 @@ from dynamo.refit.rank.install import LiveParameters  # noqa: E402
 from dynamo.refit.rank.layerwise import LayerFailed, ProcessedLayers  # noqa: E402
 from dynamo.refit.rank.runtime_layout import MLA_DERIVED, find_layout  # noqa: E402
 from dynamo.refit.rank.slices import ArenaLayout  # noqa: E402
+from dynamo.refit.rank.twin import build_twin  # noqa: E402
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "models"
 ARCHITECTURES = ("qwen3", "qwen3-tied", "qwen3moe", "mla")
@@ -180,7 +181,8 @@ def _expected(architecture: str, seed: int) -> dict[str, torch.Tensor]:
 
 def _case(architecture: str) -> Case:
     config = _config(_checkpoint(architecture, 1))
-    model, twin = _load(config), build_twin(config)
+    model = _load(config)
+    twin = build_twin(config, model)
     layout = ArenaLayout(describe_parameters(twin, model))
     weights = {}
     for seed in (1, 2, 3):

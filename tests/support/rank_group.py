@@ -83,9 +83,11 @@ class RankGroup:
         self._calls = 0
         self.talk = Conversation(self.call, "auto")
 
-    def load(self, model: Path, staging: StagingChoice = "auto") -> None:
+    def load(
+        self, model: Path, staging: StagingChoice = "auto", load_format: str = "auto"
+    ) -> None:
         """Serve ``model`` from now on, with nothing staged or cached."""
-        self._ask("load", model)
+        self._ask("load", model, load_format)
         self.model = model
         self.talk = Conversation(self.call, staging)
 
@@ -179,6 +181,16 @@ class Conversation:
         self._sent: str | None = None
         self._version = 0
 
+    def start(self) -> None:
+        """Let every rank get ready, as a worker does before it is admitted; once.
+
+        Raises:
+            RanksRefused: a rank cannot be refitted.
+        """
+        if not self._described:
+            self._finish(Describe(staging=self.staging))
+            self._described = True
+
     def stage(
         self, version: RawVersion, seconds: float = STAGE_SECONDS
     ) -> list[RankVote]:
@@ -188,9 +200,7 @@ class Conversation:
             RanksRefused: a rank did not; nothing is staged on any rank then.
             RefitError: all of them did, but they hold something else.
         """
-        if not self._described:
-            self._finish(Describe(staging=self.staging))
-            self._described = True
+        self.start()
         self._version += 1
         fingerprint = version.manifest.fingerprint()
         known = self._sent == fingerprint

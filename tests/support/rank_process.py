@@ -51,11 +51,11 @@ class RankProcess:
         self._distributed = False
         self._worker: RankWorker | None = None
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, load_format: str = "auto") -> None:
         """Load a checkpoint as a worker does; the model before it is dropped."""
         self._worker = None
         gc.collect()
-        config = self._make_config(directory)
+        config = self._make_config(directory, load_format)
         if not self._distributed:
             self._start_distributed(config)
         with set_current_vllm_config(config):
@@ -92,9 +92,10 @@ class RankProcess:
     def _model(self) -> nn.Module:
         return self._worker.model_runner.get_model()
 
-    def _make_config(self, directory: Path) -> VllmConfig:
+    def _make_config(self, directory: Path, load_format: str) -> VllmConfig:
         config = EngineArgs(
             model=str(directory),
+            load_format=load_format,
             tensor_parallel_size=self._ranks,
             distributed_executor_backend="mp",
             enforce_eager=True,

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
 
 def _check(layout: Layout) -> None:
-    check_slices(layout.manifest, layout.parameters, layout.slices)
+    check_slices(layout.manifest.tensors, layout.parameters, layout.slices)
 
 
 def _refusal(layout: Layout) -> tuple[str | None, str]:

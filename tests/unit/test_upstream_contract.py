@@ -31,7 +31,8 @@ from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
 from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
-from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from vllm.config import LoadConfig, ModelConfig, ParallelConfig  # noqa: E402
 from vllm.model_executor.layers import utils as gemm  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402
@@ -42,6 +43,10 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E
 from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     UnquantizedEmbeddingMethod,
 )
+from vllm.model_executor.model_loader.default_loader import (  # noqa: E402
+    DefaultModelLoader,
+)
+from vllm.model_executor.model_loader.reload import layerwise  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
@@ -56,6 +61,7 @@ from vllm.v1.worker import worker_base  # noqa: E402
 
 from dynamo.refit.rank import cpu_layout  # noqa: E402
 from dynamo.refit.rank.extension import RefitWorkerExtension  # noqa: E402
+from dynamo.refit.rank.load_check import ONLINE_LOADER  # noqa: E402
 from dynamo.refit.worker.hook import on_user_taints, on_worker_ready  # noqa: E402
 from dynamo.refit.worker.main import EXTENSION  # noqa: E402
 
@@ -725,3 +731,23 @@ def test_the_scales_of_a_kv_cache_are_gone_after_a_load() -> None:
     source = inspect.getsource(method.process_weights_after_loading)
     assert created == {"q_scale", "k_scale", "v_scale", "prob_scale"}
     assert all(f"del layer.{name}" in source for name in created)
+
+
+def test_the_loaders_of_layers_that_are_quantized_at_load_can_be_unwrapped() -> None:
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor) -> None: ...
+
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.weight_loader = load
+    wrapped = layerwise.make_online_process_loader(layer, "weight")
+    assert (wrapped.__name__, wrapped.__wrapped__) == (ONLINE_LOADER, load)
+
+
+def test_vllm_s_usual_loader_lists_what_it_loads(tmp_path: Path) -> None:
+    """The start checkpoint is read by it, with the names that the model is given."""
+    tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    loader = DefaultModelLoader(LoadConfig(use_tqdm_on_load=False))
+    config = SimpleNamespace(model=str(tmp_path), revision=None)
+    found = dict(loader.get_all_weights(config, torch.nn.Module()))
+    assert {name: t.shape for name, t in found.items()} == {"a": (1,), "b": (2, 3)}
+    assert found["a"].item() == 1

@@ -2,52 +2,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this rank's loader reads, learned from the loader itself.
 
-A twin of the model on the meta device (no bytes) is built once, before serving.
-ModelExpress's placeholders then go through the twin's own ``load_weights`` and
-record which slice of which tensor lands where: there is no table per model. The
-live model is never touched. The only file that imports modelexpress.
+ModelExpress's placeholders go through the meta twin's own ``load_weights`` and record
+which slice of which tensor lands where: there is no table per model. Whatever else the
+loader writes is recorded, too: a tensor that is not made of slices alone is refused.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from modelexpress.refit.reshard import (
+    LazyWeight,
     UnsupportedReshard,
     build_lazy_weights,
     capture_weights,
 )
 from modelexpress.refit.reshard.slice_plan import resolve_slice
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.model_loader.utils import initialize_model
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from dynamo.refit.errors import LayoutRefused
-from dynamo.refit.manifest import Manifest, TensorEntry
+from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank.plan import Parameter, ReadSlice
 from dynamo.refit.rank.runtime_layout import find_layout
+from dynamo.refit.rank.twin import held_tensors
 
+#: Characters of a loader's own message that a refusal repeats: vLLM's may list every
+#: parameter of a module.
+LONGEST_CAUSE = 300
 
-def build_twin(vllm_config: VllmConfig) -> nn.Module:
-    """The engine's model with this rank's shapes, on the meta device.
+#: Tensors that a refusal names.
+MOST_NAMES = 8
 
-    Sets process-wide state (default dtype, current vLLM config) while it runs,
-    so it is called on the thread that runs the model, and not during a step.
-    """
-    config = copy.copy(vllm_config)
-    config.compilation_config = copy.copy(vllm_config.compilation_config)
-    # The layers of the twin must not replace the live ones in vLLM's registry.
-    config.compilation_config.static_forward_context = {}
-    with (
-        set_current_vllm_config(config),
-        set_default_torch_dtype(config.model_config.dtype),
-        torch.device("meta"),
-    ):
-        return initialize_model(config)
+_ZEROED = "the loader sets a part of it to zero"
 
 
 def describe_parameters(twin: nn.Module, live: nn.Module) -> list[Parameter]:
@@ -71,54 +63,67 @@ def describe_parameters(twin: nn.Module, live: nn.Module) -> list[Parameter]:
     ]
 
 
-def capture_slices(twin: nn.Module, manifest: Manifest) -> list[ReadSlice]:
-    """Every slice that ``twin``'s loader copies out of the published tensors.
+def capture_slices(twin: nn.Module, tensors: Sequence[TensorEntry]) -> list[ReadSlice]:
+    """Every slice that ``twin``'s loader copies out of ``tensors``.
 
     Raises:
-        LayoutRefused: the loader rejects a tensor, or reads it in a way that is
-            not a box of it.
+        LayoutRefused: the loader rejects a tensor, or makes something else of the
+            tensors than copies of boxes of them; names the tensors.
     """
-    shapes = {tensor.name: tensor.shape for tensor in manifest.tensors}
+    recorder = _LoadRecorder(twin)
+    result = _run_loader(twin, tensors, recorder)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    computed = recorder.computed
+    for name in result.unsupported:
+        reason = result.unsupported_reasons.get(name, "read in an unknown way")
+        computed.setdefault(name, reason)
     slices = []
-    for read in _capture(twin, manifest.tensors):
+    for copy in result.copies:
         try:
-            box, strides = resolve_slice(read, shapes[read.src_name])
+            box, strides = resolve_slice(copy, shapes[copy.src_name])
         except UnsupportedReshard as error:
-            raise LayoutRefused(str(error), tensor=read.src_name) from error
+            computed.setdefault(copy.param_name, str(error))
+            continue
         slices.append(
             ReadSlice(
-                tensor=read.src_name,
+                tensor=copy.src_name,
                 box=tuple((int(lo), int(hi)) for lo, hi in box),
-                parameter=read.param_name,
-                offset=int(read.dest_offset),
+                parameter=copy.param_name,
+                offset=int(copy.dest_offset),
                 strides=tuple(int(stride) for stride in strides),
             )
         )
+    _forget_padding(computed, recorder.zeroed, _vocabulary_padding(twin))
+    if computed:
+        raise refuse_tensors(computed)
     return slices
 
 
-def _capture(twin: nn.Module, tensors: Sequence[TensorEntry]) -> list:
+def refuse_tensors(reasons: Mapping[str, str]) -> LayoutRefused:
+    """The refusal of tensors that a refit would get wrong, with the first's reason."""
+    names = list(reasons)
+    listed = ", ".join(names[:MOST_NAMES])
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return LayoutRefused(
+        f"{len(names)} tensors of the engine are more than copies of slices of what is "
+        f"published: {listed}{more}; {names[0]}: {_shorten(reasons[names[0]])}",
+        tensor=names[0],
+    )
+
+
+def _run_loader(
+    twin: nn.Module, tensors: Sequence[TensorEntry], recorder: _LoadRecorder
+) -> Any:
     try:
-        result = _run_loader(twin, tensors)
+        with recorder.recording():
+            return _load(twin, tensors)
     except Exception as error:
         # The loaders raise whatever they like (mostly bare assertions), without
         # the tensor's name: find it by loading one tensor at a time.
         raise _blame(twin, tensors, error) from error
-    if result.unsupported:
-        name = result.unsupported[0]
-        raise LayoutRefused(
-            f"{len(result.unsupported)} tensors are read in a way that is not a slice; "
-            f"the first: {result.unsupported_reasons.get(name, 'unknown')}",
-            tensor=name,
-        )
-    if result.unattributed:
-        raise LayoutRefused(
-            f"{result.unattributed} copies of the loader do not go to a parameter"
-        )
-    return result.copies
 
 
-def _run_loader(twin: nn.Module, tensors: Sequence[TensorEntry]):
+def _load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> Any:
     lazy = build_lazy_weights(
         [(t.name, getattr(torch, t.dtype), t.shape) for t in tensors]
     )
@@ -130,17 +135,24 @@ def _blame(
 ) -> LayoutRefused:
     for tensor in tensors:
         try:
-            _run_loader(twin, [tensor])
+            _load(twin, [tensor])
         except Exception as error:
             return LayoutRefused(
                 f"published with shape {tensor.shape} as {tensor.dtype}; the engine's "
-                f"loader rejects it: {type(error).__name__}: {error}",
+                f"loader rejects it: {type(error).__name__}: {_shorten(str(error))}",
                 tensor=tensor.name,
             )
     return LayoutRefused(
         f"the engine's loader rejects the tensors together: "
-        f"{type(cause).__name__}: {cause}"
+        f"{type(cause).__name__}: {_shorten(str(cause))}"
     )
+
+
+def _shorten(message: str) -> str:
+    message = " ".join(message.split())
+    if len(message) <= LONGEST_CAUSE:
+        return message
+    return f"{message[:LONGEST_CAUSE]}..."
 
 
 def _vocabulary_padding(twin: nn.Module) -> dict[str, int]:
@@ -155,3 +167,160 @@ def _vocabulary_padding(twin: nn.Module) -> dict[str, int]:
             row = parameter.numel() // parameter.shape[0]
             padding[f"{prefix}.{name}"] = rows * row
     return padding
+
+
+def _forget_padding(
+    computed: dict[str, str],
+    zeroed: Mapping[str, tuple[int, ...]],
+    padding: Mapping[str, int],
+) -> None:
+    """Drop from ``computed`` what was only zeroed where it pads the vocabulary: the
+    staging buffers are zero there, too."""
+    for name, sizes in zeroed.items():
+        if computed.get(name) == _ZEROED and max(sizes) <= padding.get(name, 0):
+            del computed[name]
+
+
+# What the loader does to the twin's tensors.
+
+
+class _LoadRecorder:
+    """Sees every write to a tensor of ``twin`` while its loader runs.
+
+    ``computed`` are the tensors that were not only copied into, with the reason;
+    ``zeroed`` the numbers of elements that were set to zero, call by call.
+    """
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.computed: dict[str, str] = {}
+        self.zeroed: dict[str, tuple[int, ...]] = {}
+        self._twin = twin
+        # Meta storages have no address: the storage object tells them apart.
+        self._names: dict[int, str] = {}
+        self._laid_out: dict[int, bool] = {}
+        for name, parameter in twin.named_parameters():
+            storage = _storage(parameter)
+            alone = self._names.setdefault(storage, name) == name
+            self._laid_out[storage] = (
+                alone and parameter.storage_offset() == 0 and parameter.is_contiguous()
+            )
+        for name, _, _, tensor in held_tensors(twin):
+            self._names.setdefault(_storage(tensor), name)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it is entered, the loader's copies are attributed to the parameter
+        that they write into, and its other writes are recorded."""
+        before = _forms(self._twin)
+        with _Copies(self), _Writes(self):
+            yield
+        after = _forms(self._twin)
+        for name in before.keys() | after.keys():
+            if before.get(name) != after.get(name):
+                self.computed.setdefault(name, "the loader replaces it")
+
+    def parameter_of(self, tensor: torch.Tensor) -> str | None:
+        """The parameter that ``tensor`` is a part of, if it is laid out as in a staging
+        buffer: alone in its storage, from the first element on, without gaps."""
+        storage = _storage(tensor)
+        return self._names[storage] if self._laid_out.get(storage) else None
+
+    def written(self, func: Any, tensor: torch.Tensor, args: Sequence[Any]) -> None:
+        """An operation ``func`` writes into ``tensor``, without copying a source."""
+        name = self._names.get(_storage(tensor))
+        if name is None:
+            return
+        zero = func is torch.ops.aten.zero_.default or (
+            func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor)
+            and not isinstance(args[1], torch.Tensor)
+            and args[1] == 0
+        )
+        if zero:
+            self.zeroed[name] = (*self.zeroed.get(name, ()), tensor.numel())
+            self.computed.setdefault(name, _ZEROED)
+        else:
+            self.computed[name] = f"the loader computes it with {func}"
+
+    def copied_elsewhere(self, source: str, tensor: torch.Tensor) -> None:
+        """A source is copied to something that has no place in a staging buffer."""
+        name = self._names.get(_storage(tensor), source)
+        self.computed.setdefault(
+            name, f"the loader copies {source} to a place that is not a parameter's"
+        )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _forms(model: nn.Module) -> dict[str, tuple]:
+    """What each tensor of ``model`` is, but for its values."""
+    return {
+        name: (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        for name, _, _, tensor in held_tensors(model)
+    }
+
+
+class _Copies(TorchFunctionMode):
+    """Names the parameter that a placeholder is copied into by where the bytes go, and
+    not by whose loader runs; takes an assignment to an index for the copy that it is.
+    """
+
+    def __init__(self, recorder: _LoadRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], LazyWeight):
+            self._copy(args[0][args[1]], args[2])
+            return None
+        if func is torch.Tensor.copy_:
+            source = args[1] if len(args) > 1 else kwargs.get("src")
+            if isinstance(source, LazyWeight):
+                return self._copy(args[0], source)
+        return func(*args, **kwargs)
+
+    def _copy(self, target: torch.Tensor, source: LazyWeight) -> torch.Tensor:
+        name = self._recorder.parameter_of(target)
+        if name is None:
+            self._recorder.copied_elsewhere(source._name, target)
+            return target
+        records = source._recorder
+        stamped, records.current = records.current, name
+        try:
+            return torch.Tensor.copy_(target, source)
+        finally:
+            records.current = stamped
+
+
+class _Writes(TorchDispatchMode):
+    """Hands every operation that writes into a tensor to the recorder."""
+
+    def __init__(self, recorder: _LoadRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                for target in given if isinstance(given, list | tuple) else [given]:
+                    if isinstance(target, torch.Tensor):
+                        self._recorder.written(func, target, args)
+        return func(*args, **kwargs)

@@ -59,11 +59,11 @@ from dynamo.refit.protocol import (
     Verify,
     Withdraw,
 )
-from dynamo.refit.rank.capture import build_twin
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.reserve import leave_room_for_staging
 from dynamo.refit.rank.stager import RankStager
+from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
 
@@ -114,9 +114,10 @@ class RefitRank:
         check_supported(worker.vllm_config)
         self.rank = get_tensor_model_parallel_rank()
         self._ranks = get_tensor_model_parallel_world_size()
+        model = worker.model_runner.get_model()
         self._stager = self.stager_class(
-            worker.model_runner.get_model(),
-            build_twin(worker.vllm_config),
+            model,
+            build_twin(worker.vllm_config, model),
             worker.vllm_config,
             self.rank,
             self._ranks,

@@ -15,7 +15,6 @@ new ones, and the engine gets the next step ready meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from dynamo.refit.errors import PackedWeights, PointerMoved
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.layerwise import ProcessedLayers
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
+from dynamo.refit.rank.twin import held_tensors
 
 #: From this size on a tensor is copied by a call of its own. One H100 reads and writes
 #: 2.8 TB/s so for a model of 8 GB, and 2.3 with all tensors in one ``_foreach_copy_``.
@@ -54,8 +54,10 @@ class LiveParameters:
     ) -> None:
         # A look at each place is 100 times quicker than a walk over the modules, and
         # it happens twice in every pause.
-        self._places = list(_places(model))
-        self._addresses = [held[key].data_ptr() for _, held, key in self._places]
+        self._places = [
+            (name, table, key) for name, table, key, _ in held_tensors(model)
+        ]
+        self._addresses = [table[key].data_ptr() for _, table, key in self._places]
         self._device = next(model.parameters()).device
         self._names = [parameter.name for parameter in layout.parameters]
         self._layers = layers
@@ -83,8 +85,8 @@ class LiveParameters:
                 has moved; names it.
         """
         places = zip(self._places, self._addresses, strict=True)
-        for (name, held, key), address in places:
-            tensor = held.get(key)
+        for (name, table, key), address in places:
+            tensor = table.get(key)
             if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() != address:
                 raise PointerMoved(
                     "its storage moved since the session was built, so captured CUDA "
@@ -175,22 +177,6 @@ def _as_loaded(found: torch.Tensor, parameter: Parameter) -> bool:
         and found.dtype == getattr(torch, parameter.dtype)
         and found.is_contiguous()
     )
-
-
-def _places(
-    model: nn.Module,
-) -> Iterator[tuple[str, dict[str, object], str]]:
-    """Where each tensor of a module hangs: its name, the module's table, its key.
-
-    Parameters, buffers and bare attributes, such as a kernel's workspace or what MLA
-    derives from its weights. Under every name: a tied tensor that is no longer tied
-    has moved, too.
-    """
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for held in (module._parameters, module._buffers, module.__dict__):
-            for key, value in held.items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{prefix}.{key}".lstrip("."), held, key
 
 
 class _HostClock:

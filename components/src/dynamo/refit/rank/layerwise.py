@@ -39,6 +39,7 @@ from dynamo.refit.rank.runtime_layout import (
     find_layout,
     quantization_method,
 )
+from dynamo.refit.rank.twin import same_bits
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _SCALARS = (bool, int, float, complex, str, type(None), enum.Enum, torch.dtype)
@@ -77,12 +78,16 @@ class ProcessedLayers:
     def __init__(self, model: nn.Module, twin: nn.Module, config: VllmConfig) -> None:
         layout = find_layout(twin, model)
         self.plain = layout.plain
-        self._layers = layout.processed
+        self.layers = layout.processed
         self._attention = layout.attention
         self._config = config
         #: The parameters that a copy alone does not install.
         self.names = frozenset(
-            name for layer in self._layers for name in layer.parameters.values()
+            name for layer in self.layers for name in layer.parameters.values()
+        )
+        #: The live tensors that an install processes anew.
+        self.derived: frozenset[str] = frozenset(
+            f"{name}.{leaf}" for name, _ in self._attention for leaf in MLA_DERIVED
         )
         if self.names or self._attention:
             self._rehearse(model)
@@ -97,20 +102,43 @@ class ProcessedLayers:
             LayerFailed: names the layer. It has its old weights, and so have the
                 layers after it; the ones before it have the new.
         """
-        if not self._layers:
+        if not self.layers:
             return
         with self._as_after_a_load():
-            for layer in self._layers:
+            for layer in self.layers:
                 weights = {
                     leaf: staged[name] for leaf, name in layer.parameters.items()
                 }
-                try:
+                with _failing(layer.name):
                     update = _process(layer, weights)
-                except Exception as error:
-                    raise _failed(layer.name, error) from error
                 update.write()
                 # Its memory is the next layer's.
                 del update
+
+    def find_differences(
+        self, layer: ProcessedLayer, staged: Mapping[str, torch.Tensor]
+    ) -> list[str]:
+        """The live tensors of ``layer`` that an install of ``staged``, all of its
+        parameters, would change; nothing is written.
+
+        Raises:
+            LayerFailed: the layer cannot be processed.
+        """
+        weights = {leaf: staged[name] for leaf, name in layer.parameters.items()}
+        with self._as_after_a_load(), _failing(layer.name):
+            return _process(layer, weights).differences()
+
+    def find_stale_attention(self) -> list[str]:
+        """MLA's copies that are not what its live ``kv_b_proj`` gives."""
+        if not self._attention:
+            return []
+        dtype = self._config.model_config.dtype
+        stale = []
+        with self._as_after_a_load():
+            for name, layer in self._attention:
+                with _failing(name):
+                    stale += _derive(layer, dtype, name).differences()
+        return stale
 
     def refresh_attention(self) -> None:
         """Make MLA's copies of ``kv_b_proj`` again, once that is installed.
@@ -122,21 +150,24 @@ class ProcessedLayers:
             return
         with self._as_after_a_load():
             for name, layer in self._attention:
-                try:
-                    update = _derive(layer, self._config.model_config.dtype)
-                except Exception as error:
-                    raise _failed(name, error) from error
+                with _failing(name):
+                    update = _derive(layer, self._config.model_config.dtype, name)
                 update.write()
 
     def _rehearse(self, model: nn.Module) -> None:
         compiled = _is_compiled(model)
-        kinds: dict[tuple, ProcessedLayer] = {}
-        for layer in self._layers:
-            kinds.setdefault(_kind(layer), layer)
+        kinds: dict[tuple, list[ProcessedLayer]] = {}
+        for layer in self.layers:
+            kinds.setdefault(_kind(layer), []).append(layer)
         with self._as_after_a_load():
-            for layer in kinds.values():
+            for layer, *others in kinds.values():
                 with _refusing(layer.name):
                     update = _process(layer, _made_up(layer))
+                self.derived |= {
+                    f"{alike.name}.{path}"
+                    for alike in (layer, *others)
+                    for path, _, _ in update.copies
+                }
                 if update.functions and compiled:
                     raise UnsupportedConfiguration(
                         f"{layer.name} keeps packed weights in a function, which "
@@ -145,7 +176,7 @@ class ProcessedLayers:
                     )
             for name, attention in self._attention[:1]:
                 with _refusing(name):
-                    _derive(attention, self._config.model_config.dtype)
+                    _derive(attention, self._config.model_config.dtype, name)
 
     @contextmanager
     def _as_after_a_load(self) -> Iterator[None]:
@@ -168,12 +199,16 @@ def _refusing(name: str) -> Iterator[None]:
         ) from error
 
 
-def _failed(name: str, error: Exception) -> LayerFailed:
-    return LayerFailed(
-        f"{name} cannot be processed: {type(error).__name__}: {error}; it goes on with "
-        "the weights that it had",
-        tensor=getattr(error, "tensor", None) or name,
-    )
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise LayerFailed(
+            f"{name} cannot be processed: {type(error).__name__}: {error}; it goes on "
+            "with the weights that it had",
+            tensor=getattr(error, "tensor", None) or name,
+        ) from error
 
 
 def _kind(layer: ProcessedLayer) -> tuple:
@@ -223,27 +258,28 @@ def _process(layer: ProcessedLayer, weights: Mapping[str, torch.Tensor]) -> _Upd
     before = {name: held for name, held in before.items() if name not in filled}
     update = _Update(layer.name, seen={id(scratch), id(method)})
     update.compare(layer.live, scratch, before)
-    update.compare(quantization_method(layer.live), method, before_method)
+    live_method = quantization_method(layer.live)
+    update.compare(live_method, method, before_method, prefix="quant_method.")
     return update
 
 
-def _derive(layer: nn.Module, dtype: torch.dtype) -> _Update:
+def _derive(layer: nn.Module, dtype: torch.dtype, name: str) -> _Update:
     """What an MLA layer makes of its ``kv_b_proj``, not yet written."""
     scratch = _copy_of(layer)
     held = {}
-    for name in MLA_DERIVED:
-        held[name] = getattr(layer, name)
+    for leaf in MLA_DERIVED:
+        held[leaf] = getattr(layer, leaf)
         for table in (scratch.__dict__, scratch._parameters, scratch._buffers):
-            table.pop(name, None)
+            table.pop(leaf, None)
     for table in (scratch._buffers, scratch.__dict__):
-        for name, value in table.items():
+        for leaf, value in table.items():
             # Its scales, which processing sets and which do not depend on weights.
-            if isinstance(value, torch.Tensor) and "scale" in name:
-                table[name] = value.clone()
+            if isinstance(value, torch.Tensor) and "scale" in leaf:
+                table[leaf] = value.clone()
     scratch.process_weights_after_loading(dtype)
-    update = _Update("")
-    for name in MLA_DERIVED:
-        update.pair(held[name], getattr(scratch, name, None), name)
+    update = _Update(name)
+    for leaf in MLA_DERIVED:
+        update.pair(held[leaf], getattr(scratch, leaf, None), leaf)
     return update
 
 
@@ -276,7 +312,7 @@ def _copy_of_method(scratch: nn.Module) -> Any:
 
 
 def _lend(live: nn.Module, scratch: nn.Module) -> set[str]:
-    """Copies of the live layer's other tensors, where the twin has none with bytes.
+    """Copies of the live layer's other tensors: the twin's may have no bytes.
 
     A map of experts, for example, is computed when the model is built. Returns their
     names, since processing may write into them.
@@ -288,7 +324,7 @@ def _lend(live: nn.Module, scratch: nn.Module) -> set[str]:
     ):
         for name, tensor in planned.items():
             found = current.get(name)
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+            if not isinstance(tensor, torch.Tensor):
                 continue
             if isinstance(found, torch.Tensor) and tensor.shape == found.shape:
                 planned[name] = found.clone()
@@ -313,11 +349,13 @@ class _Update:
     """Copies into live tensors, and functions to replace; complete before a write."""
 
     layer: str
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    copies: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     functions: list[tuple[Any, str, Any]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
-    def compare(self, live: Any, new: Any, before: Mapping[str, Any]) -> None:
+    def compare(
+        self, live: Any, new: Any, before: Mapping[str, Any], prefix: str = ""
+    ) -> None:
         """Take over each attribute of ``new`` that is not what it was ``before``."""
         held = dict(_attributes(live))
         for name, value in _attributes(new):
@@ -327,7 +365,7 @@ class _Update:
             if isinstance(value, _FUNCTIONS):
                 self._pair_functions(live, name, value)
             else:
-                self.pair(current, value, name)
+                self.pair(current, value, f"{prefix}{name}")
 
     def pair(self, live: Any, new: Any, path: str) -> None:
         """Match what the live layer holds at ``path`` with what was made anew.
@@ -348,8 +386,16 @@ class _Update:
             self.seen.add(id(new))
             self._pair_parts(live, new, path)
 
+    def differences(self) -> list[str]:
+        """The live tensors that :meth:`write` would change."""
+        return [
+            f"{self.layer}.{path}"
+            for path, live, new in self.copies
+            if not same_bits(live.data, new.data)
+        ]
+
     def write(self) -> None:
-        for live, new in self.copies:
+        for _, live, new in self.copies:
             live.data.copy_(new)
         for holder, name, function in self.functions:
             setattr(holder, name, function)
@@ -359,7 +405,7 @@ class _Update:
             raise self._mismatch(path, live, new)
         if live.shape != new.shape or live.dtype != new.dtype:
             raise self._mismatch(path, live, new)
-        self.copies.append((live, new))
+        self.copies.append((path, live, new))
 
     def _pair_parts(self, live: Any, new: Any, path: str) -> None:
         if isinstance(new, dict):

@@ -187,7 +187,7 @@ def make_plan(
             tensor, or the dtypes do not go together. Nothing has been built then.
     """
     slices = list(slices)
-    check_slices(manifest, parameters, slices)
+    check_slices(manifest.tensors, parameters, slices)
     tensors = {tensor.name: (i, tensor) for i, tensor in enumerate(manifest.tensors)}
     shards = _number_shards(manifest)
     arena = arena or ArenaLayout(parameters)

@@ -17,10 +17,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from dynamo.refit.rank.capture import build_twin, describe_parameters
+from dynamo.refit.rank.capture import describe_parameters
 from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
 from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
 
@@ -44,8 +45,8 @@ def determine_with_staging(worker: Worker) -> int:
     available = _determine_available_memory(worker)
     if worker.cache_config.kv_cache_memory_bytes:
         return available
-    twin = build_twin(worker.vllm_config)
-    parameters = describe_parameters(twin, worker.model_runner.get_model())
+    model = worker.model_runner.get_model()
+    parameters = describe_parameters(build_twin(worker.vllm_config, model), model)
     left = room_for_cache(
         available,
         os.environ.get(STAGING_VARIABLE, "auto"),

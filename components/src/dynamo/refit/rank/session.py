@@ -26,6 +26,7 @@ from dynamo.refit.rank.install import synchronize
 from dynamo.refit.rank.pipeline import Pipeline, Submit
 from dynamo.refit.rank.plan import Piece, Plan, Wave
 from dynamo.refit.rank.requests import Requests
+from dynamo.refit.rank.slices import ReadSlice
 from dynamo.refit.transport.nixl import NixlAgent
 
 #: Buffers of pulls that were given up but may still be written to.
@@ -303,7 +304,7 @@ class AbandonedSessions:
             )
 
 
-def piece_view(piece: Piece, parameter: torch.Tensor) -> torch.Tensor:
+def piece_view(piece: Piece | ReadSlice, parameter: torch.Tensor) -> torch.Tensor:
     """The elements of ``parameter`` that ``piece`` fills, in the box's shape."""
     flat = parameter.view(-1)
     offset = flat.storage_offset() + piece.offset

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamo.refit.errors import LayoutRefused
-from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, align
+from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, TensorEntry, align
 from dynamo.refit.rank import boxes
 
 #: Dtypes that a trainer's copy may be converted between, as ``Tensor.copy_`` does.
@@ -95,7 +95,7 @@ def order_of_arrival(manifest: Manifest, slices: Sequence[ReadSlice]) -> list[st
 
 
 def check_slices(
-    manifest: Manifest,
+    tensors: Sequence[TensorEntry],
     parameters: Sequence[Parameter],
     slices: Sequence[ReadSlice],
 ) -> None:
@@ -105,11 +105,11 @@ def check_slices(
     Raises:
         LayoutRefused: names the tensor or the parameter.
     """
-    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    published = {tensor.name: tensor for tensor in tensors}
     pieces: dict[str, list[ReadSlice]] = {p.name: [] for p in parameters}
     by_name = {parameter.name: parameter for parameter in parameters}
     for piece in slices:
-        tensor = tensors.get(piece.tensor)
+        tensor = published.get(piece.tensor)
         if tensor is None:
             raise LayoutRefused("this tensor is not published", tensor=piece.tensor)
         whole = tuple((0, size) for size in tensor.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
     FingerprintMismatch,
+    LayoutRefused,
     NothingStaged,
     NoWayBack,
     PeerUnsuitable,
@@ -28,7 +30,7 @@ from dynamo.refit.errors import (
     UnsupportedConfiguration,
 )
 from dynamo.refit.fingerprint import Batch, Part
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import Manifest, TensorEntry
 from dynamo.refit.protocol import (
     MemoryUse,
     Offer,
@@ -45,11 +47,22 @@ from dynamo.refit.rank.capture import capture_slices, describe_parameters
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.install import LiveParameters
 from dynamo.refit.rank.layerwise import ProcessedLayers
+from dynamo.refit.rank.load_check import (
+    StartCheckpoint,
+    check_other_tensors,
+    compare_with_live,
+    rehearse,
+)
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
-from dynamo.refit.rank.slices import ArenaLayout, order_of_arrival
+from dynamo.refit.rank.slices import (
+    ArenaLayout,
+    ReadSlice,
+    check_slices,
+    order_of_arrival,
+)
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
@@ -91,6 +104,14 @@ class _Staged:
 
 
 @dataclass(frozen=True)
+class CheckedSlices:
+    """What the engine's loader reads of tensors of these forms (name, dtype, shape)."""
+
+    tensors: frozenset[tuple]
+    slices: list[ReadSlice]
+
+
+@dataclass(frozen=True)
 class Checked:
     """The live parameters are right, but for ``unchecked`` ones that cannot be
     compared; the device wrote ``copy_ms`` for the install."""
@@ -125,6 +146,8 @@ class RankStager:
         self._limits = LIMITS[self._device.type]
         self._layout = ArenaLayout(self.parameters)
         layers = ProcessedLayers(model, twin, config)
+        #: Slices of tensors that were shown to give what the engine's loader gives.
+        self._checked = self._check_start(model, config, layers)
         self._live = LiveParameters(model, self._layout, layers)
         self._plain = {name: p.detach() for name, p in layers.plain.items()}
         # Half a second, so before the first refit.
@@ -159,6 +182,55 @@ class RankStager:
         _warm_up_fingerprints(self._device)
         if self._device.type == "cuda":
             host_copy.warm_up()
+
+    def _check_start(
+        self, model: nn.Module, config: VllmConfig, layers: ProcessedLayers
+    ) -> CheckedSlices | None:
+        """Refuse now what no version could be installed into; blocks, for seconds if
+        the model is large.
+
+        Where the start checkpoint's names are known, its slices are what a version of
+        these names will use; a made-up start (``--load-format dummy``) without files
+        leaves all of it to the first version.
+
+        Raises:
+            UnsupportedConfiguration: names the tensors.
+        """
+        try:
+            check_other_tensors(model, self._twin, layers)
+            checkpoint = StartCheckpoint(config)
+            entries = checkpoint.entries(self._twin)
+            if not entries:
+                return None
+            checked = self._check_load(entries)
+            if checkpoint.is_live:
+                tensors = checkpoint.tensors(self._twin)
+                compare_with_live(tensors, checked.slices, layers)
+        except LayoutRefused as error:
+            raise UnsupportedConfiguration(
+                f"{type(model).__name__} cannot be refitted by this release: {error}; "
+                "serve it with python -m dynamo.vllm",
+                tensor=error.tensor,
+            ) from error
+        return checked
+
+    def _check_load(self, tensors: Sequence[TensorEntry]) -> CheckedSlices:
+        """The slices of ``tensors`` that the engine's loader takes, once it has been
+        shown on made-up numbers that they are all that it does.
+
+        Raises:
+            LayoutRefused: names the tensors that are more than slices.
+        """
+        slices = capture_slices(self._twin, tensors)
+        check_slices(tensors, self.parameters, slices)
+        rehearse(self._twin, tensors, self.parameters, slices)
+        return CheckedSlices(_forms(tensors), slices)
+
+    def _slices_of(self, manifest: Manifest) -> list[ReadSlice]:
+        checked = self._checked
+        if checked is None or checked.tensors != _forms(manifest.tensors):
+            checked = self._checked = self._check_load(manifest.tensors)
+        return checked.slices
 
     @property
     def nbytes(self) -> int:
@@ -400,7 +472,7 @@ class RankStager:
     ) -> Session:
         with cycle.time("plan"):
             memory = self.plan_memory(staging)
-            slices = capture_slices(self._twin, manifest)
+            slices = self._slices_of(manifest)
             if self._arena is None:
                 first = order_of_arrival(manifest, slices)
                 self._layout = ArenaLayout(self.parameters, first)
@@ -528,6 +600,10 @@ class RankStager:
         self._session = self._spare = self._proven = None
         if session.arena is self._arena:
             self._arena = None
+
+
+def _forms(tensors: Sequence[TensorEntry]) -> frozenset[tuple]:
+    return frozenset((t.name, t.dtype, t.shape) for t in tensors)
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:

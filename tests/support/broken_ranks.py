@@ -1,0 +1,88 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks whose capture is wrong, as after a change upstream that nobody noticed.
+
+with BrokenRanks(2, logs) as group:
+    group.breaks("row")
+    group.load(checkpoint)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from dynamo.refit.manifest import TensorEntry
+from dynamo.refit.rank import stager
+from dynamo.refit.rank.capture import capture_slices
+from dynamo.refit.rank.plan import ReadSlice
+from tests.support.child import answer_requests
+from tests.support.rank_group import RankGroup
+from tests.support.rank_process import RankProcess
+
+
+class BrokenRanks(RankGroup):
+    """A :class:`RankGroup` of processes that get one thing wrong."""
+
+    module = "tests.support.broken_ranks"
+
+    def breaks(self, what: str) -> None:
+        """``row``: the slices of a query are a row off. ``parts``: gate and up are
+        exchanged. ``nothing``: all is right again."""
+        self._ask("breaks", what)
+
+
+class BrokenRankProcess(RankProcess):
+    """Carries out what the test asks for; each public method is a request."""
+
+    what = "nothing"
+
+    def breaks(self, what: str) -> None:
+        self.what = what
+
+    def capture(
+        self, twin: nn.Module, tensors: Sequence[TensorEntry]
+    ) -> list[ReadSlice]:
+        slices = capture_slices(twin, tensors)
+        match self.what:
+            case "row":
+                return [part for piece in slices for part in _row_off(piece)]
+            case "parts":
+                parts = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+                return [_renamed(piece, parts) for piece in slices]
+        return slices
+
+
+def _row_off(piece: ReadSlice) -> list[ReadSlice]:
+    """Every row of one query comes a row too early, and the first one last."""
+    if not piece.tensor.endswith("layers.1.self_attn.q_proj.weight"):
+        return [piece]
+    (start, stop), columns = piece.box
+    last = piece.offset + (stop - start - 1) * piece.strides[0]
+    return [
+        replace(piece, box=((start + 1, stop), columns)),
+        replace(piece, box=((start, start + 1), columns), offset=last),
+    ]
+
+
+def _renamed(piece: ReadSlice, parts: dict[str, str]) -> ReadSlice:
+    *path, projection, leaf = piece.tensor.split(".")
+    name = ".".join([*path, parts.get(projection, projection), leaf])
+    return replace(piece, tensor=name)
+
+
+def main() -> None:
+    descriptor, rank, ranks, port = map(int, sys.argv[1:])
+    process = BrokenRankProcess(rank, ranks, port)
+    stager.capture_slices = process.capture
+    answer_requests(descriptor, process)
+    # A process group that is torn down would wait for its peers.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
