@@ -29,6 +29,7 @@ from dynamo.common import model_taints  # noqa: E402
 from dynamo.common.utils import graceful_shutdown  # noqa: E402
 from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
+from dynamo.vllm import worker_factory  # noqa: E402
 from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
 from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
@@ -144,6 +145,37 @@ def test_the_model_is_registered_and_then_everything_is_served(path: str) -> Non
     assert all(registering.lineno < call.lineno for call in serving)
 
 
+def test_arguments_are_parsed_before_anything_is_fetched() -> None:
+    source = ast.unparse(tree(vllm_main.worker))
+    parsed = source.index("config = await parse_args_with_model_fetch(argv)")
+    for later in ("fetch_model(config.model)", "prepare_snapshot_engine(", "create("):
+        assert parsed < source.index(later)
+    assert parameters(vllm_main.parse_args_with_model_fetch) == ["argv"]
+
+
+def test_an_engine_is_made_of_its_final_configuration() -> None:
+    source = ast.unparse(tree(vllm_main.setup_vllm_engine))
+    made = source.index("AsyncLLM.from_vllm_config(vllm_config=vllm_config,")
+    for earlier in ("configure_multimodal_embedding_cache(", "create_engine_config("):
+        assert source.index(earlier) < made
+    assert parameters(AsyncLLM.from_vllm_config)[0] == "vllm_config"
+
+
+def test_every_kind_of_worker_registers_a_model_through_the_two_modules() -> None:
+    """Those in which worker/hook.py lets nobody register one without an agent."""
+    kinds = [name for name in vars(WorkerFactory) if name.startswith("_create_")]
+    assert len(kinds) == 6
+    for kind in kinds:
+        source = ast.unparse(tree(getattr(WorkerFactory, kind)))
+        if kind in ("_create_decode_worker", "_create_prefill_worker"):
+            assert "self._run_" in source
+        else:
+            assert "register_vllm_model(" in source or "await register_model(" in source
+    assert "await register_model(" in ast.unparse(tree(vllm_main.register_vllm_model))
+    for module in (vllm_main, worker_factory):
+        assert callable(module.register_model)
+
+
 def test_what_a_worker_serves_is_listed_before_it_is_registered() -> None:
     """The list is read when a worker that stalled is put back."""
     assert isinstance(vllm_main.shutdown_endpoints, list)
@@ -184,6 +216,8 @@ async def test_the_hook_wraps_and_calls_back(
 
     # Also puts the real one back afterwards.
     monkeypatch.setattr(WorkerFactory, "register_engine_routes", original)
+    for module in (vllm_main, worker_factory):
+        monkeypatch.setattr(module, "register_model", module.register_model)
     on_worker_ready(callback)
     hooked = WorkerFactory.register_engine_routes
     assert (hooked.__name__, hooked.__doc__) == ("original", "Upstream's.")
