@@ -30,7 +30,11 @@ from dynamo.common.utils import graceful_shutdown  # noqa: E402
 from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
 from dynamo.vllm import worker_factory  # noqa: E402
-from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
+from dynamo.vllm.handlers import (  # noqa: E402
+    BaseWorkerHandler,
+    DecodeWorkerHandler,
+    PrefillWorkerHandler,
+)
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
 from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
 from vllm.model_executor.layers import utils as gemm  # noqa: E402
@@ -44,6 +48,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
     UnquantizedEmbeddingMethod,
 )
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
@@ -353,8 +358,19 @@ async def test_declaring_a_version_takes_no_lock_and_needs_no_pause() -> None:
     assert handler._weight_version == 5
 
 
+@pytest.mark.parametrize("path", ["_run_decode_worker", "_run_prefill_worker"])
+def test_the_handler_s_generate_is_taken_when_it_is_served(path: str) -> None:
+    """After the hook has put one in its place that counts."""
+    assert "generate_endpoint.serve_endpoint(handler.generate," in ast.unparse(
+        tree(getattr(WorkerFactory, path))
+    )
+    for handler in (DecodeWorkerHandler, PrefillWorkerHandler):
+        assert parameters(handler.generate) == ["self", "request", "context"]
+        assert inspect.isasyncgenfunction(handler.generate)
+
+
 def test_the_handlers_generate_through_the_engine_client() -> None:
-    """So that every request passes the wrapper that salts it, prompt first."""
+    """So that every prefill passes the wrapper that tells its version."""
     module = inspect.getmodule(BaseWorkerHandler)
     calls = [
         call
@@ -401,6 +417,23 @@ def test_the_engine_s_methods() -> None:
         AsyncLLM.__init__
     )
     assert isinstance(ModelConfig.is_multimodal_model, property)
+
+
+def test_every_request_is_sent_through_the_core_client() -> None:
+    """Where its salt gets the epoch, after all that takes time."""
+    assert parameters(AsyncMPClient.add_request_async) == ["self", "request"]
+    assert inspect.iscoroutinefunction(AsyncMPClient.add_request_async)
+    sending = calls_of("add_request_async", inspect.getmodule(AsyncLLM))
+    assert len(sending) == 3
+    assert {ast.unparse(c.func) for c in sending} == {
+        "self.engine_core.add_request_async"
+    }
+    adding = ast.unparse(tree(AsyncLLM.add_request))
+    assert adding.index("process_inputs_async(") < adding.index("self._add_request(")
+    assert {"cache_salt", "external_req_id", "sampling_params"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+    assert not EngineCoreRequest.__struct_config__.frozen
 
 
 def test_the_scheduler_is_paused_and_resumed_through_the_core_client() -> None:
