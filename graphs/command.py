@@ -68,4 +68,4 @@ def wait_until_one_ends(graph: LocalGraph) -> None:
     while all(process.running for process in graph.processes.values()):
         time.sleep(0.5)
     dead = [p for p in graph.processes.values() if not p.running]
-    raise GraphError("\n".join(f"{p.name} ended:\n{p.tail()}" for p in dead))
+    raise GraphError("\n".join(f"{p.name} ended:\n{p.end_of_log()}" for p in dead))

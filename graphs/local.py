@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -58,6 +59,12 @@ CPU_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+
+#: What the last line of a worker ends with that refused to start.
+REFUSAL = re.compile(r"dynamo-refit: \w+: .*")
+
+#: In what Dynamo logs of every health check.
+HEALTH_RECORD = "/health"
 
 START_SECONDS = 240.0
 STOP_SECONDS = 10.0
@@ -116,9 +123,16 @@ class Process:
             self._child.wait(seconds)
         self.kill()
 
-    def tail(self, lines: int = 30) -> str:
-        text = self.log.read_text(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+    def end_of_log(self, lines: int = 30) -> str:
+        """The last lines, without the records of health checks; of a worker that
+        refused to start its one line that says why."""
+        kept = [
+            line
+            for line in self.log.read_text(errors="replace").splitlines()
+            if HEALTH_RECORD not in line
+        ]
+        refusal = REFUSAL.search(kept[-1]) if kept else None
+        return refusal.group() if refusal else "\n".join(kept[-lines:])
 
 
 class LocalGraph:
@@ -339,7 +353,7 @@ class LocalGraph:
         while not condition():
             for process in self.processes.values():
                 if not process.running:
-                    raise GraphError(f"{process.name} ended:\n{process.tail()}")
+                    raise GraphError(f"{process.name} ended:\n{process.end_of_log()}")
             if time.monotonic() > deadline:
                 raise GraphError(f"not after {seconds:g} s: {what}")
             time.sleep(0.1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import math
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
 import msgspec
@@ -44,6 +45,10 @@ class FakeHandler:
         self._paused = False
         self._pause_controller = SimpleNamespace(is_paused=False)
         self.declared: list[dict] = []
+
+    async def generate(self, request: object, context: object) -> AsyncIterator:
+        raise NotImplementedError
+        yield
 
     async def set_weight_version(self, body: dict) -> dict:
         self.declared.append(body)

@@ -50,6 +50,7 @@ async def main(checkpoint: str) -> None:
         stopping=graceful_shutdown._shutdown_started,
         put_back=lambda: asyncio.sleep(0, result=True),
     )
+    routing.open()
     # As worker/hook.py does, which imports vLLM.
     model_taints.update_model_taints = routing.set_user_taints
     register = functools.partial(

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.v1.engine import EngineCoreRequest
 
 from dynamo.refit.errors import (
     Fenced,
@@ -70,6 +70,7 @@ from dynamo.refit.worker import ranks as ranks_module
 from dynamo.refit.worker.engine import RefitEngine, with_epoch
 from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.ranks import RanksFailed
+from tests.support.engine_parts import engine_request, fake_handler
 from tests.support.fake_replica import (
     COMMIT_STEPS,
     EPOCH,
@@ -1255,6 +1256,10 @@ class FakeLLM:
         self.engine_core = self
         self.model_config = SimpleNamespace(is_multimodal_model=False)
         self.generated: list[Any] = []
+        self.sent: list[EngineCoreRequest] = []
+        self.inputs_ready = asyncio.Event()
+        self.inputs_ready.set()
+        self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
         self.calls: list[Any] = []
         self.shift = 0
         self.room = asyncio.Event()
@@ -1264,12 +1269,17 @@ class FakeLLM:
     async def generate(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes one token, where there is room for a request."""
         self.generated.append((prompt, args, kwargs))
+        await self.inputs_ready.wait()
+        await self.engine_core.add_request_async(engine_request(prompt, *args))
         try:
             await self.room.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         yield "token"
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self.sent.append(request)
 
     async def collective_rpc(self, method: str, args: tuple) -> list[bytes]:
         call = msgspec.msgpack.decode(args[0], type=RankCall)
@@ -1289,22 +1299,59 @@ class FakeLLM:
 
 def new_engine() -> tuple[RefitEngine, FakeLLM]:
     llm = FakeLLM()
-    return RefitEngine(SimpleNamespace(engine_client=llm)), llm
+    return RefitEngine(fake_handler(llm)), llm
 
 
 async def test_requests_carry_the_epoch_that_they_were_admitted_in() -> None:
     engine, llm = new_engine()
     for begin in (lambda: "", lambda: engine.begin_epoch(5)):
         assert begin() == engine.kv_epoch
-        tokens = llm.generate({"prompt_token_ids": [1, 2]}, "params", "id", priority=1)
+        tokens = llm.generate({"prompt_token_ids": [1, 2]}, None, "id", priority=1)
         assert [token async for token in tokens] == ["token"]
-    before, after = llm.generated
-    assert before == ({"prompt_token_ids": [1, 2]}, ("params", "id"), {"priority": 1})
-    assert after[0] == {
-        "prompt_token_ids": [1, 2],
-        "cache_salt": f"refit:{engine.kv_epoch}",
-    }
-    assert after[1:] == before[1:]
+    call = ({"prompt_token_ids": [1, 2]}, (None, "id"), {"priority": 1})
+    assert llm.generated == [call, call]
+    salts = [request.cache_salt for request in llm.sent]
+    assert salts == [None, f"refit:{engine.kv_epoch}"]
+
+
+async def test_a_request_held_across_an_install_carries_the_epoch_after_it() -> None:
+    """vLLM prepares the inputs, of media for seconds, before it sends a request."""
+    engine, llm = new_engine()
+    engine.begin_epoch(5)
+    llm.inputs_ready.clear()
+    tokens = llm.generate({"prompt_token_ids": [1], "cache_salt": "own"}, None, "id")
+    asked = asyncio.ensure_future(anext(tokens))
+    await until(lambda: len(llm.generated) == 1)
+    engine.begin_epoch(6)
+    llm.inputs_ready.set()
+    await asked
+    assert [request.cache_salt for request in llm.sent] == [
+        f"own|refit:{engine.kv_epoch}"
+    ]
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_a_request_runs_from_the_handler_s_call_to_the_end_of_its_stream(
+    given_up: bool,
+) -> None:
+    """Also while nobody but the handler knows of it: media are loaded there."""
+    engine, llm = new_engine()
+    llm.inputs_ready.clear()
+    generate = engine._handler.generate
+    stream = generate(({"prompt_token_ids": [1]}, None, "id"), context=None)
+    asked = asyncio.ensure_future(anext(stream))
+    await until(lambda: len(llm.generated) == 1)
+    assert await engine.drain(0.2) == 1
+    draining = asyncio.create_task(engine.drain(5.0))
+    if given_up:
+        asked.cancel()
+        await asyncio.wait([asked])
+    else:
+        llm.inputs_ready.set()
+        assert await asked == "token"
+        assert not draining.done()
+    await stream.aclose()
+    assert await draining == 0
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -1355,18 +1402,17 @@ async def test_pause_keeps_requests_and_clears_what_has_no_epoch(
     assert llm.calls == calls
 
 
-@pytest.mark.parametrize("prompt", ["hello", {"prompt_token_ids": [1]}, [1, 2]])
-def test_without_an_epoch_a_prompt_stays_as_it_is(prompt: Any) -> None:
-    assert with_epoch(prompt, "") is prompt
+@pytest.mark.parametrize("salt", [None, "tenant-1"])
+def test_without_an_epoch_a_salt_stays_as_it_is(salt: str | None) -> None:
+    assert with_epoch(salt, "") is salt
 
 
-def test_a_text_prompt_becomes_a_salted_one() -> None:
-    assert with_epoch("hello", "5-x") == {"prompt": "hello", "cache_salt": "refit:5-x"}
+def test_a_request_without_a_salt_gets_one() -> None:
+    assert with_epoch(None, "5-x") == "refit:5-x"
 
 
 def test_a_user_s_own_salt_is_kept() -> None:
-    salted = with_epoch({"prompt": "hello", "cache_salt": "tenant-1"}, "5-x")
-    assert salted == {"prompt": "hello", "cache_salt": "tenant-1|refit:5-x"}
+    assert with_epoch("tenant-1", "5-x") == "tenant-1|refit:5-x"
 
 
 SALTS = st.none() | st.text(max_size=5)
@@ -1377,13 +1423,7 @@ EPOCHS = st.from_regex(r"[0-9]{1,3}-[0-9a-f]{8}", fullmatch=True)
 def test_only_the_same_salt_and_epoch_share_blocks(
     salts: tuple[str | None, str | None], epochs: tuple[str, str]
 ) -> None:
-    prompts = [{"prompt_token_ids": [1], "cache_salt": salt} for salt in salts]
-    before = copy.deepcopy(prompts)
-    keys = [
-        with_epoch(prompt, epoch)["cache_salt"]
-        for prompt, epoch in zip(prompts, epochs, strict=True)
-    ]
-    assert prompts == before
+    keys = [with_epoch(salt, epoch) for salt, epoch in zip(salts, epochs, strict=True)]
     same = (salts[0] or "") == (salts[1] or "") and epochs[0] == epochs[1]
     assert (keys[0] == keys[1]) is same
 

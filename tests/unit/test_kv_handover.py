@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
 from dynamo.refit.worker.engine import RefitEngine
+from tests.support.engine_parts import engine_request, fake_handler
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -20,14 +23,21 @@ class Llm:
     """Notes the salts it is asked with; ends every request with a handover."""
 
     def __init__(self) -> None:
+        self.engine_core = self
         self.salts: list[str | None] = []
         self.closed = 0
+        self.inputs_ready = asyncio.Event()
+        self.inputs_ready.set()
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self.salts.append(request.cache_salt)
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str
     ) -> AsyncIterator[Any]:
-        salt = prompt.get("cache_salt")
-        self.salts.append(salt)
+        await self.inputs_ready.wait()
+        request = engine_request(prompt, sampling_params, request_id)
+        await self.engine_core.add_request_async(request)
         try:
             yield SimpleNamespace(kv_transfer_params=None)
             yield SimpleNamespace(kv_transfer_params={"do_remote_prefill": True})
@@ -38,7 +48,7 @@ class Llm:
 class Worker:
     def __init__(self, *versions: int) -> None:
         self.llm = Llm()
-        self.engine = RefitEngine(SimpleNamespace(engine_client=self.llm))
+        self.engine = RefitEngine(fake_handler(self.llm))
         for version in versions:
             self.engine.begin_epoch(version)
 
@@ -91,6 +101,18 @@ async def test_a_prefill_across_an_install_is_of_no_version() -> None:
     handover = (await anext(asked)).kv_transfer_params
     first, second = await decode.decode_twice(handover)
     assert first != second
+
+
+async def test_a_prefill_held_before_an_install_is_of_the_version_after_it() -> None:
+    """Its inputs are prepared for seconds: it reaches the engine with new weights."""
+    prefill, decode = Worker(1), Worker(2)
+    prefill.llm.inputs_ready.clear()
+    asked = asyncio.create_task(prefill.prefill())
+    await asyncio.sleep(0)
+    prefill.engine.begin_epoch(2)
+    prefill.llm.inputs_ready.set()
+    first, second = await decode.decode_twice(await asked)
+    assert first == second == (await decode.decode_twice(None))[0]
 
 
 async def test_a_prefill_given_up_is_closed() -> None:

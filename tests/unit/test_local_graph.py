@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from graphs import agg_router, servers
-from graphs.local import GraphError, LocalGraph, fetch, free_port
+from graphs.local import GraphError, LocalGraph, Process, fetch, free_port
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -85,3 +85,26 @@ def test_an_unhealthy_worker_still_says_what_it_has(unhealthy: str) -> None:
 def test_no_answer_and_no_json_are_no_answer(unhealthy: str) -> None:
     assert fetch(f"{unhealthy}/other") is None
     assert fetch(f"http://127.0.0.1:{free_port()}/health") is None
+
+
+REFUSAL = "dynamo-refit: UnsupportedConfiguration: not --x: y. Start it without"
+
+
+@pytest.mark.parametrize(
+    ("lines", "end"),
+    [
+        (["loads", f"\x1b[31mERROR\x1b[0m main._end_with: {REFUSAL}"], REFUSAL),
+        # One that was refused and went on has ended for another reason.
+        ([REFUSAL, "killed"], f"{REFUSAL}\nkilled"),
+        (["why"] + ['INFO uri: "/health" status: 503'] * 40, "why"),
+        ([], ""),
+        ([str(number) for number in range(40)], "\n".join(map(str, range(10, 40)))),
+    ],
+)
+def test_the_end_of_a_log_is_its_reason(
+    lines: list[str], end: str, tmp_path: Path
+) -> None:
+    process = Process("worker0", ["true"], {}, tmp_path / "worker0.log")
+    process.stop()
+    process.log.write_text("\n".join(lines))
+    assert process.end_of_log() == end

@@ -21,13 +21,19 @@ def config(**changed: object) -> SimpleNamespace:
     settings = {
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
+        "enable_expert_parallel": False,
         "enable_eplb": False,
+        "worker_cls": "auto",
         "lora_config": None,
         "inductor_compile_config": {},
         **changed,
     }
     return SimpleNamespace(
         lora_config=settings.pop("lora_config"),
+        load_config=SimpleNamespace(load_format="auto"),
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        speculative_config=None,
         compilation_config=SimpleNamespace(
             inductor_compile_config=settings.pop("inductor_compile_config")
         ),
@@ -44,6 +50,7 @@ def test_tensor_parallel_is_supported() -> None:
     [
         ("pipeline_parallel_size", 2, "pipeline_parallel_size"),
         ("data_parallel_size", 4, "data_parallel_size"),
+        ("enable_expert_parallel", True, "enable_expert_parallel"),
         ("enable_eplb", True, "enable_eplb"),
         ("lora_config", object(), "enable_lora"),
         ("inductor_compile_config", {"max_autotune": True}, "max_autotune"),

@@ -89,7 +89,13 @@ class FakeEndpoint:
 class Worker:
     """A worker that starts: what dynamo.vllm does around its WorkerRouting."""
 
-    def __init__(self, discovery: Discovery, admission: str = "coordinator") -> None:
+    def __init__(
+        self,
+        discovery: Discovery,
+        admission: str = "coordinator",
+        *,
+        opened: bool = True,
+    ) -> None:
         self.discovery = discovery
         self.health: list[bool] = []
         self.asleep = False
@@ -109,6 +115,8 @@ class Worker:
             put_back=self.put_back,
         )
         discovery.instances.add("refit")
+        if opened:
+            self.routing.open()
         self.starting = asyncio.create_task(self.start())
 
     async def start(self) -> None:
@@ -189,6 +197,17 @@ async def test_admitting_twice_is_admitting_once(worker: Worker) -> None:
 async def test_immediate_admission_waits_for_nobody(discovery: Discovery) -> None:
     worker = Worker(discovery, "immediate")
     assert worker.routing.admitted
+    await asyncio.wait_for(worker.starting, 5)
+    assert discovery.changes == ["model", "served"]
+
+
+async def test_nobody_is_served_before_the_ranks_can_be_refitted(
+    discovery: Discovery,
+) -> None:
+    worker = Worker(discovery, "immediate", opened=False)
+    await settle()
+    assert discovery.changes == []
+    worker.routing.open()
     await asyncio.wait_for(worker.starting, 5)
     assert discovery.changes == ["model", "served"]
 

@@ -29,7 +29,12 @@ from dynamo.common import model_taints  # noqa: E402
 from dynamo.common.utils import graceful_shutdown  # noqa: E402
 from dynamo.runtime import Endpoint  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
-from dynamo.vllm.handlers import BaseWorkerHandler  # noqa: E402
+from dynamo.vllm import worker_factory  # noqa: E402
+from dynamo.vllm.handlers import (  # noqa: E402
+    BaseWorkerHandler,
+    DecodeWorkerHandler,
+    PrefillWorkerHandler,
+)
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from vllm.config import LoadConfig, ModelConfig, ParallelConfig  # noqa: E402
@@ -48,6 +53,7 @@ from vllm.model_executor.model_loader.default_loader import (  # noqa: E402
 )
 from vllm.model_executor.model_loader.reload import layerwise  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
@@ -150,6 +156,37 @@ def test_the_model_is_registered_and_then_everything_is_served(path: str) -> Non
     assert all(registering.lineno < call.lineno for call in serving)
 
 
+def test_arguments_are_parsed_before_anything_is_fetched() -> None:
+    source = ast.unparse(tree(vllm_main.worker))
+    parsed = source.index("config = await parse_args_with_model_fetch(argv)")
+    for later in ("fetch_model(config.model)", "prepare_snapshot_engine(", "create("):
+        assert parsed < source.index(later)
+    assert parameters(vllm_main.parse_args_with_model_fetch) == ["argv"]
+
+
+def test_an_engine_is_made_of_its_final_configuration() -> None:
+    source = ast.unparse(tree(vllm_main.setup_vllm_engine))
+    made = source.index("AsyncLLM.from_vllm_config(vllm_config=vllm_config,")
+    for earlier in ("configure_multimodal_embedding_cache(", "create_engine_config("):
+        assert source.index(earlier) < made
+    assert parameters(AsyncLLM.from_vllm_config)[0] == "vllm_config"
+
+
+def test_every_kind_of_worker_registers_a_model_through_the_two_modules() -> None:
+    """Those in which worker/hook.py lets nobody register one without an agent."""
+    kinds = [name for name in vars(WorkerFactory) if name.startswith("_create_")]
+    assert len(kinds) == 6
+    for kind in kinds:
+        source = ast.unparse(tree(getattr(WorkerFactory, kind)))
+        if kind in ("_create_decode_worker", "_create_prefill_worker"):
+            assert "self._run_" in source
+        else:
+            assert "register_vllm_model(" in source or "await register_model(" in source
+    assert "await register_model(" in ast.unparse(tree(vllm_main.register_vllm_model))
+    for module in (vllm_main, worker_factory):
+        assert callable(module.register_model)
+
+
 def test_what_a_worker_serves_is_listed_before_it_is_registered() -> None:
     """The list is read when a worker that stalled is put back."""
     assert isinstance(vllm_main.shutdown_endpoints, list)
@@ -190,6 +227,8 @@ async def test_the_hook_wraps_and_calls_back(
 
     # Also puts the real one back afterwards.
     monkeypatch.setattr(WorkerFactory, "register_engine_routes", original)
+    for module in (vllm_main, worker_factory):
+        monkeypatch.setattr(module, "register_model", module.register_model)
     on_worker_ready(callback)
     hooked = WorkerFactory.register_engine_routes
     assert (hooked.__name__, hooked.__doc__) == ("original", "Upstream's.")
@@ -325,8 +364,19 @@ async def test_declaring_a_version_takes_no_lock_and_needs_no_pause() -> None:
     assert handler._weight_version == 5
 
 
+@pytest.mark.parametrize("path", ["_run_decode_worker", "_run_prefill_worker"])
+def test_the_handler_s_generate_is_taken_when_it_is_served(path: str) -> None:
+    """After the hook has put one in its place that counts."""
+    assert "generate_endpoint.serve_endpoint(handler.generate," in ast.unparse(
+        tree(getattr(WorkerFactory, path))
+    )
+    for handler in (DecodeWorkerHandler, PrefillWorkerHandler):
+        assert parameters(handler.generate) == ["self", "request", "context"]
+        assert inspect.isasyncgenfunction(handler.generate)
+
+
 def test_the_handlers_generate_through_the_engine_client() -> None:
-    """So that every request passes the wrapper that salts it, prompt first."""
+    """So that every prefill passes the wrapper that tells its version."""
     module = inspect.getmodule(BaseWorkerHandler)
     calls = [
         call
@@ -373,6 +423,23 @@ def test_the_engine_s_methods() -> None:
         AsyncLLM.__init__
     )
     assert isinstance(ModelConfig.is_multimodal_model, property)
+
+
+def test_every_request_is_sent_through_the_core_client() -> None:
+    """Where its salt gets the epoch, after all that takes time."""
+    assert parameters(AsyncMPClient.add_request_async) == ["self", "request"]
+    assert inspect.iscoroutinefunction(AsyncMPClient.add_request_async)
+    sending = calls_of("add_request_async", inspect.getmodule(AsyncLLM))
+    assert len(sending) == 3
+    assert {ast.unparse(c.func) for c in sending} == {
+        "self.engine_core.add_request_async"
+    }
+    adding = ast.unparse(tree(AsyncLLM.add_request))
+    assert adding.index("process_inputs_async(") < adding.index("self._add_request(")
+    assert {"cache_salt", "external_req_id", "sampling_params"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+    assert not EngineCoreRequest.__struct_config__.frozen
 
 
 def test_the_scheduler_is_paused_and_resumed_through_the_core_client() -> None:

@@ -8,11 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from dynamo.common.utils.namespace import get_worker_namespace
 
+from dynamo.refit.errors import PackedWeights
+from dynamo.refit.rank.start_failure import (
+    START_FAILURE_VARIABLE,
+    take_failure,
+    told_to_worker,
+)
 from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
+from graphs.tiny_model import make_checkpoint
 
 stand_in_if_missing()
 
@@ -94,6 +102,48 @@ def test_a_worker_that_ends_takes_along_what_it_has_started(
         main._end(3)
         assert child.wait(10) == -signal.SIGKILL
     assert codes == [3]
+
+
+def test_a_refusal_is_the_last_line_of_the_log(tmp_path: Path) -> None:
+    """Through the real process; no engine is loaded, nothing is downloaded."""
+    model = make_checkpoint(tmp_path, seed=1)
+    command = [sys.executable, "-m", "dynamo.refit.worker", "--model", str(model)]
+    environment = {
+        **os.environ,
+        "DYN_DISCOVERY_BACKEND": "file",
+        "DYN_FILE_KV": str(tmp_path / "discovery"),
+        "DYN_EVENT_PLANE": "zmq",
+    }
+    ended = subprocess.run(
+        [*command, "--enable-expert-parallel"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stdout
+    *_, last = ended.stdout.splitlines()
+    _, refusal = last.split("dynamo-refit: ")
+    assert refusal.startswith("UnsupportedConfiguration: this release does not refit")
+    assert "--enable-expert-parallel" in refusal
+
+
+def test_what_a_rank_left_is_taken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "failure"
+    monkeypatch.setenv(START_FAILURE_VARIABLE, str(path))
+    assert take_failure(path) is None
+    for rank, tensor in ((1, "a"), (0, "b")):
+        with pytest.raises(PackedWeights), told_to_worker(rank):
+            raise PackedWeights("cannot be written", tensor=tensor)
+    # The first of all ranks.
+    assert take_failure(path).line() == (
+        "PackedWeights: cannot be written (rank 1, tensor a)"
+    )
+    assert take_failure(path) is None
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None = None
 
     def __str__(self) -> str:
+        return f"{self.stage}: {self.kind}: {self.message}{self._place()}"
+
+    def line(self) -> str:
+        """One line, for a log or a terminal."""
+        return " ".join(f"{self.kind}: {self.message}{self._place()}".split())
+
+    def _place(self) -> str:
         where = [
             f"{name} {value}"
             for name, value in (
@@ -41,8 +48,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
             )
             if value is not None
         ]
-        place = f" ({', '.join(where)})" if where else ""
-        return f"{self.stage}: {self.kind}: {self.message}{place}"
+        return f" ({', '.join(where)})" if where else ""
 
 
 class RefitError(Exception):

@@ -27,14 +27,12 @@ from vllm.distributed import (
     get_tp_group,
 )
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from dynamo.refit.errors import (
     Failure,
     InstallUndone,
     NothingStaged,
     RefitError,
-    UnsupportedConfiguration,
     failure_from,
 )
 from dynamo.refit.manifest import Manifest
@@ -63,6 +61,7 @@ from dynamo.refit.rank.cpu_layout import keep_plain_layout
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.reserve import leave_room_for_staging
 from dynamo.refit.rank.stager import RankStager
+from dynamo.refit.rank.supported import check_settings, settings_of_config
 from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
@@ -80,24 +79,7 @@ def check_supported(config: VllmConfig) -> None:
     Raises:
         UnsupportedConfiguration: names the setting.
     """
-    parallel = config.parallel_config
-    refused = {
-        "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
-        "data_parallel_size": parallel.data_parallel_size > 1,
-        # Experts move between ranks while it serves.
-        "enable_eplb": parallel.enable_eplb,
-        # Adapters wrap the layers, and are computed against the base weights.
-        "enable_lora": config.lora_config is not None,
-        # vLLM's CPU runner then lets inductor freeze weights into compiled code.
-        "max_autotune on a CPU": current_platform.is_cpu()
-        and config.compilation_config.inductor_compile_config.get("max_autotune"),
-    }
-    for setting, used in refused.items():
-        if used:
-            raise UnsupportedConfiguration(
-                f"this release does not refit workers that use {setting}: start the "
-                "worker without it, or with python -m dynamo.vllm"
-            )
+    check_settings(settings_of_config(config))
 
 
 class RefitRank:

@@ -21,6 +21,7 @@ from dynamo.refit.rank.capture import describe_parameters
 from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
 from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.start_failure import told_to_worker
 from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
@@ -45,14 +46,16 @@ def determine_with_staging(worker: Worker) -> int:
     available = _determine_available_memory(worker)
     if worker.cache_config.kv_cache_memory_bytes:
         return available
-    model = worker.model_runner.get_model()
-    parameters = describe_parameters(build_twin(worker.vllm_config, model), model)
-    left = room_for_cache(
-        available,
-        os.environ.get(STAGING_VARIABLE, "auto"),
-        arena=ArenaLayout(parameters).nbytes,
-        scratch=2 * LIMITS["cuda"].scratch,
-    )
+    with told_to_worker(worker.rank):
+        model = worker.model_runner.get_model()
+        twin = build_twin(worker.vllm_config, model)
+        parameters = describe_parameters(twin, model)
+        left = room_for_cache(
+            available,
+            os.environ.get(STAGING_VARIABLE, "auto"),
+            arena=ArenaLayout(parameters).nbytes,
+            scratch=2 * LIMITS["cuda"].scratch,
+        )
     logger.info(
         "dynamo-refit: of %d bytes for the KV cache, %d are left for staging",
         available,

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
 from dynamo.refit.errors import OutOfStep
 from dynamo.refit.protocol import (
@@ -57,7 +58,13 @@ class RefitEngine:
         self._calls = itertools.count()
         self.kv_epoch = ""
         self._version: int | None = None
-        self._llm.generate = self._in_epoch(self._llm.generate)
+        self._open_calls = 0
+        #: The epoch that each prefill was sent to the engine in, by its request's id.
+        self._prefill_epochs: dict[str, str] = {}
+        handler.generate = self._counted(handler.generate)
+        self._llm.generate = self._telling_version(self._llm.generate)
+        core = self._llm.engine_core
+        core.add_request_async = self._in_epoch(core.add_request_async)
 
     @property
     def admin_lock(self) -> asyncio.Lock:
@@ -130,21 +137,26 @@ class RefitEngine:
     async def drain(self, seconds: float) -> int:
         """Wait until no request runs; returns how many still do after ``seconds``.
 
-        Only for an engine that routers do not send to. A request that left the router
-        before that may still be on its way: none must have come for a moment.
+        A request runs from the call of the handler, which may load media for seconds
+        before the engine knows of it, to the end of its stream. Only for an engine
+        that routers do not send to. A request that left the router before that may
+        still be on its way: none must have come for a moment.
         """
-        running = self._llm.output_processor.get_num_unfinished_requests
         loop = asyncio.get_running_loop()
         end, idle_since = loop.time() + seconds, None
         while (now := loop.time()) < end:
-            if running():
+            if self._running():
                 idle_since = None
             elif idle_since is None:
                 idle_since = now
             elif now - idle_since > IDLE_SECONDS:
                 return 0
             await asyncio.sleep(IDLE_SECONDS / 10)
-        return running()
+        return self._running()
+
+    def _running(self) -> int:
+        unfinished = self._llm.output_processor.get_num_unfinished_requests()
+        return max(self._open_calls, unfinished)
 
     def begin_epoch(self, version: int) -> str:
         """From here on admitted requests share KV with each other only.
@@ -184,57 +196,88 @@ class RefitEngine:
         except TimeoutError:
             logger.info("no room for a probe within %g s", PROBE_SECONDS)
 
-    def _in_epoch(self, generate: Any) -> Any:
-        """``generate`` with the KV epoch in the request's prefix-cache key.
+    def _counted(self, generate: Any) -> Any:
+        """The handler's ``generate``, counted from its call to its stream's end."""
+
+        @functools.wraps(generate)
+        async def counted(request: Any, context: Any) -> AsyncIterator[Any]:
+            self._open_calls += 1
+            try:
+                async with contextlib.aclosing(generate(request, context)) as outputs:
+                    async for output in outputs:
+                        yield output
+            finally:
+                self._open_calls -= 1
+
+        return counted
+
+    def _in_epoch(self, add_request: Any) -> Any:
+        """``add_request`` with the KV epoch in the request's prefix-cache key.
+
+        The epoch is that of the moment in which the request is sent: the engine's
+        inputs may take seconds to prepare, and an install may come meanwhile.
 
         A decode worker also keeps what a prefill worker computed. If that was with
         another version, no other request may hit it: its key is the request's own.
         """
 
-        @functools.wraps(generate)
-        def generate_in_epoch(
-            prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            extra = getattr(sampling_params, "extra_args", None) or {}
-            transfer = extra.get("kv_transfer_params") or {}
-            epoch = self.kv_epoch
+        @functools.wraps(add_request)
+        async def add_request_in_epoch(request: EngineCoreRequest) -> None:
+            transfer, epoch = _kv_transfer(request.sampling_params), self.kv_epoch
+            if transfer.get("do_remote_decode"):
+                self._prefill_epochs[request.external_req_id] = epoch
             if transfer.get("do_remote_prefill") and (
                 transfer.get(PREFILLED_WITH, OTHER) != self._version
             ):
                 epoch = f"{epoch}|{uuid.uuid4().hex}"
-            outputs = generate(
-                with_epoch(prompt, epoch), sampling_params, *args, **kwargs
-            )
-            if transfer.get("do_remote_decode"):
-                return self._tell_version(outputs, self.kv_epoch)
+            request.cache_salt = with_epoch(request.cache_salt, epoch)
+            await add_request(request)
+
+        return add_request_in_epoch
+
+    def _telling_version(self, generate: Any) -> Any:
+        """``generate`` whose handover of a prefill says which version computed it."""
+
+        @functools.wraps(generate)
+        def generate_telling_version(
+            prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+        ) -> Any:
+            outputs = generate(prompt, sampling_params, request_id, **kwargs)
+            if _kv_transfer(sampling_params).get("do_remote_decode"):
+                return self._tell_version(outputs, request_id)
             return outputs
 
-        return generate_in_epoch
+        return generate_telling_version
 
     async def _tell_version(
-        self, outputs: AsyncGenerator[Any, None], epoch: str
+        self, outputs: AsyncGenerator[Any, None], request_id: str
     ) -> AsyncIterator[Any]:
-        """A prefill's outputs; the handover says which version computed the KV."""
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                if output.kv_transfer_params is not None:
-                    same = epoch == self.kv_epoch
-                    output.kv_transfer_params = {
-                        **output.kv_transfer_params,
-                        PREFILLED_WITH: self._version if same else OTHER,
-                    }
-                yield output
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    if output.kv_transfer_params is not None:
+                        same = self._prefill_epochs.get(request_id) == self.kv_epoch
+                        output.kv_transfer_params = {
+                            **output.kv_transfer_params,
+                            PREFILLED_WITH: self._version if same else OTHER,
+                        }
+                    yield output
+        finally:
+            self._prefill_epochs.pop(request_id, None)
 
 
-def with_epoch(prompt: Any, epoch: str) -> Any:
-    """A copy of ``prompt`` whose ``cache_salt`` has ``epoch`` in it.
+def _kv_transfer(sampling_params: Any) -> dict[str, Any]:
+    """What a request says about KV that comes from, or goes to, another worker."""
+    extra = getattr(sampling_params, "extra_args", None) or {}
+    return extra.get("kv_transfer_params") or {}
+
+
+def with_epoch(salt: str | None, epoch: str) -> str | None:
+    """The ``cache_salt`` of a request, with ``epoch`` in it.
 
     A salt of the user's own stays in front of it. Without an epoch (before the
-    first refit) the prompt is left as it is.
+    first refit) the salt is left as it is.
     """
     if not epoch:
-        return prompt
-    salted = dict(prompt) if isinstance(prompt, dict) else {"prompt": prompt}
-    own = salted.get("cache_salt")
-    salted["cache_salt"] = f"{own}|refit:{epoch}" if own else f"refit:{epoch}"
-    return salted
+        return salt
+    return f"{salt}|refit:{epoch}" if salt else f"refit:{epoch}"

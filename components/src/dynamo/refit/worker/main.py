@@ -11,7 +11,10 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import uuid
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -21,17 +24,28 @@ from dynamo.vllm.main import main as dynamo_vllm
 from dynamo.vllm.main import shutdown_endpoints
 
 from dynamo.refit import tracing
+from dynamo.refit.errors import Failure, RefitError, failure_from
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.metrics import WorkerMetrics, export
 from dynamo.refit.presence import LastingPublisher
 from dynamo.refit.protocol import GetStatus, WorkerRequest
 from dynamo.refit.rank.memory import STAGING_VARIABLE
+from dynamo.refit.rank.start_failure import START_FAILURE_VARIABLE, take_failure
+from dynamo.refit.rank.supported import check_settings, settings_of_config
 from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
-from dynamo.refit.worker.hook import Registration, on_user_taints, on_worker_ready
+from dynamo.refit.worker.hook import (
+    Registration,
+    on_arguments,
+    on_engine_config,
+    on_user_taints,
+    on_worker_ready,
+)
+from dynamo.refit.worker.ranks import RanksFailed
 from dynamo.refit.worker.routing import WorkerRouting
+from dynamo.refit.worker.supported import check_arguments
 from dynamo.refit.worker.telemetry import WorkerTelemetry
 
 logger = logging.getLogger(__name__)
@@ -58,11 +72,23 @@ def main() -> None:
         sys.argv += ["--worker-extension-cls", EXTENSION]
     if options.admission == "coordinator":
         _be_healthy_before_admission()
+    on_arguments(check_arguments)
+    on_engine_config(lambda config: check_settings(settings_of_config(config)))
     on_worker_ready(functools.partial(_start_agent, options))
+    start_failure = Path(tempfile.gettempdir(), f"refit-start-{uuid.uuid4().hex}")
+    os.environ[START_FAILURE_VARIABLE] = str(start_failure)
     # Dynamo ends a worker so whose engine is dead. EngineCore would outlive it: freeing
     # its sockets at the end, it may wait for them for ever (vllm 0.31).
     os._exit = _end
-    dynamo_vllm()
+    try:
+        dynamo_vllm()
+    except RefitError as error:
+        _refuse(error)
+    except Exception:
+        failure = take_failure(start_failure)
+        if failure is None:
+            raise
+        _end_with(failure)
 
 
 def _be_healthy_before_admission() -> None:
@@ -145,7 +171,12 @@ async def _run_agent(
         staging=options.staging,
     )
     try:
-        await agent.start()
+        try:
+            await agent.start()
+        except RefitError as error:
+            events.close()
+            _refuse(error)
+        routing.open()
         _start(routing.watch())
         await serve(
             commands,
@@ -171,6 +202,25 @@ async def _leave(
         await tracer.close()
     finally:
         _end()
+
+
+def _refuse(error: RefitError) -> NoReturn:
+    """End a worker that cannot be refitted, before it serves anybody."""
+    if isinstance(error, RanksFailed):
+        _end_with(error.failure)
+    _end_with(failure_from(error, stage="start"))
+
+
+def _end_with(failure: Failure) -> NoReturn:
+    """End this process; the failure is the last line of its log."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # What it would say of its end, or vLLM of it, comes no more.
+            child.suspend()
+    # Dynamo's log shows CRITICAL as INFO.
+    logger.error("dynamo-refit: %s", failure.line())
+    logging.disable()
+    _end()
 
 
 def _end(status: int = 1) -> NoReturn:

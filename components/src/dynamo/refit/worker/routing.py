@@ -83,6 +83,7 @@ class WorkerRouting:
         self._stopping = stopping
         self._also_put_back = put_back
         self._also_due = False
+        self._opened = False
         self._admitted = admission == "immediate"
         self._withdrawn = False
         self._fenced = False
@@ -96,7 +97,6 @@ class WorkerRouting:
         self._instances: dict[Endpoint, Seen] = {}
         # One change of discovery at a time.
         self._changing = asyncio.Lock()
-        self._open_or_close()
 
     # --- admission ------------------------------------------------------------
 
@@ -104,6 +104,11 @@ class WorkerRouting:
     def admitted(self) -> bool:
         """It may serve. Stays so: a worker that was let in is withdrawn, or fenced."""
         return self._admitted
+
+    def open(self) -> None:
+        """Its ranks can be refitted: it may register its model, once admitted."""
+        self._opened = True
+        self._open_or_close()
 
     def admit(self) -> None:
         """Let it register its model and serve; once is enough."""
@@ -113,7 +118,7 @@ class WorkerRouting:
         self._open_or_close()
 
     def _open_or_close(self) -> None:
-        if self._admitted and not self._withdrawn and not self._fenced:
+        if self._opened and self._admitted and not self._withdrawn and not self._fenced:
             self._may_register.set()
         else:
             self._may_register.clear()
