@@ -143,6 +143,7 @@ class AgentHalf:
         self._version += 1
         self.trainer.offer = offered
         prepare = Prepare(
+            model="tiny",
             version=self._version,
             epoch=1,
             announcement=f"a{self._version}",

@@ -577,6 +577,7 @@ class Bench:
 
     def prepare(self, version: int, **changes: Any) -> Prepare:
         fields = {
+            "model": "tiny",
             "version": version,
             "epoch": EPOCH,
             "announcement": f"a{version}",
@@ -653,11 +654,14 @@ class Bench:
 def commit(
     version: int, epoch: int = EPOCH, in_flight: str = "continue", **fields: Any
 ) -> Commit:
-    return Commit(version=version, epoch=epoch, in_flight=in_flight, **fields)
+    return Commit(
+        model="tiny", version=version, epoch=epoch, in_flight=in_flight, **fields
+    )
 
 
 def abort(version: int, epoch: int = EPOCH) -> Abort:
-    return Abort(version=version, epoch=epoch, reason="superseded by version 9")
+    reason = "superseded by version 9"
+    return Abort(model="tiny", version=version, epoch=epoch, reason=reason)
 
 
 async def until(condition: Callable[[], bool]) -> None:

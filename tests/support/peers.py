@@ -88,7 +88,7 @@ class PeerHalf(AgentHalf):
         self, version: int, weights: str, seconds: float = LEASE_SECONDS
     ) -> WeightsServed:
         request = ServeWeights(
-            version=version, weights=weights, epoch=1, seconds=seconds
+            model="tiny", version=version, weights=weights, epoch=1, seconds=seconds
         )
         return self._runner.run(self.peer.serve(request))
 

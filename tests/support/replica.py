@@ -142,6 +142,7 @@ class Replica:
         self.trainers.manifest = manifest
         self.trainers.fingerprints = {announcement: published}
         prepare = Prepare(
+            model="tiny",
             version=self.version,
             epoch=1,
             announcement=announcement,
@@ -168,7 +169,9 @@ class Replica:
         return self._slots[key]
 
     async def commit(self, in_flight: InFlightPolicy = "continue") -> Committed:
-        commit = Commit(version=self.version, epoch=1, in_flight=in_flight)
+        commit = Commit(
+            model="tiny", version=self.version, epoch=1, in_flight=in_flight
+        )
         committed = await self.agent.answer(commit)
         assert isinstance(committed, Committed), committed
         return committed

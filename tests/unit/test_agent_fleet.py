@@ -349,16 +349,18 @@ async def test_a_joiner_whose_commit_fails_is_not_admitted() -> None:
 
 async def test_the_coordinator_admits_start_up_weights() -> None:
     bench = Bench(admitted=False)
-    assert await bench.agent.answer(Admit(epoch=EPOCH)) == Done()
+    assert await bench.agent.answer(Admit(model="tiny", epoch=EPOCH)) == Done()
     assert bench.agent.status().admitted
     with pytest.raises(StaleEpoch):
-        await bench.agent.answer(Admit(epoch=EPOCH - 1))
+        await bench.agent.answer(Admit(model="tiny", epoch=EPOCH - 1))
 
 
 async def test_a_fence_lets_running_requests_end_and_then_leaves(bench: Bench) -> None:
     await bench.committed(5)
     bench.engine.running = 2
-    reply = await bench.agent.answer(Fence(epoch=EPOCH, version=6, reason="no memory"))
+    reply = await bench.agent.answer(
+        Fence(model="tiny", epoch=EPOCH, version=6, reason="no memory")
+    )
     assert reply == Done()
     [event] = [e for e in bench.events if isinstance(e, WorkerFenced)]
     assert (event.worker, event.version) == (WORKER, 6)
@@ -375,7 +377,9 @@ async def test_a_fence_lets_running_requests_end_and_then_leaves(bench: Bench) -
 async def test_no_fence_in_the_middle_of_a_commit(bench: Bench) -> None:
     going = await bench.committing(5)
     with pytest.raises(RefitError, match="being committed"):
-        await bench.agent.answer(Fence(epoch=EPOCH, version=5, reason="slow"))
+        await bench.agent.answer(
+            Fence(model="tiny", epoch=EPOCH, version=5, reason="slow")
+        )
     bench.engine.may_install.set()
     assert isinstance(await going, Committed)
 

@@ -88,7 +88,9 @@ class FakeRanks:
         tensors = TENSORS + np.uint64(version)
         weights = version_fingerprint(tensors)
         self.versions.append(HeldVersion(version, weights, encoded, tensors))
-        return ServeWeights(version=version, weights=weights, epoch=1, seconds=30.0)
+        return ServeWeights(
+            model="tiny", version=version, weights=weights, epoch=1, seconds=30.0
+        )
 
     def held(self, version: int, weights: str) -> HeldVersion:
         for held in self.versions:

@@ -20,6 +20,7 @@ from dynamo.refit.errors import Fenced, LayoutRefused, RefitError
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
+    Command,
     CoordinatorReply,
     CoordinatorRequest,
     GetStatus,
@@ -44,7 +45,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 MESSAGES = [
     kind
     for _, kind in inspect.getmembers(protocol, inspect.isclass)
-    if issubclass(kind, Message) and kind is not Message
+    if issubclass(kind, Message) and kind not in (Message, Command)
 ]
 UNIONS = (
     WorkerRequest,
@@ -58,6 +59,7 @@ UNIONS = (
 )
 
 PREPARE = Prepare(
+    model="tiny",
     announcement="a1",
     weights="w1",
     version=5,
@@ -156,7 +158,10 @@ def changed(**fields: Any) -> dict[str, Any]:
         (changed(type="Vote"), "Vote"),
         (changed(version="5"), r"Expected `int`, got `str` - at `\$.version`"),
         (changed(version=None), r"got `null` - at `\$.version`"),
-        ({"type": "Abort", "version": 5}, "missing required field `epoch`"),
+        (
+            {"type": "Abort", "model": "m", "version": 5},
+            "missing required field `epoch`",
+        ),
         ({}, "missing required field `type`"),
         ([], "Expected `object`"),
         (None, "Expected `object`"),
@@ -190,7 +195,7 @@ async def test_one_request_gets_one_reply() -> None:
         asked.append(request)
         return Aborted(version=request.version)
 
-    request = Abort(version=5, epoch=3, reason="superseded")
+    request = Abort(model="tiny", version=5, epoch=3, reason="superseded")
     assert await replies_of(answer, over_json(request)) == [Aborted(version=5)]
     assert asked == [request]
 

@@ -120,6 +120,10 @@ class StaleEpoch(RefitError):
     """A command of a coordinator that a newer one has replaced."""
 
 
+class OtherModel(RefitError):
+    """A command for the workers of another model."""
+
+
 class OutOfStep(RefitError):
     """A rank answered another request than the one asked: fence the replica."""
 

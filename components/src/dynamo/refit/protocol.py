@@ -153,7 +153,18 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
 # --- coordinator to worker --------------------------------------------------
 
 
-class Prepare(Message, frozen=True, kw_only=True, tag=True):
+class Command(Message, frozen=True, kw_only=True):
+    """What a coordinator tells the workers of its ``model``.
+
+    A worker of another model refuses it (:class:`dynamo.refit.errors.OtherModel`), and
+    so does one that has heard of a higher ``epoch``.
+    """
+
+    model: str
+    epoch: int
+
+
+class Prepare(Command, frozen=True, kw_only=True, tag=True):
     """Stage ``version`` while serving and vote on it.
 
     The worker reads the manifest with fingerprint ``manifest`` from instance
@@ -165,7 +176,6 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    epoch: int
     announcement: str
     endpoint: str
     instance: int
@@ -178,7 +188,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     traceparent: str | None = None
 
 
-class Commit(Message, frozen=True, kw_only=True, tag=True):
+class Commit(Command, frozen=True, kw_only=True, tag=True):
     """Install the staged ``version``.
 
     With step ``all`` the worker acts alone to the end, and answers ``Committed``. A
@@ -192,7 +202,6 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    epoch: int
     in_flight: InFlightPolicy
     step: CommitStep = "all"
     hold_seconds: float = 0.0
@@ -201,30 +210,26 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     traceparent: str | None = None
 
 
-class Abort(Message, frozen=True, kw_only=True, tag=True):
+class Abort(Command, frozen=True, kw_only=True, tag=True):
     """Give up ``version``, if it is not being committed for good: a worker that waits
     at a barrier goes back to the old weights."""
 
     version: int
-    epoch: int
     reason: str
 
 
-class Admit(Message, frozen=True, kw_only=True, tag=True):
+class Admit(Command, frozen=True, kw_only=True, tag=True):
     """The weights that the worker has are the fleet's: it may serve."""
 
-    epoch: int
 
-
-class Fence(Message, frozen=True, kw_only=True, tag=True):
+class Fence(Command, frozen=True, kw_only=True, tag=True):
     """Leave for good: the fleet serves a version that this worker could not take."""
 
-    epoch: int
     version: int
     reason: str
 
 
-class ServeWeights(Message, frozen=True, kw_only=True, tag=True):
+class ServeWeights(Command, frozen=True, kw_only=True, tag=True):
     """Let others read ``version``, staged or live here, for at most ``seconds``.
 
     ``weights`` is its fingerprint. A ``ReleaseLease`` for the announcement that is
@@ -234,7 +239,6 @@ class ServeWeights(Message, frozen=True, kw_only=True, tag=True):
 
     version: int
     weights: str
-    epoch: int
     seconds: float
 
 

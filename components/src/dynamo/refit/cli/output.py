@@ -18,6 +18,10 @@ from dynamo.refit.events import Event
 Namespace = Annotated[
     str, typer.Option(envvar="DYN_NAMESPACE", help="Dynamo namespace")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(help="served model name; needed where a namespace has several"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
 
 

@@ -61,12 +61,16 @@ class Report:
 
     @contextlib.asynccontextmanager
     async def following(
-        self, events: EventSubscriber, caller: Caller, namespace: str
+        self,
+        events: EventSubscriber,
+        caller: Caller,
+        namespace: str,
+        model: str | None = None,
     ) -> AsyncIterator[None]:
         """Show the version's events, until the end of the block at the latest."""
         async with contextlib.AsyncExitStack() as stack:
             if self.in_place:
-                live = LiveView(self._console, caller, namespace, self._concerns)
+                live = LiveView(self._console, caller, namespace, model, self._concerns)
                 self._live = await stack.enter_async_context(live)
             self._showing = asyncio.create_task(self._show(events))
             stack.callback(self._showing.cancel)

@@ -9,7 +9,7 @@ import asyncio
 import msgspec
 
 from dynamo.refit.cli.fleet import fetch_status
-from dynamo.refit.cli.output import AsJson, Namespace, complain
+from dynamo.refit.cli.output import AsJson, Model, Namespace, complain
 from dynamo.refit.cli.runtime import connect
 from dynamo.refit.protocol import Refused, VerifyWeights, WeightsVerified, to_wire
 from dynamo.refit.rpc import Caller
@@ -18,12 +18,14 @@ from dynamo.refit.rpc import Caller
 VERIFY_SECONDS = 120.0
 
 
-def verify(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
+def verify(
+    namespace: Namespace = "dynamo", model: Model = None, as_json: AsJson = False
+) -> int:
     """Have every worker compare its live weights with the version it serves.
 
     Exits with 0 when all of them are what was published, byte for byte.
     """
-    replies = asyncio.run(_verify(namespace))
+    replies = asyncio.run(_verify(namespace, model))
     for worker, reply in replies.items():
         if as_json:
             line = {"worker": worker, **to_wire(reply)}
@@ -39,9 +41,11 @@ def verify(namespace: Namespace = "dynamo", as_json: AsJson = False) -> int:
     return int(any(isinstance(reply, Refused) for reply in replies.values()))
 
 
-async def _verify(namespace: str) -> dict[int, WeightsVerified | Refused]:
+async def _verify(
+    namespace: str, model: str | None
+) -> dict[int, WeightsVerified | Refused]:
     caller = Caller(connect())
-    fleet = await fetch_status(caller, namespace)
+    fleet = await fetch_status(caller, namespace, model)
     replies = {}
     for member in fleet.members:
         path = f"{namespace}.{member.component}.refit"

@@ -29,10 +29,14 @@ from dynamo.refit.protocol import (
 @dataclass(frozen=True)
 class FleetSeen:
     """The workers that are there now, each with its own status. Of ``silent`` ones
-    nobody knows anything: they are in discovery and have not answered yet."""
+    nobody knows anything: they are in discovery and have not answered yet.
+
+    ``other_models`` are those that workers and coordinators beside this fleet have.
+    """
 
     members: tuple[FleetMember, ...]
     silent: frozenset[int] = frozenset()
+    other_models: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

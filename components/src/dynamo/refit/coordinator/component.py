@@ -14,7 +14,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from dynamo.runtime import DistributedRuntime
@@ -63,6 +63,7 @@ from dynamo.refit.protocol import (
     Aborted,
     AcquireLease,
     Admit,
+    Command,
     Commit,
     Committed,
     CoordinatorReply,
@@ -93,6 +94,8 @@ TICK_SECONDS = 0.25
 
 STALE = StaleEpoch.__name__
 
+C = TypeVar("C", bound=Command)
+
 
 class CoordinatorReplaced(RefitError):
     """A worker has heard of a newer coordinator: this one has nothing to say."""
@@ -116,7 +119,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     metrics = CoordinatorMetrics()
     export(metrics.registry, status, f"{prefix}.status")
     telemetry = CoordinatorTelemetry(metrics, tracer)
-    fleet = FleetWatch(caller, config)
+    fleet = FleetWatch(caller, config, status.connection_id())
     seen = await fleet.look()
     epoch = next_epoch(seen)
     topic = runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
@@ -140,6 +143,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(coordinator.run())
             tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(fleet.watch_neighbours())
             tasks.create_task(keep_present(status, events))
             tasks.create_task(
                 telemetry.watch(coordinator.status, config.fleet_poll_seconds)
@@ -274,16 +278,20 @@ class Coordinator:
             case SendServe():
                 self._spawn(self._serve(action))
             case SendAbort(worker=worker, version=version, reason=reason):
-                request = Abort(version=version, epoch=self._epoch, reason=reason)
+                request = self._command(Abort, version=version, reason=reason)
                 self._spawn(self._tell(worker, request))
             case SendAdmit(worker=worker):
-                self._spawn(self._tell(worker, Admit(epoch=self._epoch)))
+                self._spawn(self._tell(worker, self._command(Admit)))
             case SendFence(worker=worker, version=version, reason=reason):
-                request = Fence(version=version, epoch=self._epoch, reason=reason)
+                request = self._command(Fence, version=version, reason=reason)
                 self._spawn(self._tell(worker, request))
             case ReleasePeer(peer=peer, announcement=announcement):
                 request = ReleaseLease(announcement=announcement, outcome="completed")
                 self._spawn(self._tell(peer, request))
+
+    def _command(self, kind: type[C], **fields: Any) -> C:
+        """A command for the workers of this coordinator's model."""
+        return kind(model=self._reconciler.model, epoch=self._epoch, **fields)
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(call)
@@ -336,9 +344,9 @@ class Coordinator:
     async def _prepare(self, action: SendPrepare) -> None:
         ready, policy, served = action.ready, self._config.policy, action.served
         source = ready if served is None else served
-        request = Prepare(
+        request = self._command(
+            Prepare,
             version=ready.version,
-            epoch=self._epoch,
             announcement=source.announcement,
             weights=ready.weights,
             endpoint=ready.endpoint if served is None else self._path(action.peer),
@@ -357,10 +365,10 @@ class Coordinator:
 
     async def _serve(self, action: SendServe) -> None:
         ready = action.ready
-        request = ServeWeights(
+        request = self._command(
+            ServeWeights,
             version=ready.version,
             weights=ready.weights,
-            epoch=self._epoch,
             # A direct install reads once more.
             seconds=self._config.policy.lease_seconds(len(self._reconciler.fleet)),
         )
@@ -373,9 +381,9 @@ class Coordinator:
 
     async def _commit(self, action: SendCommit) -> None:
         ready, policy = action.ready, self._config.policy
-        request = Commit(
+        request = self._command(
+            Commit,
             version=ready.version,
-            epoch=self._epoch,
             in_flight=action.in_flight,
             step=action.step,
             hold_seconds=policy.hold_seconds,

@@ -93,7 +93,8 @@ class Reconciler:
     """Brings every worker to the newest announced version, all or none.
 
     Args:
-        model: the served model's name; ``None`` takes it from the workers.
+        model: the served model's name; ``None`` takes it from the first worker.
+            Workers of another model are not in the fleet.
         policy: what the operator decides.
     """
 
@@ -104,6 +105,7 @@ class Reconciler:
         self.transaction: Transaction | None = None
         self._model = model
         self._silent: frozenset[int] = frozenset()
+        self._other_models: frozenset[str] = frozenset()
         self._began: float | None = None
         self._announcements = Announcements()
         self._upkeep = Upkeep(policy)
@@ -118,9 +120,7 @@ class Reconciler:
 
     @property
     def model(self) -> str | None:
-        """The model this deployment serves, once it is known."""
-        if self._model is None and self.fleet:
-            self._model = next(iter(self.fleet.values())).status.model
+        """The model this fleet serves, once it is known."""
         return self._model
 
     def handle(self, what: Input, now: float) -> list[Action]:
@@ -134,9 +134,8 @@ class Reconciler:
         match what:
             case WeightVersionReady():
                 actions = self._announced(what, now)
-            case FleetSeen(members=members, silent=silent):
-                self._silent = silent
-                actions = self._fleet_seen(members)
+            case FleetSeen():
+                actions = self._fleet_seen(what)
             case LeaseTaken():
                 actions = self._lease_taken(what)
             case ServeAnswered():
@@ -164,6 +163,8 @@ class Reconciler:
         under_way = self.transaction.ready.announcement if self.transaction else None
         if ready.announcement == under_way:
             return []
+        if self._is_elsewhere(ready):
+            return []
         announcements = self._announcements
         if outcome := announcements.outcome(ready):
             # The trainer has not heard how it ended: say it again.
@@ -175,6 +176,10 @@ class Reconciler:
         actions = self._supersede(ready)
         announcements.want(ready, now)
         return actions
+
+    def _is_elsewhere(self, ready: WeightVersionReady) -> bool:
+        """Whether another coordinator says how the announcement ends."""
+        return ready.model in self._other_models - {self.model}
 
     def _refuse(self, ready: WeightVersionReady) -> list[Action]:
         """What to do about a version that must not be installed; empty if it may."""
@@ -202,9 +207,16 @@ class Reconciler:
             actions += self._announcements.end(waiting, "superseded", detail)
         return actions
 
-    def _fleet_seen(self, members: tuple[FleetMember, ...]) -> list[Action]:
+    def _fleet_seen(self, seen: FleetSeen) -> list[Action]:
+        if self._model is None and seen.members:
+            self._model = seen.members[0].status.model
+        self._silent, self._other_models = seen.silent, seen.other_models
         before = self.fleet
-        self.fleet = {m.worker: _newer(before.get(m.worker), m) for m in members}
+        self.fleet = {
+            m.worker: _newer(before.get(m.worker), m)
+            for m in seen.members
+            if m.status.model == self.model
+        }
         actions: list[Action] = [
             Publish(WorkerJoined(worker=w, version=m.status.version))
             for w, m in sorted(self.fleet.items())
@@ -366,6 +378,9 @@ class Reconciler:
         if not able or self._upkeep.undecided(able, now):
             return []
         ready = self._announcements.open
+        if ready is not None and self._is_elsewhere(ready):
+            # It was announced before the workers were seen.
+            ready = self._announcements.desired = None
         if ready is None:
             return self._keep_together(able, now)
         if refusal := self._refuse(ready):
