@@ -274,3 +274,25 @@ async def test_it_announces_until_the_version_has_ended(
             async with asyncio.timeout(2.5):
                 async for event in events:
                     raise AssertionError(f"announced again: {event}")
+
+
+@pytest.mark.parametrize(
+    ("version", "error"), [(-1, ValueError), (2**63, ValueError), ("5", TypeError)]
+)
+def test_what_is_no_version_number_is_refused_and_takes_no_turn(
+    publisher: WeightPublisher, version: object, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        publisher.publish(version)
+    assert publisher.counters.published == 0
+
+
+async def test_a_number_of_numpy_is_announced_as_any_other(
+    caller: Caller, publisher: WeightPublisher
+) -> None:
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    async with EventSubscriber(topic) as events:
+        publisher.publish(np.int64(5))
+        heard = await asyncio.wait_for(anext(events), 30)
+        again = await asyncio.wait_for(anext(events), 30)
+    assert (type(heard.version), heard.version, again.version) == (int, 5, 5)

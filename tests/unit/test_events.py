@@ -203,6 +203,8 @@ def test_another_schema_is_refused(schema: int) -> None:
         (msgspec.msgpack.encode({"version": 1}), "missing required field `event`"),
         (changed(READY, event="Rebooted"), "'Rebooted'"),
         (changed(READY, version="5"), r"Expected `int`, got `str` - at `\$.version`"),
+        (changed(READY, version=-1), r"Expected `int` >= 0 - at `\$.version`"),
+        (changed(READY, version=2**63), r"Expected `int` <= .* - at `\$.version`"),
         (changed(READY, in_flight="abort"), r"'abort' - at `\$.in_flight`"),
         (changed(EVENTS[7], reason="bored"), r"'bored' - at `\$.reason`"),
     ],

@@ -154,7 +154,7 @@ def test_what_is_no_version_is_not_kept() -> None:
 
 
 def test_how_far_workers_are_behind() -> None:
-    life = Life(1)
+    life = Life(member(1, 4))
     life.hear(10.0, V5, not_leased(V5))
     life.hear(12.0, ready(3))
     life.hear(15.0, V6, leased(V6))
@@ -164,6 +164,18 @@ def test_how_far_workers_are_behind() -> None:
     # A refused version is nobody's lag.
     assert [m.behind for m in placed] == [2, 1, 0]
     assert [m.behind_seconds for m in placed] == [6.0, 1.0, 0.0]
+
+
+def test_nobody_is_behind_a_failed_number_that_was_a_mistake() -> None:
+    typo = ready(4_200_000)
+    life = Life(1)
+    life.hear(10.0, V5, leased(V5), *votes(V5, 1), committed(1, V5))
+    life.hear(12.0, typo, not_leased(typo))
+    (waits,) = life.history.place([member(1, 5)], EPOCH + 13.0)
+    assert (waits.behind, waits.behind_seconds) == (1, 1.0)
+    life.hear(15.0, V6, leased(V6), *votes(V6, 1), committed(1, V6))
+    (placed,) = life.history.place([member(1, 6)], EPOCH + 16.0)
+    assert (placed.behind, placed.behind_seconds) == (0, 0.0)
 
 
 def test_after_a_restart_the_others_show_it_but_not_since_when() -> None:

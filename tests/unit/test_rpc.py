@@ -77,8 +77,9 @@ PREPARE = Prepare(
 def any_value(kind: shape.Type) -> st.SearchStrategy:
     """Values of a field's type; fails by name on a type that is new here."""
     match kind:
-        case shape.IntType():
-            return st.integers(-(2**63), 2**64 - 1)
+        case shape.IntType(ge=least, le=most):
+            least, most = (-(2**63), 2**64 - 1) if least is None else (least, most)
+            return st.integers(least, most)
         case shape.FloatType():
             return st.floats(allow_nan=False, allow_infinity=False)
         case shape.StrType():

@@ -19,6 +19,7 @@ from dynamo.refit.protocol import (
     InFlightPolicy,
     RankProgress,
     RankVote,
+    Version,
 )
 
 #: Raised when a field changes its meaning; new optional fields do not count.
@@ -57,7 +58,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     """
 
     model: str
-    version: int
+    version: Version
     announcement: str
     endpoint: str
     instance: int

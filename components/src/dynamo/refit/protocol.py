@@ -15,7 +15,7 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -36,6 +36,11 @@ CommitStep = Literal["all", "pause", "install", "resume"]
 """How far a worker goes on its own: to the end, or to where it waits for the others."""
 
 SessionUse = Literal["cold", "re-addressed", "warm"]
+
+MAX_VERSION = 2**63 - 1
+"""The highest version number; the lowest is 0."""
+
+Version = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 StagingMode = Literal["device", "host", "direct"]
 """Where a version waits for its commit; see :mod:`dynamo.refit.rank.memory`."""
@@ -435,7 +440,7 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
 
     member: str
     turn: int
-    version: int
+    version: Version
     in_flight: InFlightPolicy | None
     traceparent: str | None = None
 

@@ -8,6 +8,7 @@ nothing, and nothing of it outlives the coordinator.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -65,12 +66,25 @@ class RefitHistory:
 
     def place(self, members: list[FleetMember], at: float) -> tuple[FleetMember, ...]:
         """The members with how far each one is behind what was announced."""
-        announced: dict[int, float] = {}
-        for record in self._records.values():
-            if record.outcome != "refused":
-                announced.setdefault(record.version, record.announced_at)
+        announced = self._announced()
         served = {m.status.version for m in members} - {None}
         return tuple(_placed(m, announced, served, at) for m in members)
+
+    def _announced(self) -> dict[int, float]:
+        """When each version that a worker may lack was announced first.
+
+        A failed number that the trainer has gone on below was a mistake: nobody waits
+        for it.
+        """
+        announced: dict[int, float] = {}
+        lowest_later = math.inf
+        for record in reversed(self._records.values()):
+            if record.outcome == "refused":
+                continue
+            if record.outcome != "failed" or record.version <= lowest_later:
+                announced[record.version] = record.announced_at
+            lowest_later = min(lowest_later, record.version)
+        return announced
 
     def _answered(self, answer: CommitAnswered) -> None:
         """A worker may have committed."""

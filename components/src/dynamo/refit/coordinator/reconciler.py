@@ -109,6 +109,8 @@ class Reconciler:
         self._began: float | None = None
         self._announcements = Announcements()
         self._upkeep = Upkeep(policy)
+        #: The highest version that a worker of this model is known to have served.
+        self._served_before: int | None = None
         #: What all workers served last.
         self._last: WeightVersionReady | None = None
         self._catch_ups = itertools.count(1)
@@ -183,7 +185,11 @@ class Reconciler:
 
     def _refuse(self, ready: WeightVersionReady) -> list[Action]:
         """What to do about a version that must not be installed; empty if it may."""
-        return self._announcements.refuse(ready, self.model, self.fleet, self.policy)
+        under_way = self.transaction.ready.version if self.transaction else None
+        newest = _highest(self._served_before, under_way)
+        return self._announcements.refuse(
+            ready, self.model, self.fleet, self.policy, newest
+        )
 
     def _supersede(self, by: WeightVersionReady) -> list[Action]:
         """End what is under way before its commit, and what waits for its turn."""
@@ -217,6 +223,8 @@ class Reconciler:
             for m in seen.members
             if m.status.model == self.model
         }
+        versions = (m.status.version for m in self.fleet.values())
+        self._served_before = _highest(self._served_before, *versions)
         actions: list[Action] = [
             Publish(WorkerJoined(worker=w, version=m.status.version))
             for w, m in sorted(self.fleet.items())
@@ -283,6 +291,8 @@ class Reconciler:
         admitted: list[Action] = []
         self._note_fence(answer)
         if isinstance(answer.reply, Committed):
+            version = answer.reply.version
+            self._served_before = _highest(self._served_before, version)
             admitted = self._now_serving(answer.worker, answer.reply)
         transaction = self._concerned(answer.announcement, "committing")
         if transaction is not None:
@@ -624,6 +634,10 @@ def _bounded(failures: tuple[Failure, ...]) -> tuple[Failure, ...]:
         msgspec.structs.replace(failure, message=failure.message[:most])
         for failure in failures
     )
+
+
+def _highest(*versions: int | None) -> int | None:
+    return max((v for v in versions if v is not None), default=None)
 
 
 def _is_behind(member: FleetMember, version: int) -> bool:

@@ -56,6 +56,7 @@ class Calls(Protocol):
 class _Arrival:
     """When an announcement first came, in Unix seconds, and the trainer's span."""
 
+    announcement: str
     at: float
     traceparent: str | None
 
@@ -73,8 +74,9 @@ class CoordinatorTelemetry:
 
     def heard(self, ready: WeightVersionReady) -> None:
         """An announcement came, or came again; to be told before the coordinator."""
-        if ready.version not in self._arrivals:
-            arrival = _Arrival(time.time(), ready.traceparent)
+        known = self._arrivals.get(ready.version)
+        if known is None or known.announcement != ready.announcement:
+            arrival = _Arrival(ready.announcement, time.time(), ready.traceparent)
             self._arrivals[ready.version] = arrival
             while len(self._arrivals) > REMEMBERED:
                 self._arrivals.popitem(last=False)
@@ -137,7 +139,8 @@ class CoordinatorTelemetry:
     def _begin(self, version: int, *, catch_up: bool = False) -> Span:
         arrival = self._arrivals.get(version)
         if arrival is None or catch_up:
-            arrival = _Arrival(time.time(), arrival.traceparent if arrival else None)
+            traceparent = arrival.traceparent if arrival else None
+            arrival = _Arrival("", time.time(), traceparent)
         return self._tracer.start(
             "refit",
             arrival.traceparent,
