@@ -28,6 +28,7 @@ from dynamo.refit.coordinator.actions import (
     SendServe,
     ServeAnswered,
     TakeLease,
+    Unanswered,
 )
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
@@ -83,16 +84,19 @@ class Open:
     changed: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
 
+    def has_changed(self, worker: int) -> None:
+        self.busy.pop(worker, None)
+        self.refused.discard(worker)
+        self.changed.add(worker)
+
     def commit_answered(
-        self, worker: int, reply: Committed | Stepped | Refused
+        self, worker: int, reply: Committed | Stepped | Refused | Unanswered
     ) -> None:
         if worker not in self.told & self.members:
             return
         if isinstance(reply, Committed) and reply.weights == self.ready.weights:
-            self.busy.pop(worker, None)
-            self.refused.discard(worker)
-            self.changed.add(worker)
-        elif worker not in self.busy:
+            self.has_changed(worker)
+        elif isinstance(reply, Unanswered) or worker not in self.busy:
             return
         elif not isinstance(reply, Stepped):
             del self.busy[worker]
@@ -110,7 +114,7 @@ class Watch:
         self.open: Open | None = None
         self.present: set[int] = set()
         self.silent: frozenset[int] = frozenset()
-        self.told_to_go: set[int] = set()
+        self.told_to_go: dict[int, tuple[int, str]] = {}
         self.heard: set[str] = set()
         self.outcomes: dict[str, str] = {}
         #: How the last announcement of a refit or a catch-up was given back.
@@ -125,6 +129,7 @@ class Watch:
     def handle(self, what: Input, now: float) -> list[Action]:
         self._take_in(what)
         actions = self.reconciler.handle(what, now)
+        self._note_shown()
         for number, action in enumerate(actions):
             self._check(action, actions[:number], actions[number + 1 :], what, now)
         assert (self.reconciler.transaction is None) == (self.open is None)
@@ -163,7 +168,8 @@ class Watch:
     def _fleet_seen(self, present: set[int], fenced: set[int]) -> None:
         gone = self.present - present
         self.present = present
-        self.told_to_go -= gone
+        for worker in gone:
+            self.told_to_go.pop(worker, None)
         self.withdrawn -= gone
         for worker in gone:
             self.versions.pop(worker, None)
@@ -173,6 +179,30 @@ class Watch:
                 kept -= gone
             for worker in gone:
                 self.open.busy.pop(worker, None)
+
+    def _note_shown(self) -> None:
+        """A status that shows the version is as good as the reply to its commit."""
+        for worker, (version, weights) in list(self.told_to_go.items()):
+            if self._shows(worker, version, weights):
+                del self.told_to_go[worker]
+        if self.open is None or self.open.ready is None:
+            return
+        ready = self.open.ready
+        for worker in self.open.told & self.open.members:
+            waited_for = worker in self.open.busy or worker in self.open.refused
+            if waited_for and self._shows(worker, ready.version, ready.weights):
+                self.open.has_changed(worker)
+                self.withdrawn.discard(worker)
+
+    def _shows(self, worker: int, version: int, weights: str) -> bool:
+        if worker not in self.reconciler.fleet:
+            return False
+        status = self.reconciler.fleet[worker].status
+        what = status.version, status.weights
+        return what == (version, weights) and status.phase not in (
+            "committing",
+            "fenced",
+        )
 
     def _commit_answered(self, what: CommitAnswered, name: str | None) -> None:
         worker, reply = what.worker, what.reply
@@ -212,7 +242,7 @@ class Watch:
                 self._admitted(worker)
             case SendFence(worker=worker):
                 assert worker in self.present
-                self.told_to_go.add(worker)
+                self.told_to_go[worker] = action.version, action.weights
             case SendAbort(worker=worker):
                 assert worker in self.present
             case ReleasePeer(peer=peer, announcement=lease):
@@ -254,6 +284,10 @@ class Watch:
         assert current.votes.get(worker) is True, f"worker {worker} did not vote yes"
         assert action.ready.version >= self.versions.get(worker, 0)
         assert current.changed or current.catch_up or not current.refused, "went on"
+        if current.busy.get(worker, ("", 0.0))[0] == action.step:
+            # Its reply was lost: the same order once more.
+            assert action.withdraw == (worker in self.withdrawn)
+            return
         if not current.told:
             self._enough_votes(now)
         self._is_its_turn(action, now)
@@ -306,7 +340,7 @@ class Watch:
             worker
             for worker, member in self.reconciler.fleet.items()
             if member.status.admitted and member.status.phase != "fenced"
-        } - self.told_to_go
+        } - self.told_to_go.keys()
 
     def _admitted(self, worker: int) -> None:
         fleet = self.reconciler.fleet
@@ -324,7 +358,7 @@ class Watch:
             case RefitStarted():
                 assert self.open is None, "two transactions at a time"
                 members = set(event.workers)
-                assert members and members <= self.present - self.told_to_go
+                assert members and members <= self.present - self.told_to_go.keys()
                 self.open = Open(event.version, members, event.catch_up, now)
                 for worker in members:
                     self._component(worker)
@@ -368,7 +402,7 @@ class Watch:
         assert closed.members <= set(event.workers) | excluded
         if not closed.catch_up:
             left_over = closed.members - set(event.workers)
-            assert left_over <= self.told_to_go, "neither changed nor fenced"
+            assert left_over <= self.told_to_go.keys(), "neither changed nor fenced"
 
     def _ended(self, event: Event, after: list[Action]) -> None:
         """The one end of an announcement, with its release."""

@@ -159,6 +159,8 @@ class FakeRank:
         self.manifest: str | None = None
         self.fail: dict[type, list[Exception]] = {}
         self.wrong: dict[int, int] = {}
+        #: What the trainer has under every number, if not the number.
+        self.content: int | None = None
         self.direct = False
         self.unchecked = 0
         #: It has planned anew, and reads in another order; it says so unasked.
@@ -295,7 +297,7 @@ class FakeRank:
         """What lies where it reads: a trainer has what it says, a peer perhaps not."""
         peers = [self.peers[name] for name in self._sources if name in self.peers]
         if not peers:
-            return request.version
+            return request.version if self.content is None else self.content
         contents = {peer.shadows[request.slot] for peer in peers}
         return contents.pop() if len(contents) == 1 else 0
 

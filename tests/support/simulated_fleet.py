@@ -26,6 +26,7 @@ from dynamo.refit.coordinator.actions import (
     SendServe,
     ServeAnswered,
     TakeLease,
+    Unanswered,
 )
 from dynamo.refit.errors import Failure
 from dynamo.refit.events import WeightVersionReady
@@ -59,6 +60,14 @@ class Call:
             case TakeLease():
                 return None
         return self.action.worker
+
+    def no_answer(self) -> Input | None:
+        """What the coordinator hears of a call whose reply does not come."""
+        lost = refused("PeerLost", self.worker)
+        if isinstance(self.action, SendCommit):
+            name = self.action.ready.announcement
+            return CommitAnswered(self.worker, name, Unanswered(lost.failure))
+        return self.answer(lost)
 
     def answer(self, reply: Reply | None) -> Input | None:
         """What the coordinator hears; nothing, if it only tells somebody something."""
@@ -152,7 +161,9 @@ class Worker:
             case SendAdmit():
                 self.admitted = True
             case SendFence():
-                if self.phase != "committing":
+                served = self.version, self.weights
+                ordered = action.version, action.weights
+                if self.phase != "committing" and served != ordered:
                     self.phase = "fenced"
         return None
 
@@ -300,7 +311,7 @@ class SimulatedFleet:
             return LeaseTaken(call.action.ready.announcement, None)
         worker = self.workers.get(call.worker)
         if worker is None:
-            return call.answer(refused("WorkerLost", call.worker))
+            return call.no_answer()
         if call.running:
             return call.answer(worker.end_commit(self))
         reply = worker.take(call.action, call.epoch, now, self)

@@ -34,7 +34,7 @@ from tests.support.fleet import (
     voted,
     voted_for_others,
 )
-from tests.support.simulated_fleet import Call, SimulatedFleet, refused
+from tests.support.simulated_fleet import Call, SimulatedFleet
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -167,7 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.fleet.carry_out(call, self.now)
         else:
             self.fleet.calls.remove(call)
-        answer = call.answer(refused("WorkerLost", call.worker))
+        answer = call.no_answer()
         if heard and answer is not None:
             self.replies.append(answer)
 

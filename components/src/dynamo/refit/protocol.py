@@ -228,9 +228,11 @@ class Admit(Command, frozen=True, kw_only=True, tag=True):
 
 
 class Fence(Command, frozen=True, kw_only=True, tag=True):
-    """Leave for good: the fleet serves a version that this worker could not take."""
+    """Leave for good: the fleet serves a version, with the fingerprint ``weights``,
+    that this worker could not take. A worker that serves it refuses."""
 
     version: int
+    weights: str
     reason: str
 
 

@@ -22,9 +22,7 @@ def publish(
     ],
     version: Annotated[
         int,
-        typer.Option(
-            min=0, max=MAX_VERSION, help="higher than any version before it"
-        ),
+        typer.Option(min=0, max=MAX_VERSION, help="higher than any version before it"),
     ],
     model: Annotated[
         str | None,

@@ -65,10 +65,17 @@ class PrepareAnswered:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A call has no reply: nobody knows whether it was carried out."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True)
 class CommitAnswered:
     worker: int
     announcement: str
-    reply: Committed | Stepped | Refused
+    reply: Committed | Stepped | Refused | Unanswered
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,11 @@ class SendAdmit:
 
 @dataclass(frozen=True)
 class SendFence:
+    """The worker has to leave, unless it serves the version with these weights."""
+
     worker: int
     version: int
+    weights: str
     reason: str
 
 

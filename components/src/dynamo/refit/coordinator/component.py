@@ -41,6 +41,7 @@ from dynamo.refit.coordinator.actions import (
     ServeAnswered,
     TakeLease,
     Tick,
+    Unanswered,
 )
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.history import RefitHistory
@@ -83,7 +84,7 @@ from dynamo.refit.protocol import (
     WeightsServed,
 )
 from dynamo.refit.release import RELEASE
-from dynamo.refit.rpc import Caller, serve, unary
+from dynamo.refit.rpc import Caller, PeerLost, serve, unary
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,9 @@ SHORT_CALL_SECONDS = 10.0
 
 TICK_SECONDS = 0.25
 
+#: The reconciler's clock goes on by so much between two inputs, at the most.
+STEP_SECONDS = 4 * TICK_SECONDS
+
 STALE = StaleEpoch.__name__
 
 C = TypeVar("C", bound=Command)
@@ -99,6 +103,27 @@ C = TypeVar("C", bound=Command)
 
 class CoordinatorReplaced(RefitError):
     """A worker has heard of a newer coordinator: this one has nothing to say."""
+
+
+class SteadyClock:
+    """A clock that stands still while its reader does: after a stall of this process
+    the replies that wait for it are read before a deadline is said to have passed.
+
+    Args:
+        time: monotonic seconds.
+    """
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        self._time = time
+        self._read = self._now = time()
+
+    def read(self) -> float:
+        """Seconds since some moment, of which at most :data:`STEP_SECONDS` count
+        since the last reading."""
+        read = self._time()
+        self._now += min(read - self._read, STEP_SECONDS)
+        self._read = read
+        return self._now
 
 
 class Calls(Protocol):
@@ -219,7 +244,7 @@ class Coordinator:
             CoordinatorReplaced: there is a newer one. From then on nothing is said,
                 to a trainer either, whom the newer one serves.
         """
-        loop = asyncio.get_running_loop()
+        clock = SteadyClock(asyncio.get_running_loop().time)
         try:
             while True:
                 try:
@@ -229,7 +254,7 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
-                actions = self._reconciler.handle(what, loop.time())
+                actions = self._reconciler.handle(what, clock.read())
                 desired = self._reconciler.desired
                 self._history.hear(what, actions, desired, time.time())
                 for action in actions:
@@ -282,8 +307,13 @@ class Coordinator:
                 self._spawn(self._tell(worker, request))
             case SendAdmit(worker=worker):
                 self._spawn(self._tell(worker, self._command(Admit)))
-            case SendFence(worker=worker, version=version, reason=reason):
-                request = self._command(Fence, version=version, reason=reason)
+            case SendFence(worker=worker):
+                request = self._command(
+                    Fence,
+                    version=action.version,
+                    weights=action.weights,
+                    reason=action.reason,
+                )
                 self._spawn(self._tell(worker, request))
             case ReleasePeer(peer=peer, announcement=announcement):
                 request = ReleaseLease(announcement=announcement, outcome="completed")
@@ -392,7 +422,16 @@ class Coordinator:
         )
         seconds = policy.commit_seconds + policy.drain_seconds + GRACE_SECONDS
         expected = Committed | Stepped | Refused
-        reply = await self._ask(action.worker, request, expected, seconds)
+        try:
+            reply = await self._call_worker(action.worker, request, expected, seconds)
+        except PeerLost as error:
+            # It may have committed: whether it is asked again is not decided here.
+            failure = failure_from(
+                error, stage="commit", worker=action.worker, version=ready.version
+            )
+            reply = Unanswered(failure)
+        except (RefitError, msgspec.ValidationError) as error:
+            reply = _refused(error, request, action.worker)
         self._inputs.put_nowait(
             CommitAnswered(action.worker, ready.announcement, reply)
         )
@@ -409,27 +448,42 @@ class Coordinator:
     ) -> Any:
         """The worker's reply; what keeps it from replying as a :class:`Refused`."""
         try:
-            reply = await self._caller.call(
-                self._path(worker), worker, request, expected, seconds
-            )
-            if not isinstance(reply, Refused):
-                return reply
-            if reply.failure.kind == STALE:
-                # What it makes of this reply must not be acted on.
-                self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
-            if reply.failure.worker is None:
-                # An error that its agent did not expect, as of an engine that is dead.
-                failure = msgspec.structs.replace(reply.failure, worker=worker)
-                return msgspec.structs.replace(reply, failure=failure)
-            return reply
+            return await self._call_worker(worker, request, expected, seconds)
         except (RefitError, msgspec.ValidationError) as error:
-            stage = type(request).__name__.lower()
-            version = getattr(request, "version", None)
-            return Refused(
-                failure=failure_from(error, stage=stage, worker=worker, version=version)
-            )
+            return _refused(error, request, worker)
+
+    async def _call_worker(
+        self, worker: int, request: Message, expected: Any, seconds: float
+    ) -> Any:
+        """The worker's reply.
+
+        Raises:
+            PeerLost: there is none; what was asked for may have been done.
+            msgspec.ValidationError: it is none of ``expected``.
+        """
+        reply = await self._caller.call(
+            self._path(worker), worker, request, expected, seconds
+        )
+        if not isinstance(reply, Refused):
+            return reply
+        if reply.failure.kind == STALE:
+            # What it makes of this reply must not be acted on.
+            self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
+        if reply.failure.worker is None:
+            # An error that its agent did not expect, as of an engine that is dead.
+            failure = msgspec.structs.replace(reply.failure, worker=worker)
+            return msgspec.structs.replace(reply, failure=failure)
+        return reply
 
     def _path(self, worker: int) -> str:
         member = self._reconciler.fleet.get(worker)
         component = member.component if member else self._config.worker_components[0]
         return f"{self._config.namespace}.{component}.refit"
+
+
+def _refused(error: Exception, request: Message, worker: int) -> Refused:
+    stage = type(request).__name__.lower()
+    version = getattr(request, "version", None)
+    return Refused(
+        failure=failure_from(error, stage=stage, worker=worker, version=version)
+    )

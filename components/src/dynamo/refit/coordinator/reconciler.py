@@ -44,7 +44,7 @@ from dynamo.refit.coordinator.announcements import Announcements
 from dynamo.refit.coordinator.commit import CommitRound, NoAnswer, WorkerLeft
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.staging import NoSource, Staging
-from dynamo.refit.coordinator.upkeep import Upkeep
+from dynamo.refit.coordinator.upkeep import Upkeep, shows
 from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
@@ -148,6 +148,7 @@ class Reconciler:
                 actions = self._commit_answered(what)
             case Tick():
                 actions = []
+        self._upkeep.pardon(self.fleet)
         actions += self._upkeep.fence_again(self.fleet, now)
         return [*actions, *self._advance(now)]
 
@@ -243,7 +244,18 @@ class Reconciler:
             else:
                 actions += transaction.staging.forget(worker)
                 transaction.commit.left(worker)
+        self._note_changed()
         return actions
+
+    def _note_changed(self) -> None:
+        """A commit's reply may be lost: the worker's status says it all the same."""
+        transaction = self.transaction
+        if transaction is None or transaction.commit is None:
+            return
+        ready = transaction.ready
+        for worker, member in self.fleet.items():
+            if shows(member, ready.version, ready.weights):
+                transaction.commit.serves(worker)
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
         transaction = self._concerned(lease.announcement, "leasing")
@@ -396,7 +408,7 @@ class Reconciler:
         if refusal := self._refuse(ready):
             # It was announced before the workers were seen.
             return refusal
-        behind = {w for w, m in able.items() if _is_behind(m, ready.version)}
+        behind = {w for w, m in able.items() if _is_behind(m, ready)}
         if behind:
             return self._begin(ready, behind, able, now)
         return [*self._complete(ready, None), *self._keep_together(able, now)]
@@ -406,7 +418,7 @@ class Reconciler:
         served = self._served(able)
         level, behind = able, set()
         if served is not None:
-            level = {w: m for w, m in able.items() if not _is_behind(m, served.version)}
+            level = {w: m for w, m in able.items() if not _is_behind(m, served)}
             behind = set(able) - set(level)
             if not behind:
                 self._last, self.completed = served, served.version
@@ -426,9 +438,12 @@ class Reconciler:
         """The newest version that a worker has, and none older than the last that all
         had."""
         last = self._last
+        statuses = [m.status for m in able.values() if m.status.version is not None]
+        count = Counter(status.weights for status in statuses)
+        # Of two with one number, what more workers have.
         newest = max(
-            (m.status for m in able.values() if m.status.version is not None),
-            key=lambda status: status.version,
+            statuses,
+            key=lambda status: (status.version, count[status.weights]),
             default=None,
         )
         if newest is None or (last is not None and newest.version <= last.version):
@@ -458,7 +473,12 @@ class Reconciler:
         *,
         catch_up: bool = False,
     ) -> list[Action]:
-        holders = {w for w, m in able.items() if m.status.version == ready.version}
+        holders = {
+            worker
+            for worker, member in able.items()
+            if member.status.version == ready.version
+            and member.status.weights == ready.weights
+        }
         lease = bool(ready.announcement)
         if catch_up:
             lease = lease and (not holders or self._upkeep.ask_trainer)
@@ -535,17 +555,16 @@ class Reconciler:
 
     def _settle(self, transaction: Transaction, now: float) -> list[Action]:
         """Who did not change goes, or may try again to catch up."""
-        version = transaction.ready.version
-        able = self._upkeep.able(self.fleet)
+        ready, able = transaction.ready, self._upkeep.able(self.fleet)
         stay = {w: f for w, f in _unchanged(transaction).items() if w in able}
         if not transaction.catch_up:
             return [
                 action
                 for worker, failure in sorted(stay.items())
-                for action in self._upkeep.fence(worker, version, failure, now)
+                for action in self._upkeep.fence(worker, ready, failure, now)
             ]
         if stay or transaction.failure is not None:
-            return self._upkeep.failed_to_catch_up(stay, version, now)
+            return self._upkeep.failed_to_catch_up(stay, ready, now)
         self._upkeep.caught_up()
         return []
 
@@ -640,8 +659,12 @@ def _highest(*versions: int | None) -> int | None:
     return max((v for v in versions if v is not None), default=None)
 
 
-def _is_behind(member: FleetMember, version: int) -> bool:
-    return member.status.version is None or member.status.version < version
+def _is_behind(member: FleetMember, ready: WeightVersionReady) -> bool:
+    """Other weights under the same number are behind, too."""
+    status = member.status
+    if status.version == ready.version:
+        return status.weights != ready.weights
+    return status.version is None or status.version < ready.version
 
 
 def _newer(known: FleetMember | None, seen: FleetMember) -> FleetMember:

@@ -292,6 +292,9 @@ class RefitAgent:
                     f"version {current.request.version} is being committed: wait"
                 )
             await self._give_up(current)
+        if self._last_commit and self._last_commit[1].version == request.version:
+            # Other weights under the same number are to be committed.
+            self._last_commit = None
         work = asyncio.create_task(self._stage(request))
         began = asyncio.get_running_loop().time()
         self._transaction = Transaction(request, work, began)
@@ -536,6 +539,9 @@ class RefitAgent:
         current = self._transaction
         if current is not None and current.phase == "committing":
             raise RefitError(f"version {current.request.version} is being committed")
+        if (request.version, request.weights) == (self._version, self._weights):
+            # The coordinator has not had the reply to the commit.
+            raise RefitError(f"version {request.version} is what is served here")
         self._fenced = True
         error = FencedByCoordinator(
             f"this worker could not take version {request.version}, which the fleet "
