@@ -259,10 +259,10 @@ class Trainer:
                 return ManifestReply(payload=self.payload)
             case GetFingerprints(announcement=name):
                 return FingerprintsReply(payload=log.readable(name).fingerprints)
-            case AcquireLease(announcement=name, seconds=seconds):
-                log.acquire(name, seconds, now)
-            case ReleaseLease(announcement=name, outcome=outcome, detail=detail):
-                log.release(name, outcome, detail, now)
+            case AcquireLease(announcement=name, epoch=epoch, seconds=seconds):
+                log.acquire(name, epoch, seconds, now)
+            case ReleaseLease(announcement=name, epoch=epoch):
+                log.release(name, epoch, request.outcome, request.detail, now)
         return Done()
 
     def left(self) -> list[str]:

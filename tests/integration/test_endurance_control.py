@@ -118,9 +118,12 @@ async def announced(events: EventSubscriber, version: int) -> WeightVersionReady
 async def read_and_release(caller: Caller, ready: WeightVersionReady) -> None:
     name = ready.announcement
     for request, expected in (
-        (AcquireLease(announcement=name, holder="test", seconds=60), Done),
+        (AcquireLease(model="tiny", epoch=1, announcement=name, seconds=60), Done),
         (GetFingerprints(announcement=name), FingerprintsReply),
-        (ReleaseLease(announcement=name, outcome="completed"), Done),
+        (
+            ReleaseLease(model="tiny", epoch=1, announcement=name, outcome="completed"),
+            Done,
+        ),
     ):
         where = ready.endpoint, ready.instance
         reply = await caller.call(*where, request, expected | Refused, 10)

@@ -98,7 +98,7 @@ async def instances(caller: Caller) -> list[int]:
 
 def lease(published: PublishedVersion, seconds: float = 60) -> AcquireLease:
     name = published.announcement
-    return AcquireLease(announcement=name, holder="test", seconds=seconds)
+    return AcquireLease(model="tiny", epoch=1, announcement=name, seconds=seconds)
 
 
 async def test_the_manifest_says_where_the_bytes_are(
@@ -199,7 +199,9 @@ async def test_a_leased_slot_is_not_written_again(
     publisher.publish(2)
     with pytest.raises(LeaseHeld, match="version 1 is still being read from slot 0"):
         publisher.publish(3)
-    release = ReleaseLease(announcement=first.announcement, outcome="completed")
+    release = ReleaseLease(
+        model="tiny", epoch=1, announcement=first.announcement, outcome="completed"
+    )
     assert await ask(caller, release) == Done()
     assert first.wait(5).outcome == "completed"
     publisher.publish(4)
@@ -245,7 +247,9 @@ async def test_a_version_that_nobody_heard_of_ends_with_the_one_after_it(
     assert await ask(caller, lease(second)) == Done()
     with pytest.raises(TimeoutError):
         first.wait(0.1)
-    done = ReleaseLease(announcement=second.announcement, outcome="completed")
+    done = ReleaseLease(
+        model="tiny", epoch=1, announcement=second.announcement, outcome="completed"
+    )
     assert await ask(caller, done) == Done()
     assert (await asyncio.wait_for(first.released(), 5)).outcome == "superseded"
     assert (await second.released()).outcome == "completed"
@@ -267,7 +271,9 @@ async def test_it_announces_until_the_version_has_ended(
         assert heard[0].seq < heard[1].seq
         assert heard[0].manifest == publisher.manifest.fingerprint()
         name = published.announcement
-        done = ReleaseLease(announcement=name, outcome="refused", detail="no")
+        done = ReleaseLease(
+            model="tiny", epoch=1, announcement=name, outcome="refused", detail="no"
+        )
         await ask(caller, done)
         assert (await published.released()).detail == "no"
         with pytest.raises(TimeoutError):

@@ -118,12 +118,17 @@ class Fleet:
 
     async def lease(self, ready: WeightVersionReady) -> Any:
         request = AcquireLease(
-            announcement=ready.announcement, holder="test", seconds=60
+            model="tiny", epoch=1, announcement=ready.announcement, seconds=60
         )
         return await self.ask(ready, request)
 
     async def release(self, ready: WeightVersionReady) -> Any:
-        request = ReleaseLease(announcement=ready.announcement, outcome="completed")
+        request = ReleaseLease(
+            model="tiny",
+            epoch=1,
+            announcement=ready.announcement,
+            outcome="completed",
+        )
         return await self.ask(ready, request)
 
     async def manifest(self, ready: WeightVersionReady) -> Manifest:

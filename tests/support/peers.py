@@ -99,7 +99,9 @@ class PeerHalf(AgentHalf):
     def release(self, announcement: str | None = None) -> None:
         """A reader (the newest) has ended."""
         announcement = announcement or self.announcements[-1]
-        request = ReleaseLease(announcement=announcement, outcome="completed")
+        request = ReleaseLease(
+            model="tiny", epoch=1, announcement=announcement, outcome="completed"
+        )
         self._runner.run(self.peer.release(request))
 
     def unserved(self, version: int | None = None) -> tuple[str, str]:

@@ -6,28 +6,40 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+from dynamo.refit import __main__ as program
 from dynamo.refit.args import parse_args
 from dynamo.refit.coordinator import commit, policy
+from dynamo.refit.coordinator.actions import FleetSeen
 from dynamo.refit.coordinator.component import (
     STEP_SECONDS,
     Coordinator,
+    CoordinatorReplaced,
     SteadyClock,
 )
-from dynamo.refit.events import Event, RefitCompleted
+from dynamo.refit.errors import RefitError, failure_from
+from dynamo.refit.events import Event, RefitCompleted, RefitFailed, WeightVersionReady
 from dynamo.refit.protocol import (
     AcquireLease,
     Commit,
     Done,
     Fence,
+    FleetMember,
     Message,
     Prepare,
+    Refused,
     ReleaseLease,
 )
+from dynamo.refit.publish.publication import PublicationLog
 from dynamo.refit.rpc import PeerLost
+from dynamo.refit.worker import ranks
+from tests.support.fake_replica import WORKER, fingerprints_of
+from tests.support.fake_replica import Bench as ReplicaBench
 from tests.support.fleet import V5, committed, fleet, member, voted
 
 pytestmark = [
@@ -146,3 +158,131 @@ def test_the_clock_does_not_count_a_stall() -> None:
     assert clock.read() - first == 0.25 + STEP_SECONDS
     now += 0.25
     assert clock.read() - first == 0.5 + STEP_SECONDS
+
+
+# --- two coordinators ---------------------------------------------------------
+
+
+async def test_one_that_sees_a_newer_epoch_ends_and_says_nothing_more() -> None:
+    bench = Bench()
+    bench.workers.before_commit = lambda worker: None
+    obeys = member(1, 4)
+    status = msgspec.structs.replace(obeys.status, epoch=EPOCH + 1)
+    obeys = msgspec.structs.replace(obeys, status=status)
+    bench.coordinator.hear(fleet(obeys, member(2, 4)))
+    with pytest.raises(CoordinatorReplaced, match=r"worker 1 obeys.* 101"):
+        await bench.coordinator.run()
+    assert bench.workers.asked(ReleaseLease) == []
+
+
+class Namespace:
+    """A test fake of :class:`dynamo.refit.rpc.Caller`: the product's agent, and a
+    trainer's log of one version that is published in place."""
+
+    def __init__(self) -> None:
+        self.replica = ReplicaBench()
+        self.log = PublicationLog("t", slots=1, in_place=True, ready_seconds=300.0)
+        self.published = self.log.open(5, 0.0)
+        # What the replica's fake trainer knows it as.
+        self.published.announcement = "a5"
+        self.published.complete(fingerprints_of(5))
+        self.log.to_announce()
+        self.replies: list[tuple[int, str, Message]] = []
+
+    def ready(self) -> WeightVersionReady:
+        prepare = self.replica.prepare(5)
+        return WeightVersionReady(
+            model="tiny",
+            version=5,
+            announcement=self.published.announcement,
+            endpoint=prepare.endpoint,
+            instance=prepare.instance,
+            manifest=prepare.manifest,
+            slot=0,
+            weights=self.published.weights,
+        )
+
+    async def call(
+        self, path: str, instance: int, request: Message, *_: object
+    ) -> Message:
+        await asyncio.sleep(0.002)
+        now = time.monotonic()
+        try:
+            match request:
+                case AcquireLease():
+                    name = request.announcement
+                    self.log.acquire(name, request.epoch, request.seconds, now)
+                    reply = Done()
+                case ReleaseLease():
+                    name, outcome = request.announcement, request.outcome
+                    self.log.release(name, request.epoch, outcome, request.detail, now)
+                    reply = Done()
+                case _:
+                    reply = await self.replica.agent.answer(request)
+        except RefitError as error:
+            reply = Refused(failure=failure_from(error, stage="x"))
+        self.replies.append((request.epoch, type(request).__name__, reply))
+        return reply
+
+
+async def test_the_older_of_two_gives_way_while_it_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It neither ends the trainer's handle nor drops the newer one's lease."""
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.001)
+    namespace = Namespace()
+    replica, published = namespace.replica, namespace.published
+    await replica.agent.start()
+    config = parse_args(["--model", "tiny"])
+    told: list[Event] = []
+    old, new = (
+        Coordinator(config, namespace, told.append, epoch) for epoch in (100, 200)
+    )
+    seen = FleetMember(
+        worker=WORKER, component="backend", status=replica.agent.status()
+    )
+    replica.engine.hold("stage")
+    running = {}
+    for coordinator in (old, new):
+        coordinator.hear(FleetSeen((seen,)))
+        coordinator.hear(namespace.ready())
+        running[coordinator] = asyncio.create_task(coordinator.run())
+        await until_true(lambda: bool(replica.engine.jobs()[0]))
+        await asyncio.sleep(0.05)
+    with pytest.raises(CoordinatorReplaced):
+        await running[old]
+    (given_up,) = [
+        reply for epoch, kind, reply in namespace.replies
+        if (epoch, kind) == (100, "Prepare")
+    ]  # fmt: skip
+    assert given_up.failure.kind == "StaleEpoch"
+    assert not published.ended and published.leased(time.monotonic())
+    replica.engine.let("stage")
+    await until_true(lambda: published.ended)
+    assert published.verdict.outcome == "completed"
+    replica.assert_serving(5)
+    running[new].cancel()
+    await asyncio.wait([running[new]])
+    assert not [event for event in told if isinstance(event, RefitFailed)]
+
+
+async def until_true(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_the_process_ends_with_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def worker(config: object) -> None:
+        replaced = CoordinatorReplaced("worker 1 obeys a newer one")
+        raise ExceptionGroup("tasks", [ExceptionGroup("tasks", [replaced])])
+
+    monkeypatch.setattr(program, "worker", worker)
+    monkeypatch.setattr(program, "parse_args", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 1
+    [record] = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "CoordinatorReplaced: worker 1 obeys a newer one" in record.getMessage()

@@ -138,7 +138,9 @@ def manifest_of(there: PeerSource, served: WeightsServed) -> Manifest:
 
 
 def ended(there: PeerSource, served: WeightsServed) -> ReleaseLease:
-    return ReleaseLease(announcement=served.announcement, outcome="completed")
+    return ReleaseLease(
+        model="tiny", epoch=1, announcement=served.announcement, outcome="completed"
+    )
 
 
 async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> None:
@@ -319,7 +321,9 @@ async def test_what_nobody_was_promised(ranks: FakeRanks, there: PeerSource) -> 
         there.manifest(GetManifest(manifest="abc"))
     with pytest.raises(SourceLost):
         there.fingerprints(GetFingerprints(announcement="never"))
-    done = await there.release(ReleaseLease(announcement="never", outcome="failed"))
+    done = await there.release(
+        ReleaseLease(model="tiny", epoch=1, announcement="never", outcome="failed")
+    )
     assert done == Done()
     assert ranks.withdrawn == []
 

@@ -138,11 +138,14 @@ class Job:
     def end(self, rank: int, announcement: str) -> Released | None:
         return self.group.end_of(self.names[rank], announcement)
 
-    def lease(self, announcement: str, seconds: float = 10.0) -> None:
-        self.group.log.acquire(announcement, seconds, self.now)
+    def lease(self, announcement: str, seconds: float = 10.0, epoch: int = 1) -> None:
+        self.group.log.acquire(announcement, epoch, seconds, self.now)
 
-    def release(self, announcement: str, outcome: str = "completed") -> None:
-        self.group.log.release(announcement, outcome, "so it went", self.now)
+    def release(
+        self, announcement: str, outcome: str = "completed", epoch: int = 1
+    ) -> None:
+        log, detail = self.group.log, "so it went"
+        log.release(announcement, epoch, outcome, detail, self.now)
 
 
 @pytest.fixture
@@ -676,3 +679,38 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
             name = sorted(leased)[0]
             leased.discard(name)
             job.release(name)
+
+
+# --- two coordinators -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["failed", "superseded", "refused"])
+def test_an_older_coordinator_ends_nothing_under_a_newer_one_that_reads(
+    job: Job, outcome: str
+) -> None:
+    """As in a rolling update of its pod: both hear the announcement."""
+    name = job.publish(5)
+    job.lease(name, epoch=100)
+    job.lease(name, epoch=200)
+    job.release(name, outcome, epoch=100)
+    assert job.end(0, name) is None
+    assert job.group.log.find(name).leased(job.now)
+    job.release(name, "completed", epoch=200)
+    assert job.end(0, name).outcome == "completed"
+
+
+def test_one_that_never_had_a_lease_ends_nothing_either(job: Job) -> None:
+    name = job.publish(5)
+    job.lease(name, epoch=200)
+    job.release(name, "failed", epoch=100)
+    assert job.end(0, name) is None
+
+
+def test_a_newer_coordinator_s_word_ends_a_killed_one_s_lease(job: Job) -> None:
+    """Nobody would give it back for minutes."""
+    name = job.publish(5)
+    job.lease(name, seconds=500, epoch=100)
+    job.lease(name, epoch=200)
+    job.release(name, "completed", epoch=200)
+    assert job.end(0, name).outcome == "completed"
+    assert not job.group.log.find(name).leased(job.now)

@@ -370,19 +370,19 @@ class FingerprintsReply(Message, frozen=True, kw_only=True, tag=True):
     payload: bytes
 
 
-class AcquireLease(Message, frozen=True, kw_only=True, tag=True):
-    """Keep the announcement's bytes as they are, for at most ``seconds``."""
+class AcquireLease(Command, frozen=True, kw_only=True, tag=True):
+    """Keep the announcement's bytes as they are, for at most ``seconds``. A coordinator
+    has one lease, which its ``epoch`` names."""
 
     announcement: str
-    holder: str
     seconds: float
 
 
 ReleaseOutcome = Literal["completed", "failed", "superseded", "refused"]
 
 
-class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
-    """Nobody reads the announcement's bytes any more, and how it went."""
+class ReleaseLease(Command, frozen=True, kw_only=True, tag=True):
+    """The coordinator reads the announcement's bytes no more; and how it went."""
 
     announcement: str
     outcome: ReleaseOutcome

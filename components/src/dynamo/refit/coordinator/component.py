@@ -254,6 +254,8 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
+                if isinstance(what, FleetSeen):
+                    self._check_newest(what)
                 actions = self._reconciler.handle(what, clock.read())
                 desired = self._reconciler.desired
                 self._history.hear(what, actions, desired, time.time())
@@ -262,6 +264,19 @@ class Coordinator:
         finally:
             for call in self._calls:
                 call.cancel()
+
+    def _check_newest(self, seen: FleetSeen) -> None:
+        """
+        Raises:
+            CoordinatorReplaced: a worker has been told something by a newer one.
+        """
+        for member in seen.members:
+            if member.status.epoch > self._epoch:
+                raise CoordinatorReplaced(
+                    f"worker {member.worker} obeys coordinator epoch "
+                    f"{member.status.epoch}, which is newer than this one "
+                    f"({self._epoch}): run one coordinator per model"
+                )
 
     async def answer(self, request: CoordinatorRequest) -> CoordinatorReply:
         """The fleet as it is seen now, or what became of the versions that came."""
@@ -316,12 +331,15 @@ class Coordinator:
                 )
                 self._spawn(self._tell(worker, request))
             case ReleasePeer(peer=peer, announcement=announcement):
-                request = ReleaseLease(announcement=announcement, outcome="completed")
+                request = self._command(
+                    ReleaseLease, announcement=announcement, outcome="completed"
+                )
                 self._spawn(self._tell(peer, request))
 
     def _command(self, kind: type[C], **fields: Any) -> C:
-        """A command for the workers of this coordinator's model."""
-        return kind(model=self._reconciler.model, epoch=self._epoch, **fields)
+        """A command of this coordinator, for its own model unless told otherwise."""
+        envelope = {"model": self._reconciler.model, "epoch": self._epoch}
+        return kind(**(envelope | fields))
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(call)
@@ -330,9 +348,10 @@ class Coordinator:
 
     async def _take_lease(self, action: TakeLease) -> None:
         ready = action.ready
-        request = AcquireLease(
+        request = self._command(
+            AcquireLease,
+            model=ready.model,
             announcement=ready.announcement,
-            holder=f"coordinator epoch {self._epoch}",
             seconds=action.seconds,
         )
         failure = None
@@ -346,7 +365,9 @@ class Coordinator:
 
     async def _give_back_lease(self, action: GiveBackLease) -> None:
         ready = action.ready
-        request = ReleaseLease(
+        request = self._command(
+            ReleaseLease,
+            model=ready.model,
             announcement=ready.announcement,
             outcome=action.outcome,
             detail=action.detail,

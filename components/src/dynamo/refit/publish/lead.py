@@ -160,11 +160,15 @@ class Lead:
                 return FingerprintsReply(payload=publication.fingerprints)
             case AcquireLease():
                 self.group.log.acquire(
-                    request.announcement, request.seconds, time.monotonic()
+                    request.announcement,
+                    request.epoch,
+                    request.seconds,
+                    time.monotonic(),
                 )
             case ReleaseLease():
                 self.group.log.release(
                     request.announcement,
+                    request.epoch,
                     request.outcome,
                     request.detail,
                     time.monotonic(),

@@ -266,11 +266,14 @@ class RefitAgent:
                 "with --model"
             )
         if command.epoch < self._epoch:
-            raise StaleEpoch(
-                f"coordinator epoch {command.epoch} was replaced by {self._epoch}: "
-                "there is a newer coordinator for this model"
-            )
+            raise self._stale(command.epoch)
         self._epoch = command.epoch
+
+    def _stale(self, epoch: int) -> StaleEpoch:
+        return StaleEpoch(
+            f"coordinator epoch {epoch} was replaced by {self._epoch}: there is a "
+            "newer coordinator for this model"
+        )
 
     # --- prepare --------------------------------------------------------------
 
@@ -351,7 +354,10 @@ class RefitAgent:
         self._publish(event)
 
     def _given_up(self, request: Prepare) -> Refused:
-        error = StagingCancelled("aborted or superseded while staging")
+        error: RefitError = StagingCancelled("aborted or superseded while staging")
+        if request.epoch < self._epoch:
+            # It is not how the version ends: a newer coordinator has it staged anew.
+            error = self._stale(request.epoch)
         return Refused(failure=self._failure(error, "stage", request.version))
 
     async def _give_up(self, transaction: Transaction) -> None:
