@@ -267,10 +267,11 @@ def test_a_worker_that_must_leave_does_not_hold_up_the_next_version() -> None:
     assert [e.workers for e in events(reconciler.handle(V6, 6.0))] == [(1,)]
 
 
-def test_what_all_were_excluded_for_fits_into_an_event() -> None:
+@pytest.mark.parametrize("character", ["x", "\U0001f4a5"])
+def test_what_all_were_excluded_for_fits_into_an_event(character: str) -> None:
     everyone = range(1, 1001)
     reconciler = committing(V5, *everyone)
-    why = failure(message="x" * MAX_MESSAGE)
+    why = failure(message=character * MAX_MESSAGE)
     for worker in everyone[1:]:
         refused = Refused(failure=why)
         reconciler.handle(CommitAnswered(worker, "a5", refused), 3.0)

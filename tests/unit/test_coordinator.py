@@ -22,8 +22,15 @@ from dynamo.refit.coordinator.component import (
     CoordinatorReplaced,
     SteadyClock,
 )
-from dynamo.refit.errors import RefitError, failure_from
-from dynamo.refit.events import Event, RefitCompleted, RefitFailed, WeightVersionReady
+from dynamo.refit.errors import EventRefused, RefitError, failure_from
+from dynamo.refit.events import (
+    Event,
+    RefitCompleted,
+    RefitFailed,
+    RefitRefused,
+    WeightVersionReady,
+    encode,
+)
 from dynamo.refit.protocol import (
     AcquireLease,
     Commit,
@@ -158,6 +165,47 @@ def test_the_clock_does_not_count_a_stall() -> None:
     assert clock.read() - first == 0.25 + STEP_SECONDS
     now += 0.25
     assert clock.read() - first == 0.5 + STEP_SECONDS
+
+
+# --- events that cannot be sent -----------------------------------------------
+
+
+async def heard(bench: Bench, event: WeightVersionReady) -> list[Event]:
+    """What is published because of ``event``, by a loop that goes on afterwards."""
+    bench.coordinator.hear(event)
+    await bench.completed()
+    return bench.events
+
+
+async def test_a_refusal_of_70_kb_is_cut_and_ends_nobody() -> None:
+    bench = Bench()
+    huge = msgspec.structs.replace(
+        V5, model="\x01" * 70_000, version=6, announcement="huge"
+    )
+    [refused] = [e for e in await heard(bench, huge) if isinstance(e, RefitRefused)]
+    assert refused.reason == "unknown_model"
+    assert len(encode(refused)) < 32 * 1024
+
+
+async def test_a_publish_that_fails_does_not_end_the_loop(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told: list[Event] = []
+
+    def publish(event: Event) -> None:
+        told.append(event)
+        raise EventRefused("too large")
+
+    workers = Workers()
+    coordinator = Coordinator(parse_args(["--model", "tiny"]), workers, publish, EPOCH)
+    coordinator.hear(fleet(member(1, 4)))
+    coordinator.hear(V5)
+    running = asyncio.create_task(coordinator.run())
+    await until_true(lambda: any(isinstance(e, RefitCompleted) for e in told))
+    assert not running.done()
+    running.cancel()
+    await asyncio.wait([running])
+    assert "RefitCompleted was not published" in caplog.text
 
 
 # --- two coordinators ---------------------------------------------------------

@@ -205,6 +205,8 @@ def test_another_schema_is_refused(schema: int) -> None:
         (changed(READY, version="5"), r"Expected `int`, got `str` - at `\$.version`"),
         (changed(READY, version=-1), r"Expected `int` >= 0 - at `\$.version`"),
         (changed(READY, version=2**63), r"Expected `int` <= .* - at `\$.version`"),
+        (changed(READY, model="m" * 70_000), r"length <= 1024 - at `\$.model`"),
+        (changed(READY, weights="9" * 257), r"length <= 256 - at `\$.weights`"),
         (changed(READY, in_flight="abort"), r"'abort' - at `\$.in_flight`"),
         (changed(EVENTS[7], reason="bored"), r"'bored' - at `\$.reason`"),
     ],

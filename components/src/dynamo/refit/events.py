@@ -9,7 +9,7 @@ and ``at`` on every event it sends, so that a receiver can tell a gap or a repea
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -47,6 +47,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     at: float = 0.0
 
 
+#: What others send is bounded where it is read: it is quoted in answers, logs and
+#: further events. Characters of a name and of an identifier or a digest.
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+Identifier = Annotated[str, msgspec.Meta(max_length=256)]
+
+
 class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     """A trainer's version can be read.
 
@@ -57,16 +63,16 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     ``traceparent`` (W3C) is the trainer's span, if it traces.
     """
 
-    model: str
+    model: Name
     version: Version
-    announcement: str
-    endpoint: str
+    announcement: Identifier
+    endpoint: Name
     instance: int
-    manifest: str
+    manifest: Identifier
     slot: int
-    weights: str
+    weights: Identifier
     in_flight: InFlightPolicy | None = None
-    traceparent: str | None = None
+    traceparent: Identifier | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from dynamo.refit.coordinator.actions import Action, GiveBackLease, Publish
 from dynamo.refit.coordinator.policy import Policy
+from dynamo.refit.errors import MAX_MESSAGE
 from dynamo.refit.events import RefitRefused, RefusalReason, WeightVersionReady
 from dynamo.refit.protocol import MAX_VERSION, FleetMember, ReleaseOutcome
 
@@ -76,7 +77,7 @@ class Announcements:
         )
         if found is None:
             return []
-        reason, detail = found
+        reason, detail = found[0], found[1][:MAX_MESSAGE]
         event = RefitRefused(
             reason=reason,
             detail=detail,

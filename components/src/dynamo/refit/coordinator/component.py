@@ -201,7 +201,7 @@ async def _listen(
                 coordinator.hear(event)
             case RejectedPayload(reason=reason, detail=detail):
                 logger.warning("refused an event: %s", detail)
-                publish(RefitRefused(reason=reason, detail=detail))
+                _tell(publish, RefitRefused(reason=reason, detail=detail))
             case _:
                 logger.warning("%s does not belong here", type(event).__name__)
 
@@ -306,7 +306,7 @@ class Coordinator:
         match action:
             case Publish(event=event):
                 logger.info("%s", event)
-                self._publish(event)
+                _tell(self._publish, event)
             case TakeLease():
                 self._spawn(self._take_lease(action))
             case GiveBackLease():
@@ -500,6 +500,15 @@ class Coordinator:
         member = self._reconciler.fleet.get(worker)
         component = member.component if member else self._config.worker_components[0]
         return f"{self._config.namespace}.{component}.refit"
+
+
+def _tell(publish: Callable[[Event], object], event: Event) -> None:
+    """Publish ``event``, if it can be: events are hints, and the fleet goes on."""
+    try:
+        publish(event)
+    # The event plane is a boundary of the process, and raises what it likes.
+    except Exception:
+        logger.exception("%s was not published", type(event).__name__)
 
 
 def _refused(error: Exception, request: Message, worker: int) -> Refused:

@@ -67,9 +67,9 @@ from dynamo.refit.protocol import (
     Vote,
 )
 
-#: Characters of the messages of all workers that a version went without: an event has
-#: its bound.
-EXCLUDED_CHARACTERS = 64 * 1024
+#: Bytes of the messages of all workers that a version went without: an event has its
+#: bound.
+EXCLUDED_BYTES = 64 * 1024
 
 
 @dataclass
@@ -648,9 +648,13 @@ def _unchanged(transaction: Transaction) -> dict[int, Failure]:
 
 def _bounded(failures: tuple[Failure, ...]) -> tuple[Failure, ...]:
     """What an event can carry of them."""
-    most = EXCLUDED_CHARACTERS // max(1, len(failures))
+    most = EXCLUDED_BYTES // max(1, len(failures))
+
+    def cut(message: str) -> str:
+        return message.encode(errors="replace")[:most].decode(errors="ignore")
+
     return tuple(
-        msgspec.structs.replace(failure, message=failure.message[:most])
+        msgspec.structs.replace(failure, message=cut(failure.message))
         for failure in failures
     )
 

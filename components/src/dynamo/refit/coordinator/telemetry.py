@@ -91,10 +91,10 @@ class CoordinatorTelemetry:
         """``publish``, observed."""
 
         def observed(event: Event) -> object:
-            published = publish(event)
+            # It has happened, whether or not others hear of it.
             self._metrics.observe(event)
             self._spans_of(event)
-            return published
+            return publish(event)
 
         return observed
 
