@@ -268,7 +268,7 @@ async def test_it_announces_until_the_version_has_ended(
             if len(heard) == 2:
                 break
         assert {event.announcement for event in heard} == {published.announcement}
-        assert heard[0].seq < heard[1].seq
+        assert heard[0].sequence < heard[1].sequence
         assert heard[0].manifest == publisher.manifest.fingerprint()
         name = published.announcement
         done = ReleaseLease(

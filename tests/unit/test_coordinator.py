@@ -33,6 +33,7 @@ from dynamo.refit.events import (
 )
 from dynamo.refit.protocol import (
     AcquireLease,
+    Command,
     Commit,
     Done,
     Fence,
@@ -97,7 +98,9 @@ class Bench:
         self.workers = Workers()
         self.events: list[Event] = []
         config = parse_args(["--model", "tiny", *arguments])
-        self.coordinator = Coordinator(config, self.workers, self.events.append, EPOCH)
+        self.coordinator = Coordinator(
+            config, self.workers, self.events.append, EPOCH, "coordinator-7"
+        )
         self.coordinator.hear(fleet(member(1, 4), member(2, 4)))
         self.coordinator.hear(V5)
 
@@ -165,6 +168,22 @@ def test_the_clock_does_not_count_a_stall() -> None:
     assert clock.read() - first == 0.25 + STEP_SECONDS
     now += 0.25
     assert clock.read() - first == 0.5 + STEP_SECONDS
+
+
+# --- what everything carries --------------------------------------------------
+
+
+async def test_commands_and_events_say_whose_they_are_and_in_which_order() -> None:
+    bench = Bench()
+    await bench.completed()
+    commands = [r for r in bench.workers.requests if isinstance(r, Command)]
+    assert {type(r) for r in commands} >= {AcquireLease, Prepare, Commit}
+    assert {(r.model, r.epoch, r.sender) for r in commands} == {
+        ("tiny", EPOCH, "coordinator-7")
+    }
+    sequences = [r.sequence for r in commands]
+    assert sorted(sequences) == list(range(1, len(commands) + 1))
+    assert {event.model for event in bench.events} == {"tiny"}
 
 
 # --- events that cannot be sent -----------------------------------------------

@@ -3,7 +3,7 @@
 """The events of a refit: typed, versioned, small.
 
 Events are hints and the state behind them is the truth: each one is safe to
-lose, to repeat and to reorder. The bus stamps ``publisher``, ``seq``, ``epoch``
+lose, to repeat and to reorder. The bus stamps ``sender``, ``sequence``, ``epoch``
 and ``at`` on every event it sends, so that a receiver can tell a gap or a repeat.
 """
 
@@ -23,7 +23,7 @@ from dynamo.refit.protocol import (
 )
 
 #: Raised when a field changes its meaning; new optional fields do not count.
-SCHEMA = 1
+SCHEMA = 2
 
 #: The NATS event plane refuses payloads above 1 MB; events stay far below.
 MAX_EVENT_BYTES = 256 * 1024
@@ -36,15 +36,19 @@ REFIT_EVENTS = "refit_events"
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """What every event carries.
 
-    ``seq`` counts the events of one ``publisher``; ``epoch`` is the coordinator's
-    (0 for a publisher that has none); ``at`` is seconds since the Unix epoch.
+    ``model`` is the served model's name (empty: not known yet, or of none);
+    ``sequence`` counts the events of one ``sender``; ``epoch`` is the coordinator's (0
+    for a sender that has none); ``at`` is seconds since the Unix epoch. ``mac`` is the
+    place for a message authentication code: none is made or verified yet.
     """
 
     schema: int = SCHEMA
-    publisher: str = ""
-    seq: int = 0
+    model: str = ""
+    sender: str = ""
+    sequence: int = 0
     epoch: int = 0
     at: float = 0.0
+    mac: bytes = b""
 
 
 #: What others send is bounded where it is read: it is quoted in answers, logs and
@@ -60,7 +64,9 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
-    ``traceparent`` (W3C) is the trainer's span, if it traces.
+    ``source_version`` is what the version is called where it comes from, if it has a
+    name there: a ModelExpress uid, for instance. ``traceparent`` (W3C) is the trainer's
+    span, if it traces.
     """
 
     model: Name
@@ -72,6 +78,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: Identifier
     in_flight: InFlightPolicy | None = None
+    source_version: Identifier = ""
     traceparent: Identifier | None = None
 
 
@@ -81,7 +88,6 @@ class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     ``catch_up``: the others serve it already.
     """
 
-    model: str
     version: int
     workers: tuple[int, ...]
     catch_up: bool = False
@@ -132,7 +138,6 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     installed.
     """
 
-    model: str
     version: int
     announcement: str
     weights: str

@@ -162,11 +162,16 @@ class Command(Message, frozen=True, kw_only=True):
     """What a coordinator tells the workers of its ``model``.
 
     A worker of another model refuses it (:class:`dynamo.refit.errors.OtherModel`), and
-    so does one that has heard of a higher ``epoch``.
+    so does one that has heard of a higher ``epoch``. ``sequence`` counts the commands
+    of one ``sender``, and ``mac`` is the place for a message authentication code: none
+    is made or verified yet.
     """
 
     model: str
     epoch: int
+    sender: str = ""
+    sequence: int = 0
+    mac: bytes = b""
 
 
 class Prepare(Command, frozen=True, kw_only=True, tag=True):

@@ -30,6 +30,11 @@ def time_of(event: Event) -> str:
     return datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
 
 
+def is_of(event: Event, model: str | None) -> bool:
+    """Whether the event concerns ``model``; where that is not known, it may."""
+    return not model or event.model in ("", model)
+
+
 def complain(what: RefitError | str) -> None:
     """One line on standard error."""
     tensor = getattr(what, "tensor", None)

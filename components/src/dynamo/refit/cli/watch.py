@@ -12,7 +12,14 @@ from rich.console import Console
 
 from dynamo.refit.bus import EventSubscriber, RejectedPayload
 from dynamo.refit.cli.live import LiveView
-from dynamo.refit.cli.output import AsJson, Model, Namespace, complain, time_of
+from dynamo.refit.cli.output import (
+    AsJson,
+    Model,
+    Namespace,
+    complain,
+    is_of,
+    time_of,
+)
 from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import headline
 from dynamo.refit.events import REFIT_EVENTS
@@ -42,18 +49,20 @@ async def _watch(
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
     async with EventSubscriber(topic) as events:
         if not in_place:
-            await _print(events, as_json)
+            await _print(events, model, as_json)
             return
         async with LiveView(console, Caller(runtime), namespace, model) as live:
             async for event in events:
-                if not isinstance(event, RejectedPayload):
+                if not isinstance(event, RejectedPayload) and is_of(event, model):
                     live.hear(event)
 
 
-async def _print(events: EventSubscriber, as_json: bool) -> None:
+async def _print(events: EventSubscriber, model: str | None, as_json: bool) -> None:
     async for event in events:
         if isinstance(event, RejectedPayload):
             complain(event.detail)
+        elif not is_of(event, model):
+            continue
         elif as_json:
             print(msgspec.json.encode(event).decode(), flush=True)
         elif line := headline(event):

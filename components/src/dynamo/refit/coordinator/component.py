@@ -10,6 +10,7 @@ after the other.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -156,7 +157,9 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         EventSubscriber(versions) as announcements,
     ):
         publish = telemetry.publishing(events.publish)
-        coordinator = Coordinator(config, telemetry.calling(caller), publish, epoch)
+        coordinator = Coordinator(
+            config, telemetry.calling(caller), publish, epoch, name
+        )
         coordinator.hear(seen)
         logger.info(
             "refit coordinator: namespace %s, epoch %d, %d workers",
@@ -213,6 +216,7 @@ class Coordinator:
         caller: reaches workers and trainers.
         publish: sends an event.
         epoch: above those of all coordinators before it.
+        sender: names this coordinator in its commands.
     """
 
     def __init__(
@@ -221,7 +225,10 @@ class Coordinator:
         caller: Calls,
         publish: Callable[[Event], object],
         epoch: int,
+        sender: str = "",
     ) -> None:
+        self._sender = sender
+        self._sequence = itertools.count(1)
         self._config = config
         self._caller = caller
         self._publish = publish
@@ -306,7 +313,8 @@ class Coordinator:
         match action:
             case Publish(event=event):
                 logger.info("%s", event)
-                _tell(self._publish, event)
+                model = event.model or self._reconciler.model or ""
+                _tell(self._publish, msgspec.structs.replace(event, model=model))
             case TakeLease():
                 self._spawn(self._take_lease(action))
             case GiveBackLease():
@@ -338,7 +346,12 @@ class Coordinator:
 
     def _command(self, kind: type[C], **fields: Any) -> C:
         """A command of this coordinator, for its own model unless told otherwise."""
-        envelope = {"model": self._reconciler.model, "epoch": self._epoch}
+        envelope = {
+            "model": self._reconciler.model,
+            "epoch": self._epoch,
+            "sender": self._sender,
+            "sequence": next(self._sequence),
+        }
         return kind(**(envelope | fields))
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
