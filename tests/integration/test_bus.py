@@ -226,7 +226,7 @@ async def test_publish_returns_what_arrives(
             WeightVersionReady(
                 model="tiny",
                 version=6,
-                announcement="a" * 32,
+                announcement_id="a" * 32,
                 endpoint="ns.trainer.weights",
                 instance=2**53 - 1,
                 manifest="0123abcd",

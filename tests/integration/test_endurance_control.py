@@ -116,12 +116,14 @@ async def announced(events: EventSubscriber, version: int) -> WeightVersionReady
 
 
 async def read_and_release(caller: Caller, ready: WeightVersionReady) -> None:
-    name = ready.announcement
+    name = ready.announcement_id
     for request, expected in (
-        (AcquireLease(model="tiny", epoch=1, announcement=name, seconds=60), Done),
-        (GetFingerprints(announcement=name), FingerprintsReply),
+        (AcquireLease(model="tiny", epoch=1, announcement_id=name, seconds=60), Done),
+        (GetFingerprints(announcement_id=name), FingerprintsReply),
         (
-            ReleaseLease(model="tiny", epoch=1, announcement=name, outcome="completed"),
+            ReleaseLease(
+                model="tiny", epoch=1, announcement_id=name, outcome="completed"
+            ),
             Done,
         ),
     ):
@@ -157,7 +159,7 @@ async def test_a_coordinator_and_its_agents(
                 ready = WeightVersionReady(
                     model="tiny",
                     version=version,
-                    announcement=f"a{version}",
+                    announcement_id=f"a{version}",
                     endpoint=path,
                     instance=endpoint.connection_id(),
                     manifest=trainer.manifest.fingerprint(),

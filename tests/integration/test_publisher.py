@@ -80,7 +80,7 @@ def publisher(
 
 async def until_ready(caller: Caller, published: PublishedVersion) -> None:
     """A version can be leased as soon as it is fingerprinted."""
-    request = GetFingerprints(announcement=published.announcement)
+    request = GetFingerprints(announcement_id=published.announcement_id)
     while isinstance(await ask(caller, request), Refused):
         await asyncio.sleep(0.01)
 
@@ -97,8 +97,8 @@ async def instances(caller: Caller) -> list[int]:
 
 
 def lease(published: PublishedVersion, seconds: float = 60) -> AcquireLease:
-    name = published.announcement
-    return AcquireLease(model="tiny", epoch=1, announcement=name, seconds=seconds)
+    name = published.announcement_id
+    return AcquireLease(model="tiny", epoch=1, announcement_id=name, seconds=seconds)
 
 
 async def test_the_manifest_says_where_the_bytes_are(
@@ -130,7 +130,9 @@ async def test_what_is_announced_is_what_was_there(
         published = publisher.publish(1)
         weights["a"].zero_()
         event = await anext(events)
-    reply = await ask(caller, GetFingerprints(announcement=published.announcement))
+    reply = await ask(
+        caller, GetFingerprints(announcement_id=published.announcement_id)
+    )
     assert np.frombuffer(reply.payload, "<u8").tolist() == expected
     assert event.weights == version_fingerprint(np.array(expected, np.uint64))
 
@@ -200,7 +202,10 @@ async def test_a_leased_slot_is_not_written_again(
     with pytest.raises(LeaseHeld, match="version 1 is still being read from slot 0"):
         publisher.publish(3)
     release = ReleaseLease(
-        model="tiny", epoch=1, announcement=first.announcement, outcome="completed"
+        model="tiny",
+        epoch=1,
+        announcement_id=first.announcement_id,
+        outcome="completed",
     )
     assert await ask(caller, release) == Done()
     assert first.wait(5).outcome == "completed"
@@ -248,7 +253,10 @@ async def test_a_version_that_nobody_heard_of_ends_with_the_one_after_it(
     with pytest.raises(TimeoutError):
         first.wait(0.1)
     done = ReleaseLease(
-        model="tiny", epoch=1, announcement=second.announcement, outcome="completed"
+        model="tiny",
+        epoch=1,
+        announcement_id=second.announcement_id,
+        outcome="completed",
     )
     assert await ask(caller, done) == Done()
     assert (await asyncio.wait_for(first.released(), 5)).outcome == "superseded"
@@ -267,12 +275,12 @@ async def test_it_announces_until_the_version_has_ended(
             heard.append(event)
             if len(heard) == 2:
                 break
-        assert {event.announcement for event in heard} == {published.announcement}
+        assert {event.announcement_id for event in heard} == {published.announcement_id}
         assert heard[0].sequence < heard[1].sequence
         assert heard[0].manifest == publisher.manifest.fingerprint()
-        name = published.announcement
+        name = published.announcement_id
         done = ReleaseLease(
-            model="tiny", epoch=1, announcement=name, outcome="refused", detail="no"
+            model="tiny", epoch=1, announcement_id=name, outcome="refused", detail="no"
         )
         await ask(caller, done)
         assert (await published.released()).detail == "no"

@@ -118,7 +118,7 @@ class Fleet:
 
     async def lease(self, ready: WeightVersionReady) -> Any:
         request = AcquireLease(
-            model="tiny", epoch=1, announcement=ready.announcement, seconds=60
+            model="tiny", epoch=1, announcement_id=ready.announcement_id, seconds=60
         )
         return await self.ask(ready, request)
 
@@ -126,7 +126,7 @@ class Fleet:
         request = ReleaseLease(
             model="tiny",
             epoch=1,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
             outcome="completed",
         )
         return await self.ask(ready, request)
@@ -177,7 +177,7 @@ class Fleet:
     async def _assert_fingerprints(
         self, ready: WeightVersionReady, manifest: Manifest
     ) -> None:
-        request = GetFingerprints(announcement=ready.announcement)
+        request = GetFingerprints(announcement_id=ready.announcement_id)
         reply = await self.ask(ready, request)
         expected = []
         for tensor in manifest.tensors:

@@ -146,7 +146,7 @@ class AgentHalf:
             model="tiny",
             version=self._version,
             epoch=1,
-            announcement=f"a{self._version}",
+            announcement_id=f"a{self._version}",
             endpoint="-",
             instance=0,
             manifest=offered.announced,

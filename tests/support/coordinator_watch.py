@@ -140,18 +140,20 @@ class Watch:
     # --- what it hears --------------------------------------------------------
 
     def _take_in(self, what: Input) -> None:
-        name = self.open.ready.announcement if self.open and self.open.ready else None
+        name = (
+            self.open.ready.announcement_id if self.open and self.open.ready else None
+        )
         match what:
             case WeightVersionReady():
-                self.heard.add(what.announcement)
+                self.heard.add(what.announcement_id)
             case FleetSeen():
                 self.silent = what.silent
                 fenced = {m.worker for m in what.members if _is_fenced(m)}
                 self._fleet_seen({m.worker for m in what.members}, fenced)
-            case ServeAnswered(reply=WeightsServed(announcement=lease)):
+            case ServeAnswered(reply=WeightsServed(announcement_id=lease)):
                 if (what.peer, lease) not in self.peer_leases:
                     self.peer_leases[what.peer, lease] = 1
-            case PrepareAnswered(worker=worker) if what.announcement == name:
+            case PrepareAnswered(worker=worker) if what.announcement_id == name:
                 if worker in self.open.asked:
                     self.open.asked.remove(worker)
                     yes = isinstance(what.reply, Vote)
@@ -206,7 +208,7 @@ class Watch:
 
     def _commit_answered(self, what: CommitAnswered, name: str | None) -> None:
         worker, reply = what.worker, what.reply
-        if what.announcement == name:
+        if what.announcement_id == name:
             self.open.commit_answered(worker, reply)
             if worker not in self.open.busy:
                 self.withdrawn.discard(worker)
@@ -227,7 +229,7 @@ class Watch:
         match action:
             case TakeLease():
                 self._is_open(action.ready)
-                self.leases[action.ready.announcement] += 1
+                self.leases[action.ready.announcement_id] += 1
             case SendServe():
                 self._is_open(action.ready)
                 self._may_be_told(action.peer)
@@ -245,7 +247,7 @@ class Watch:
                 self.told_to_go[worker] = action.version, action.weights
             case SendAbort(worker=worker):
                 assert worker in self.present
-            case ReleasePeer(peer=peer, announcement=lease):
+            case ReleasePeer(peer=peer, announcement_id=lease):
                 self.peer_leases[peer, lease] = 0
             case GiveBackLease():
                 self._given_back(action, before, what)
@@ -273,9 +275,9 @@ class Watch:
         assert not self.open.told, "staged during the commit"
         self.open.asked.add(action.worker)
         if action.served is None:
-            assert self.leases[action.ready.announcement] > 0, "nobody keeps it"
+            assert self.leases[action.ready.announcement_id] > 0, "nobody keeps it"
         else:
-            assert self.peer_leases[action.peer, action.served.announcement] == 1
+            assert self.peer_leases[action.peer, action.served.announcement_id] == 1
 
     def _commit_sent(self, action: SendCommit, now: float) -> None:
         self._is_open(action.ready)
@@ -407,7 +409,7 @@ class Watch:
     def _ended(self, event: Event, after: list[Action]) -> None:
         """The one end of an announcement, with its release."""
         assert after and isinstance(after[0], GiveBackLease), "ended, not released"
-        name = after[0].ready.announcement
+        name = after[0].ready.announcement_id
         assert after[0].outcome == OUTCOMES[type(event)]
         assert after[0].ready.version == event.version
         assert name not in self.outcomes, "ended twice"
@@ -416,16 +418,16 @@ class Watch:
     def _given_back(
         self, action: GiveBackLease, before: list[Action], what: Input
     ) -> None:
-        name = action.ready.announcement
+        name = action.ready.announcement_id
         current = self.open.ready if self.open else None
-        reading = current is not None and current.announcement == name
+        reading = current is not None and current.announcement_id == name
         assert not reading, "released while it is read"
         ended = before and isinstance(before[-1], Publish)
         if self.leases[name]:
             self.leases[name] = 0
         elif not (ended and isinstance(before[-1].event, tuple(OUTCOMES))):
             # Said again, because the trainer has not heard it.
-            assert isinstance(what, WeightVersionReady) and what.announcement == name
+            assert isinstance(what, WeightVersionReady) and what.announcement_id == name
             assert action.outcome == self.outcomes[name]
 
     def assert_all_released(self) -> None:

@@ -537,7 +537,7 @@ class FakeTrainer:
         if self.error is not None:
             raise self.error
         if isinstance(request, GetFingerprints):
-            name = request.announcement
+            name = request.announcement_id
             own = fingerprints_of(int(name[1:])).tobytes()
             sent = self.fingerprints.get(name, own)
             if isinstance(sent, Failure):
@@ -582,7 +582,7 @@ class Bench:
             "model": "tiny",
             "version": version,
             "epoch": EPOCH,
-            "announcement": f"a{version}",
+            "announcement_id": f"a{version}",
             "endpoint": "ns.trainer.weights",
             "instance": 99,
             "manifest": self.manifest.fingerprint(),

@@ -427,7 +427,7 @@ async def test_other_weights_under_the_number_that_is_served_are_installed(
     await bench.committed(5)
     for rank in bench.engine.ranks:
         rank.content = 6
-    await bench.staged(5, weights=weights_of(6), announcement="a6")
+    await bench.staged(5, weights=weights_of(6), announcement_id="a6")
     reply = await bench.agent.answer(commit(5))
     assert isinstance(reply, Committed) and reply.weights == weights_of(6)
     status = bench.agent.status()

@@ -97,7 +97,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
     )
     what = catch_up(reconciler)
     assert (what.version, what.weights) == (5, "weights-5")
-    assert what.announcement != "a5"
+    assert what.announcement_id != "a5"
     assert asked == SendServe(1, 2, what)
 
     answer = serves(1, 2, what)
@@ -112,7 +112,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
             RefitCompleted(
                 model="tiny",
                 version=5,
-                announcement=what.announcement,
+                announcement_id=what.announcement_id,
                 weights="weights-5",
                 workers=(1, 2),
                 seconds=3.5,
@@ -249,7 +249,7 @@ def test_the_trainer_is_asked_when_no_worker_can_serve() -> None:
     reconciler.handle(serves_not(1, 2, catch_up(reconciler)), 10.0)
     assert reconciler.transaction is None
     actions = reconciler.handle(Tick(), 10.0 + CATCH_UP_SECONDS[0])
-    assert [a.ready.announcement for a in of_type(actions, TakeLease)] == ["a5"]
+    assert [a.ready.announcement_id for a in of_type(actions, TakeLease)] == ["a5"]
     assert reconciler.handle(leased(V5), 12.0) == [SendPrepare(2, replace_policy(V5))]
     # The trainer is gone as well: a worker next time.
     reconciler = done(V5, 1)

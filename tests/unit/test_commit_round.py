@@ -401,7 +401,9 @@ def test_one_that_went_ahead_after_the_others_went_back_is_followed() -> None:
 
 
 def lost(worker: int, announced: WeightVersionReady = V5) -> CommitAnswered:
-    return CommitAnswered(worker, announced.announcement, Unanswered(failure(worker)))
+    return CommitAnswered(
+        worker, announced.announcement_id, Unanswered(failure(worker))
+    )
 
 
 @pytest.mark.parametrize("policy", [POLICY, ONE_AT_A_TIME, CANARY])

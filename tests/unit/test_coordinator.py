@@ -199,7 +199,7 @@ async def heard(bench: Bench, event: WeightVersionReady) -> list[Event]:
 async def test_a_refusal_of_70_kb_is_cut_and_ends_nobody() -> None:
     bench = Bench()
     huge = msgspec.structs.replace(
-        V5, model="\x01" * 70_000, version=6, announcement="huge"
+        V5, model="\x01" * 70_000, version=6, announcement_id="huge"
     )
     [refused] = [e for e in await heard(bench, huge) if isinstance(e, RefitRefused)]
     assert refused.reason == "unknown_model"
@@ -251,7 +251,7 @@ class Namespace:
         self.log = PublicationLog("t", slots=1, in_place=True, ready_seconds=300.0)
         self.published = self.log.open(5, 0.0)
         # What the replica's fake trainer knows it as.
-        self.published.announcement = "a5"
+        self.published.announcement_id = "a5"
         self.published.complete(fingerprints_of(5))
         self.log.to_announce()
         self.replies: list[tuple[int, str, Message]] = []
@@ -261,7 +261,7 @@ class Namespace:
         return WeightVersionReady(
             model="tiny",
             version=5,
-            announcement=self.published.announcement,
+            announcement_id=self.published.announcement_id,
             endpoint=prepare.endpoint,
             instance=prepare.instance,
             manifest=prepare.manifest,
@@ -277,11 +277,11 @@ class Namespace:
         try:
             match request:
                 case AcquireLease():
-                    name = request.announcement
+                    name = request.announcement_id
                     self.log.acquire(name, request.epoch, request.seconds, now)
                     reply = Done()
                 case ReleaseLease():
-                    name, outcome = request.announcement, request.outcome
+                    name, outcome = request.announcement_id, request.outcome
                     self.log.release(name, request.epoch, outcome, request.detail, now)
                     reply = Done()
                 case _:

@@ -87,7 +87,7 @@ VOTE = RankVote(
 READY = WeightVersionReady(
     model="tiny",
     version=5,
-    announcement="a1",
+    announcement_id="a1",
     endpoint="ns.trainer.weights",
     instance=2**53 - 1,
     manifest="0123abcd",
@@ -123,7 +123,7 @@ EVENTS = [
     RefitCompleted(
         model="tiny",
         version=5,
-        announcement="a1",
+        announcement_id="a1",
         weights=WEIGHTS,
         workers=(1, 2),
         seconds=None,
@@ -132,7 +132,11 @@ EVENTS = [
     RefitFailed(version=5, failure=FAILURE, serving=((1, None), (2, 4)), **STAMP),
     RefitSuperseded(version=5, by=6, **STAMP),
     RefitRefused(
-        reason="stale", detail="5 is installed", version=4, announcement="a0", **STAMP
+        reason="stale",
+        detail="5 is installed",
+        version=4,
+        announcement_id="a0",
+        **STAMP,
     ),
     WorkerFenced(worker=1, version=5, failure=FAILURE, **STAMP),
     WorkerJoined(worker=3, version=None, **STAMP),

@@ -65,7 +65,7 @@ def test_a_version_is_under_way_and_then_completed() -> None:
     life = Life(1, 2)
     life.hear(10.0, V5, V5, leased(V5), *votes(V5, 1, 2))
     record = RefitRecord(
-        version=5, announcement="a5", outcome="under way", announced_at=EPOCH + 10.0
+        version=5, announcement_id="a5", outcome="under way", announced_at=EPOCH + 10.0
     )
     assert life.records == [record]
 
@@ -126,7 +126,7 @@ def test_a_catch_up_changes_no_record() -> None:
     event = RefitCompleted(
         model="tiny",
         version=5,
-        announcement="a5",
+        announcement_id="a5",
         weights=V5.weights,
         workers=(1, 2),
         seconds=1.0,
@@ -140,7 +140,7 @@ def test_only_the_last_hundred_are_kept() -> None:
     history = RefitHistory(EPOCH)
     for version in range(KEPT + 7):
         refused = RefitRefused(
-            reason="stale", detail="-", version=version, announcement=f"a{version}"
+            reason="stale", detail="-", version=version, announcement_id=f"a{version}"
         )
         history.hear(Tick(), [Publish(refused)], None, EPOCH)
     assert [r.version for r in history.view().records] == list(range(7, KEPT + 7))

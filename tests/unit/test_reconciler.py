@@ -151,7 +151,7 @@ def test_the_time_that_is_told_begins_with_the_announcement() -> None:
 def test_a_number_that_is_served_with_other_weights_is_refused() -> None:
     reconciler = Reconciler("tiny", POLICY)
     reconciler.handle(fleet(member(1, version=5), member(2)), 0.0)
-    other = ready(5, announcement="again", weights="others")
+    other = ready(5, announcement_id="again", weights="others")
     refused, release = reconciler.handle(other, 1.0)
     assert isinstance(refused, Publish) and isinstance(refused.event, RefitRefused)
     assert refused.event.reason == "stale"
@@ -215,7 +215,7 @@ def test_an_unknown_model_is_refused_and_released() -> None:
     [event] = events(actions)
     assert isinstance(event, RefitRefused)
     assert (event.reason, event.version) == ("unknown_model", 5)
-    assert (event.announcement, "'tiny'" in event.detail) == ("a5", True)
+    assert (event.announcement_id, "'tiny'" in event.detail) == ("a5", True)
     detail = event.detail
     assert actions[1:] == [
         GiveBackLease(ready(5, model="huge"), "refused", detail),

@@ -238,7 +238,7 @@ class AnyOrder(RuleBasedStateMachine):
         self._announce(max((a.version for a in self.announced), default=0) + 1)
         self._everything_ends()
         last = self.announced[-1]
-        assert self.watch.outcomes[last.announcement] == "completed"
+        assert self.watch.outcomes[last.announcement_id] == "completed"
         for worker in self.fleet.workers.values():
             assert worker.phase == "serving"
             assert (worker.version, worker.weights) == (last.version, last.weights)

@@ -62,7 +62,7 @@ def test_every_event_and_all_of_its_fields_are_on_the_page() -> None:
         RefitCompleted(
             model="m",
             version=3,
-            announcement="a",
+            announcement_id="a",
             weights="w",
             workers=(7, 8),
             seconds=None,

@@ -60,7 +60,7 @@ UNIONS = (
 
 PREPARE = Prepare(
     model="tiny",
-    announcement="a1",
+    announcement_id="a1",
     weights="w1",
     version=5,
     epoch=1753000000123,

@@ -60,7 +60,7 @@ Identifier = Annotated[str, msgspec.Meta(max_length=256)]
 class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     """A trainer's version can be read.
 
-    ``announcement`` names one call of ``publish()``: repeats of the event carry
+    ``announcement_id`` names one call of ``publish()``: repeats of the event carry
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
@@ -71,7 +71,7 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
 
     model: Name
     version: Version
-    announcement: Identifier
+    announcement_id: Identifier
     endpoint: Name
     instance: int
     manifest: Identifier
@@ -139,7 +139,7 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    announcement: str
+    announcement_id: str
     weights: str
     workers: tuple[int, ...]
     seconds: float | None
@@ -182,7 +182,7 @@ class RefitRefused(Event, frozen=True, kw_only=True, tag=True):
     reason: RefusalReason
     detail: str
     version: int | None = None
-    announcement: str | None = None
+    announcement_id: str | None = None
 
 
 class WorkerFenced(Event, frozen=True, kw_only=True, tag=True):

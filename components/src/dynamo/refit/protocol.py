@@ -186,7 +186,7 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    announcement: str
+    announcement_id: str
     endpoint: str
     instance: int
     manifest: str
@@ -296,7 +296,7 @@ class Stepped(Message, frozen=True, kw_only=True, tag=True):
 class WeightsServed(Message, frozen=True, kw_only=True, tag=True):
     """Where the version can be read: as in ``WeightVersionReady``."""
 
-    announcement: str
+    announcement_id: str
     manifest: str
     slot: int
 
@@ -365,7 +365,7 @@ class ManifestReply(Message, frozen=True, kw_only=True, tag=True):
 class GetFingerprints(Message, frozen=True, kw_only=True, tag=True):
     """Send the fingerprint of every tensor of the announced version."""
 
-    announcement: str
+    announcement_id: str
 
 
 class FingerprintsReply(Message, frozen=True, kw_only=True, tag=True):
@@ -379,7 +379,7 @@ class AcquireLease(Command, frozen=True, kw_only=True, tag=True):
     """Keep the announcement's bytes as they are, for at most ``seconds``. A coordinator
     has one lease, which its ``epoch`` names."""
 
-    announcement: str
+    announcement_id: str
     seconds: float
 
 
@@ -389,7 +389,7 @@ ReleaseOutcome = Literal["completed", "failed", "superseded", "refused"]
 class ReleaseLease(Command, frozen=True, kw_only=True, tag=True):
     """The coordinator reads the announcement's bytes no more; and how it went."""
 
-    announcement: str
+    announcement_id: str
     outcome: ReleaseOutcome
     detail: str = ""
 
@@ -399,7 +399,7 @@ class Done(Message, frozen=True, kw_only=True, tag=True):
 
 
 # A trainer rank asks rank 0 of its job; every request may be repeated. ``member``
-# names one life of a rank, ``announcement`` one publication.
+# names one life of a rank, ``announcement_id`` one publication.
 
 
 class FindGroup(Message, frozen=True, kw_only=True, tag=True):
@@ -455,7 +455,7 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
 class SlotTaken(Message, frozen=True, kw_only=True, tag=True):
     """Nobody reads ``slot``, and nobody can lease what was in it: write."""
 
-    announcement: str
+    announcement_id: str
     slot: int
 
 
@@ -464,7 +464,7 @@ class Written(Message, frozen=True, kw_only=True, tag=True):
     each block of its part, in order."""
 
     member: str
-    announcement: str
+    announcement_id: str
     fingerprints: bytes
 
 
@@ -472,7 +472,7 @@ class WriteFailed(Message, frozen=True, kw_only=True, tag=True):
     """The member will not write this publication."""
 
     member: str
-    announcement: str
+    announcement_id: str
     failure: Failure
 
 
@@ -480,7 +480,7 @@ class AwaitRelease(Message, frozen=True, kw_only=True, tag=True):
     """Answer when the publication has ended, or after ``seconds``."""
 
     member: str
-    announcement: str
+    announcement_id: str
     seconds: float
 
 
@@ -565,7 +565,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     version: int
-    announcement: str
+    announcement_id: str
     outcome: ReleaseOutcome | Literal["under way"]
     announced_at: float
     ended_at: float | None = None

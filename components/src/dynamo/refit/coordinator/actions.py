@@ -43,7 +43,7 @@ class FleetSeen:
 class LeaseTaken:
     """The trainer keeps the announcement's bytes; or why it does not."""
 
-    announcement: str
+    announcement_id: str
     failure: Failure | None
 
 
@@ -53,14 +53,14 @@ class ServeAnswered:
 
     peer: int
     reader: int
-    announcement: str
+    announcement_id: str
     reply: WeightsServed | Refused
 
 
 @dataclass(frozen=True)
 class PrepareAnswered:
     worker: int
-    announcement: str
+    announcement_id: str
     reply: Vote | Refused
 
 
@@ -74,7 +74,7 @@ class Unanswered:
 @dataclass(frozen=True)
 class CommitAnswered:
     worker: int
-    announcement: str
+    announcement_id: str
     reply: Committed | Stepped | Refused | Unanswered
 
 
@@ -124,7 +124,7 @@ class ReleasePeer:
     """The reader has what it wanted, or has given up."""
 
     peer: int
-    announcement: str
+    announcement_id: str
 
 
 @dataclass(frozen=True)

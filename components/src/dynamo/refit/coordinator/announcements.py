@@ -38,20 +38,20 @@ class Announcements:
 
     def is_desired(self, ready: WeightVersionReady) -> bool:
         desired = self.desired
-        return desired is not None and ready.announcement == desired.announcement
+        return desired is not None and ready.announcement_id == desired.announcement_id
 
     def outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:
         """How an announcement ended, if it did; the desired one is not forgotten."""
         if self.is_desired(ready):
             return self._outcome
-        return self._ended.get(ready.announcement)
+        return self._ended.get(ready.announcement_id)
 
     def end(
         self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
     ) -> list[Action]:
         if self.is_desired(ready):
             self._outcome = outcome
-        self._ended[ready.announcement] = outcome
+        self._ended[ready.announcement_id] = outcome
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         return [GiveBackLease(ready, outcome, detail)]
@@ -82,7 +82,7 @@ class Announcements:
             reason=reason,
             detail=detail,
             version=ready.version,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
         )
         return [Publish(event), *self.end(ready, "refused", detail)]
 

@@ -338,9 +338,9 @@ class Coordinator:
                     reason=action.reason,
                 )
                 self._spawn(self._tell(worker, request))
-            case ReleasePeer(peer=peer, announcement=announcement):
+            case ReleasePeer(peer=peer, announcement_id=announcement_id):
                 request = self._command(
-                    ReleaseLease, announcement=announcement, outcome="completed"
+                    ReleaseLease, announcement_id=announcement_id, outcome="completed"
                 )
                 self._spawn(self._tell(peer, request))
 
@@ -364,7 +364,7 @@ class Coordinator:
         request = self._command(
             AcquireLease,
             model=ready.model,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
             seconds=action.seconds,
         )
         failure = None
@@ -374,14 +374,14 @@ class Coordinator:
                 failure = reply.failure
         except (RefitError, msgspec.ValidationError) as error:
             failure = failure_from(error, stage="lease", version=ready.version)
-        self._inputs.put_nowait(LeaseTaken(ready.announcement, failure))
+        self._inputs.put_nowait(LeaseTaken(ready.announcement_id, failure))
 
     async def _give_back_lease(self, action: GiveBackLease) -> None:
         ready = action.ready
         request = self._command(
             ReleaseLease,
             model=ready.model,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
             outcome=action.outcome,
             detail=action.detail,
         )
@@ -391,12 +391,12 @@ class Coordinator:
             # A trainer that is alive announces again, and is told again.
             logger.warning("version %d: lease not released: %s", ready.version, error)
         finally:
-            self._lease_turn.pop(ready.announcement, None)
+            self._lease_turn.pop(ready.announcement_id, None)
 
     async def _call_trainer(
         self, ready: WeightVersionReady, request: AcquireLease | ReleaseLease
     ) -> Done | Refused:
-        async with self._lease_turn[ready.announcement]:
+        async with self._lease_turn[ready.announcement_id]:
             return await self._caller.call(
                 ready.endpoint,
                 ready.instance,
@@ -411,7 +411,7 @@ class Coordinator:
         request = self._command(
             Prepare,
             version=ready.version,
-            announcement=source.announcement,
+            announcement_id=source.announcement_id,
             weights=ready.weights,
             endpoint=ready.endpoint if served is None else self._path(action.peer),
             instance=ready.instance if served is None else action.peer,
@@ -424,7 +424,7 @@ class Coordinator:
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)
         self._inputs.put_nowait(
-            PrepareAnswered(action.worker, ready.announcement, reply)
+            PrepareAnswered(action.worker, ready.announcement_id, reply)
         )
 
     async def _serve(self, action: SendServe) -> None:
@@ -440,7 +440,7 @@ class Coordinator:
             action.peer, request, WeightsServed | Refused, SHORT_CALL_SECONDS
         )
         self._inputs.put_nowait(
-            ServeAnswered(action.peer, action.reader, ready.announcement, reply)
+            ServeAnswered(action.peer, action.reader, ready.announcement_id, reply)
         )
 
     async def _commit(self, action: SendCommit) -> None:
@@ -467,7 +467,7 @@ class Coordinator:
         except (RefitError, msgspec.ValidationError) as error:
             reply = _refused(error, request, action.worker)
         self._inputs.put_nowait(
-            CommitAnswered(action.worker, ready.announcement, reply)
+            CommitAnswered(action.worker, ready.announcement_id, reply)
         )
 
     async def _tell(self, worker: int, request: Message) -> None:

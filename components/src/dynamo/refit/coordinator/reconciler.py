@@ -163,8 +163,8 @@ class Reconciler:
     # --- inputs ---------------------------------------------------------------
 
     def _announced(self, ready: WeightVersionReady, now: float) -> list[Action]:
-        under_way = self.transaction.ready.announcement if self.transaction else None
-        if ready.announcement == under_way:
+        under_way = self.transaction.ready.announcement_id if self.transaction else None
+        if ready.announcement_id == under_way:
             return []
         if self._is_elsewhere(ready):
             return []
@@ -258,7 +258,7 @@ class Reconciler:
                 transaction.commit.serves(worker)
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
-        transaction = self._concerned(lease.announcement, "leasing")
+        transaction = self._concerned(lease.announcement_id, "leasing")
         if transaction is None:
             return []
         if lease.failure is not None:
@@ -278,16 +278,16 @@ class Reconciler:
         return self._failure(error, None)
 
     def _serve_answered(self, answer: ServeAnswered) -> list[Action]:
-        transaction = self._concerned(answer.announcement, "preparing")
+        transaction = self._concerned(answer.announcement_id, "preparing")
         if transaction is not None:
             return transaction.staging.served(answer)
         if isinstance(answer.reply, Refused):
             return []
-        return [ReleasePeer(answer.peer, answer.reply.announcement)]
+        return [ReleasePeer(answer.peer, answer.reply.announcement_id)]
 
     def _prepare_answered(self, answer: PrepareAnswered) -> list[Action]:
         self._note_fence(answer)
-        transaction = self._concerned(answer.announcement, "preparing")
+        transaction = self._concerned(answer.announcement_id, "preparing")
         if transaction is None:
             return []
         reply, ready = answer.reply, transaction.ready
@@ -306,15 +306,15 @@ class Reconciler:
             version = answer.reply.version
             self._served_before = _highest(self._served_before, version)
             admitted = self._now_serving(answer.worker, answer.reply)
-        transaction = self._concerned(answer.announcement, "committing")
+        transaction = self._concerned(answer.announcement_id, "committing")
         if transaction is not None:
             transaction.commit.answered(answer.worker, answer.reply)
         return admitted
 
-    def _concerned(self, announcement: str, phase: str) -> Transaction | None:
+    def _concerned(self, announcement_id: str, phase: str) -> Transaction | None:
         """The transaction, if an answer is for what it does now."""
         current = self.transaction
-        if current is None or current.ready.announcement != announcement:
+        if current is None or current.ready.announcement_id != announcement_id:
             return None
         return current if current.phase == phase else None
 
@@ -456,7 +456,7 @@ class Reconciler:
         return WeightVersionReady(
             model=newest.model,
             version=newest.version,
-            announcement="",
+            announcement_id="",
             endpoint="",
             instance=0,
             manifest="",
@@ -479,14 +479,14 @@ class Reconciler:
             if member.status.version == ready.version
             and member.status.weights == ready.weights
         }
-        lease = bool(ready.announcement)
+        lease = bool(ready.announcement_id)
         if catch_up:
             lease = lease and (not holders or self._upkeep.ask_trainer)
             # Answers to an earlier try must not be taken for this one's.
             name = f"catch-up {next(self._catch_ups)} to version {ready.version}"
             ready = msgspec.structs.replace(
                 ready,
-                announcement=ready.announcement if lease else name,
+                announcement_id=ready.announcement_id if lease else name,
                 in_flight="continue",
             )
         self.transaction = Transaction(
@@ -591,7 +591,7 @@ class Reconciler:
         return RefitCompleted(
             model=ready.model,
             version=ready.version,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
             weights=ready.weights,
             workers=tuple(
                 worker

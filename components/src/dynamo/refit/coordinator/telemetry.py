@@ -56,7 +56,7 @@ class Calls(Protocol):
 class _Arrival:
     """When an announcement first came, in Unix seconds, and the trainer's span."""
 
-    announcement: str
+    announcement_id: str
     at: float
     traceparent: str | None
 
@@ -75,8 +75,8 @@ class CoordinatorTelemetry:
     def heard(self, ready: WeightVersionReady) -> None:
         """An announcement came, or came again; to be told before the coordinator."""
         known = self._arrivals.get(ready.version)
-        if known is None or known.announcement != ready.announcement:
-            arrival = _Arrival(ready.announcement, time.time(), ready.traceparent)
+        if known is None or known.announcement_id != ready.announcement_id:
+            arrival = _Arrival(ready.announcement_id, time.time(), ready.traceparent)
             self._arrivals[ready.version] = arrival
             while len(self._arrivals) > REMEMBERED:
                 self._arrivals.popitem(last=False)

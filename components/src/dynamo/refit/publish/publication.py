@@ -41,7 +41,7 @@ class Publication:
     """
 
     number: int
-    announcement: str
+    announcement_id: str
     version: int
     slot: int
     deadline: float
@@ -129,22 +129,27 @@ class PublicationLog:
         later = (p for number, p in self._log.items() if number > after)
         return next((p for p in later if p.version == version), None)
 
-    def find(self, announcement: str) -> Publication:
+    def find(self, announcement_id: str) -> Publication:
         """Raises SourceLost if it is not known (any more)."""
         for publication in self._log.values():
-            if publication.announcement == announcement and not publication.refused:
+            if (
+                publication.announcement_id == announcement_id
+                and not publication.refused
+            ):
                 return publication
-        raise SourceLost(f"announcement {announcement} is not held here any more")
+        raise SourceLost(f"announcement {announcement_id} is not held here any more")
 
-    def readable(self, announcement: str) -> Publication:
+    def readable(self, announcement_id: str) -> Publication:
         """Raises SourceLost unless the bytes are all there."""
-        publication = self.find(announcement)
+        publication = self.find(announcement_id)
         if not (publication.ready and publication.in_slot):
-            raise SourceLost(f"announcement {announcement} is not held here any more")
+            raise SourceLost(
+                f"announcement {announcement_id} is not held here any more"
+            )
         return publication
 
     def acquire(
-        self, announcement: str, epoch: int, seconds: float, now: float
+        self, announcement_id: str, epoch: int, seconds: float, now: float
     ) -> None:
         """Keep the bytes as they are until ``seconds`` from now, for the coordinator
         with ``epoch``.
@@ -152,7 +157,7 @@ class PublicationLog:
         Raises:
             SourceLost: they are not all there, or may change already.
         """
-        publication = self.readable(announcement)
+        publication = self.readable(announcement_id)
         if publication.verdict is not None and self._in_place:
             raise SourceLost(
                 f"version {publication.version} was released, so the trainer may be "
@@ -162,7 +167,7 @@ class PublicationLog:
 
     def release(
         self,
-        announcement: str,
+        announcement_id: str,
         epoch: int,
         outcome: ReleaseOutcome,
         detail: str,
@@ -176,7 +181,7 @@ class PublicationLog:
         better. What is older and nobody reads ends, too: whoever has had a newer one
         refuses it, and may never have heard of it.
         """
-        publication = self.find(announcement)
+        publication = self.find(announcement_id)
         publication.leased_until = {
             holder: until
             for holder, until in publication.leased_until.items()

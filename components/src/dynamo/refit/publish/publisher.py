@@ -216,7 +216,7 @@ class WeightPublisher:
                 traceparent=current_traceparent(),
             )
         )
-        published = PublishedVersion(version, taken.announcement, taken.slot)
+        published = PublishedVersion(version, taken.announcement_id, taken.slot)
         self._in_slot[taken.slot] = published
         self._open.add(published)
         self._on_loop(self._follow(published))
@@ -294,7 +294,7 @@ class WeightPublisher:
                 continue
             written = Written(
                 member=self._name,
-                announcement=published.announcement,
+                announcement_id=published.announcement_id,
                 fingerprints=folded.astype("<u8").tobytes(),
             )
             self._report(published, written)
@@ -304,7 +304,9 @@ class WeightPublisher:
             error, stage="publish", rank=self.rank, version=published.version
         )
         failed = WriteFailed(
-            member=self._name, announcement=published.announcement, failure=failure
+            member=self._name,
+            announcement_id=published.announcement_id,
+            failure=failure,
         )
         self._report(published, failed)
 
@@ -408,7 +410,7 @@ class WeightPublisher:
         """End the handle when rank 0 says so, or is gone."""
         waiting = AwaitRelease(
             member=self._name,
-            announcement=published.announcement,
+            announcement_id=published.announcement_id,
             seconds=WAIT_SECONDS,
         )
         try:
