@@ -107,7 +107,7 @@ def events_page() -> str:
         EVENTS_INTRODUCTION,
         "## Every event",
         _prose(inspect.getdoc(Event)),
-        _fields(components[events[0]], Event.__struct_fields__),
+        _fields(components[events[-1]], Event.__struct_fields__),
         *(_struct("##", name, components[name]) for name in events),
         "# What events are made of",
         *(_struct("###", name, components[name]) for name in sorted(others)),

@@ -72,7 +72,7 @@ class FakeTrainer:
         if isinstance(request, GetManifest):
             reply = ManifestReply(payload=self.payload)
         if isinstance(request, GetFingerprints):
-            version = int(request.announcement.removeprefix("a"))
+            version = int(request.announcement_id.removeprefix("a"))
             reply = FingerprintsReply(payload=fingerprints_of(version).tobytes())
         self.counted.note(request, reply)
         return reply
@@ -132,7 +132,7 @@ async def measure(replicas: int, directory: Path) -> dict[str, float]:
                 ready = WeightVersionReady(
                     model="tiny",
                     version=version,
-                    announcement=f"a{version}",
+                    announcement_id=f"a{version}",
                     endpoint=f"{NAMESPACE}.trainer.weights",
                     instance=endpoint.connection_id(),
                     manifest=trainer.manifest.fingerprint(),

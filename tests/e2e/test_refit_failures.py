@@ -293,7 +293,7 @@ async def test_coordinator_killed_after_prepare(bench: Bench) -> None:
             lambda e: e.version == version,
             STAGE_SECONDS + kept + 10,
         )
-        assert failed.publisher.startswith("worker-")
+        assert failed.sender.startswith("worker-")
         assert failed.failure.stage == "vote"
         assert "coordinator" in failed.failure.message
         await bench.assert_serves(bench.serving)

@@ -235,7 +235,7 @@ class Trainer:
         event = WeightVersionReady(
             model="tiny",
             version=publication.version,
-            announcement=publication.announcement,
+            announcement_id=publication.announcement_id,
             endpoint=TRAINER,
             instance=self.life,
             manifest=self.manifest.fingerprint(),
@@ -257,12 +257,12 @@ class Trainer:
         match request:
             case GetManifest():
                 return ManifestReply(payload=self.payload)
-            case GetFingerprints(announcement=name):
+            case GetFingerprints(announcement_id=name):
                 return FingerprintsReply(payload=log.readable(name).fingerprints)
-            case AcquireLease(announcement=name, seconds=seconds):
-                log.acquire(name, seconds, now)
-            case ReleaseLease(announcement=name, outcome=outcome, detail=detail):
-                log.release(name, outcome, detail, now)
+            case AcquireLease(announcement_id=name, epoch=epoch, seconds=seconds):
+                log.acquire(name, epoch, seconds, now)
+            case ReleaseLease(announcement_id=name, epoch=epoch):
+                log.release(name, epoch, request.outcome, request.detail, now)
         return Done()
 
     def left(self) -> list[str]:

@@ -4,7 +4,7 @@
 
 ``bus_peer.py ENDPOINT PUBLISHER EPOCH`` answers ``ready`` once it can publish. Each
 line ``FIRST COUNT`` publishes ``RefitSuperseded(version=v, by=v + 1)`` for ``COUNT``
-versions from ``FIRST`` and answers with the last ``seq``. The end of stdin closes
+versions from ``FIRST`` and answers with the last ``sequence``. The end of stdin closes
 the publisher. The planes come from the environment.
 """
 
@@ -32,7 +32,7 @@ async def main(endpoint: str, publisher: str, epoch: str) -> None:
             first, count = map(int, line.split())
             for version in range(first, first + count):
                 sent = bus.publish(RefitSuperseded(version=version, by=version + 1))
-            print(sent.seq, flush=True)
+            print(sent.sequence, flush=True)
     runtime.shutdown()
 
 

@@ -99,7 +99,7 @@ class Peer:
         return line.decode().strip()
 
     async def publish(self, first: int, count: int) -> int:
-        """Publish ``count`` versions from ``first``; the last event's ``seq``."""
+        """Publish ``count`` versions from ``first``; the last event's ``sequence``."""
         self.process.stdin.write(f"{first} {count}\n".encode())
         return int(await self.answer())
 
@@ -164,7 +164,7 @@ async def hear(
             item = await asyncio.wait_for(anext(subscriber), 0.1)
         except TimeoutError:
             continue
-        if is_probe(item) and item.publisher == publisher:
+        if is_probe(item) and item.sender == publisher:
             return
     pytest.fail(f"{publisher} was not discovered within {SECONDS} s")
 
@@ -199,7 +199,7 @@ async def test_events_of_another_process_arrive_equal_and_in_order(
 
     assert [msgspec.structs.replace(event, at=0.0) for event in got] == [
         RefitSuperseded(
-            version=n, by=n + 1, publisher="trainer-0", seq=last - 500 + n, epoch=3
+            version=n, by=n + 1, sender="trainer-0", sequence=last - 500 + n, epoch=3
         )
         for n in range(1, 501)
     ]
@@ -226,7 +226,7 @@ async def test_publish_returns_what_arrives(
             WeightVersionReady(
                 model="tiny",
                 version=6,
-                announcement="a" * 32,
+                announcement_id="a" * 32,
                 endpoint="ns.trainer.weights",
                 instance=2**53 - 1,
                 manifest="0123abcd",
@@ -238,12 +238,12 @@ async def test_publish_returns_what_arrives(
     ]
 
     assert await take(subscriber, 2) == sent
-    assert [(event.publisher, event.epoch) for event in sent] == [("here", 7)] * 2
-    assert sent[1].seq == sent[0].seq + 1
+    assert [(event.sender, event.epoch) for event in sent] == [("here", 7)] * 2
+    assert sent[1].sequence == sent[0].sequence + 1
 
 
 async def test_seq_starts_at_one(publisher: EventPublisher) -> None:
-    assert [publisher.publish(superseded(n)).seq for n in (1, 2, 3)] == [1, 2, 3]
+    assert [publisher.publish(superseded(n)).sequence for n in (1, 2, 3)] == [1, 2, 3]
 
 
 async def test_two_publishers_keep_their_own_order(
@@ -260,12 +260,15 @@ async def test_two_publishers_keep_their_own_order(
         publisher.publish(superseded(version))
         await asyncio.sleep(0)
     got = await take(subscriber, 400)
-    last = {"there": await there, "here": publisher.publish(superseded(PROBE)).seq - 1}
+    last = {
+        "there": await there,
+        "here": publisher.publish(superseded(PROBE)).sequence - 1,
+    }
 
     for name, first in (("there", 1), ("here", 1001)):
-        own = [event for event in got if event.publisher == name]
+        own = [event for event in got if event.sender == name]
         assert [event.version for event in own] == list(range(first, first + 200))
-        assert [event.seq for event in own] == list(
+        assert [event.sequence for event in own] == list(
             range(last[name] - 199, last[name] + 1)
         )
 
@@ -303,7 +306,7 @@ async def test_a_killed_publisher_is_replaced_without_restarting_the_subscriber(
     got = await take(subscriber, 5)
 
     assert [event.version for event in got] == [6, 7, 8, 9, 10]
-    assert {(event.publisher, event.epoch) for event in got} == {("coordinator-b", 2)}
+    assert {(event.sender, event.epoch) for event in got} == {("coordinator-b", 2)}
 
 
 # --- what is refused --------------------------------------------------------
@@ -375,7 +378,7 @@ async def test_oversized_is_refused_on_both_sides(
     misbehave(publisher, b"\xc0" * (MAX_EVENT_BYTES + 1), monkeypatch)
     last = publisher.publish(superseded(4))
 
-    assert after.seq == before.seq + 1
+    assert after.sequence == before.sequence + 1
     got = await take(subscriber, 4)
     assert got[:2] == [before, after]
     assert (got[2].reason, got[2].nbytes) == ("oversized_event", MAX_EVENT_BYTES + 1)
@@ -513,7 +516,7 @@ async def test_a_burst_waits_for_a_slow_relay(
         sent = [publisher.publish(superseded(n)) for n in range(1, 20_001)]
         got = relays[0].read(20_000)
     assert got == [
-        [b"", event.seq.to_bytes(8, "big"), events.encode(event)] for event in sent
+        [b"", event.sequence.to_bytes(8, "big"), events.encode(event)] for event in sent
     ]
 
 

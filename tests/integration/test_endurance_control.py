@@ -116,11 +116,16 @@ async def announced(events: EventSubscriber, version: int) -> WeightVersionReady
 
 
 async def read_and_release(caller: Caller, ready: WeightVersionReady) -> None:
-    name = ready.announcement
+    name = ready.announcement_id
     for request, expected in (
-        (AcquireLease(announcement=name, holder="test", seconds=60), Done),
-        (GetFingerprints(announcement=name), FingerprintsReply),
-        (ReleaseLease(announcement=name, outcome="completed"), Done),
+        (AcquireLease(model="tiny", epoch=1, announcement_id=name, seconds=60), Done),
+        (GetFingerprints(announcement_id=name), FingerprintsReply),
+        (
+            ReleaseLease(
+                model="tiny", epoch=1, announcement_id=name, outcome="completed"
+            ),
+            Done,
+        ),
     ):
         where = ready.endpoint, ready.instance
         reply = await caller.call(*where, request, expected | Refused, 10)
@@ -154,7 +159,7 @@ async def test_a_coordinator_and_its_agents(
                 ready = WeightVersionReady(
                     model="tiny",
                     version=version,
-                    announcement=f"a{version}",
+                    announcement_id=f"a{version}",
                     endpoint=path,
                     instance=endpoint.connection_id(),
                     manifest=trainer.manifest.fingerprint(),

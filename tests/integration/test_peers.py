@@ -164,8 +164,8 @@ def test_two_versions_are_read_at_a_time(
         if turn == 0:
             a.install()
             assert_serves(a, new)
-    for announcement in list(a.announcements):
-        a.release(announcement)
+    for announcement_id in list(a.announcements):
+        a.release(announcement_id)
     held.release()
 
 
@@ -307,8 +307,8 @@ def test_an_install_that_is_undone(pair: tuple[PeerHalf, PeerHalf], held: Held) 
     for offered, golden in ((a.serve(first), OLD), (staged, NEW)):
         b.refit(offered)
         assert_serves(b, golden)
-    for announcement in a.announcements:
-        a.release(announcement)
+    for announcement_id in a.announcements:
+        a.release(announcement_id)
 
 
 def test_the_last_reader_ends_it(pair: tuple[PeerHalf, PeerHalf], held: Held) -> None:

@@ -118,7 +118,7 @@ async def test_a_trainer_and_a_coordinator_that_stall_past_their_leases_go_on(
                 await refused(trainer, version)
         event = await hearing
     assert isinstance(event, RefitRefused)
-    assert (event.reason, event.publisher) == (
+    assert (event.reason, event.sender) == (
         "unknown_model",
         f"coordinator-{instance}.1",
     )

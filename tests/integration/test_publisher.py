@@ -80,7 +80,7 @@ def publisher(
 
 async def until_ready(caller: Caller, published: PublishedVersion) -> None:
     """A version can be leased as soon as it is fingerprinted."""
-    request = GetFingerprints(announcement=published.announcement)
+    request = GetFingerprints(announcement_id=published.announcement_id)
     while isinstance(await ask(caller, request), Refused):
         await asyncio.sleep(0.01)
 
@@ -97,8 +97,8 @@ async def instances(caller: Caller) -> list[int]:
 
 
 def lease(published: PublishedVersion, seconds: float = 60) -> AcquireLease:
-    name = published.announcement
-    return AcquireLease(announcement=name, holder="test", seconds=seconds)
+    name = published.announcement_id
+    return AcquireLease(model="tiny", epoch=1, announcement_id=name, seconds=seconds)
 
 
 async def test_the_manifest_says_where_the_bytes_are(
@@ -130,7 +130,9 @@ async def test_what_is_announced_is_what_was_there(
         published = publisher.publish(1)
         weights["a"].zero_()
         event = await anext(events)
-    reply = await ask(caller, GetFingerprints(announcement=published.announcement))
+    reply = await ask(
+        caller, GetFingerprints(announcement_id=published.announcement_id)
+    )
     assert np.frombuffer(reply.payload, "<u8").tolist() == expected
     assert event.weights == version_fingerprint(np.array(expected, np.uint64))
 
@@ -199,7 +201,12 @@ async def test_a_leased_slot_is_not_written_again(
     publisher.publish(2)
     with pytest.raises(LeaseHeld, match="version 1 is still being read from slot 0"):
         publisher.publish(3)
-    release = ReleaseLease(announcement=first.announcement, outcome="completed")
+    release = ReleaseLease(
+        model="tiny",
+        epoch=1,
+        announcement_id=first.announcement_id,
+        outcome="completed",
+    )
     assert await ask(caller, release) == Done()
     assert first.wait(5).outcome == "completed"
     publisher.publish(4)
@@ -245,7 +252,12 @@ async def test_a_version_that_nobody_heard_of_ends_with_the_one_after_it(
     assert await ask(caller, lease(second)) == Done()
     with pytest.raises(TimeoutError):
         first.wait(0.1)
-    done = ReleaseLease(announcement=second.announcement, outcome="completed")
+    done = ReleaseLease(
+        model="tiny",
+        epoch=1,
+        announcement_id=second.announcement_id,
+        outcome="completed",
+    )
     assert await ask(caller, done) == Done()
     assert (await asyncio.wait_for(first.released(), 5)).outcome == "superseded"
     assert (await second.released()).outcome == "completed"
@@ -263,14 +275,38 @@ async def test_it_announces_until_the_version_has_ended(
             heard.append(event)
             if len(heard) == 2:
                 break
-        assert {event.announcement for event in heard} == {published.announcement}
-        assert heard[0].seq < heard[1].seq
+        assert {event.announcement_id for event in heard} == {published.announcement_id}
+        assert heard[0].sequence < heard[1].sequence
         assert heard[0].manifest == publisher.manifest.fingerprint()
-        name = published.announcement
-        done = ReleaseLease(announcement=name, outcome="refused", detail="no")
+        name = published.announcement_id
+        done = ReleaseLease(
+            model="tiny", epoch=1, announcement_id=name, outcome="refused", detail="no"
+        )
         await ask(caller, done)
         assert (await published.released()).detail == "no"
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(2.5):
                 async for event in events:
                     raise AssertionError(f"announced again: {event}")
+
+
+@pytest.mark.parametrize(
+    ("version", "error"), [(-1, ValueError), (2**63, ValueError), ("5", TypeError)]
+)
+def test_what_is_no_version_number_is_refused_and_takes_no_turn(
+    publisher: WeightPublisher, version: object, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        publisher.publish(version)
+    assert publisher.counters.published == 0
+
+
+async def test_a_number_of_numpy_is_announced_as_any_other(
+    caller: Caller, publisher: WeightPublisher
+) -> None:
+    topic = caller.runtime.endpoint("dynamo.refit.weight_versions")
+    async with EventSubscriber(topic) as events:
+        publisher.publish(np.int64(5))
+        heard = await asyncio.wait_for(anext(events), 30)
+        again = await asyncio.wait_for(anext(events), 30)
+    assert (type(heard.version), heard.version, again.version) == (int, 5, 5)

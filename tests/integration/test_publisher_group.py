@@ -118,12 +118,17 @@ class Fleet:
 
     async def lease(self, ready: WeightVersionReady) -> Any:
         request = AcquireLease(
-            announcement=ready.announcement, holder="test", seconds=60
+            model="tiny", epoch=1, announcement_id=ready.announcement_id, seconds=60
         )
         return await self.ask(ready, request)
 
     async def release(self, ready: WeightVersionReady) -> Any:
-        request = ReleaseLease(announcement=ready.announcement, outcome="completed")
+        request = ReleaseLease(
+            model="tiny",
+            epoch=1,
+            announcement_id=ready.announcement_id,
+            outcome="completed",
+        )
         return await self.ask(ready, request)
 
     async def manifest(self, ready: WeightVersionReady) -> Manifest:
@@ -172,7 +177,7 @@ class Fleet:
     async def _assert_fingerprints(
         self, ready: WeightVersionReady, manifest: Manifest
     ) -> None:
-        request = GetFingerprints(announcement=ready.announcement)
+        request = GetFingerprints(announcement_id=ready.announcement_id)
         reply = await self.ask(ready, request)
         expected = []
         for tensor in manifest.tensors:

@@ -241,7 +241,7 @@ async def test_events_reach_new_subscribers_after_their_record_is_lost(
         while not hearing.done():
             events.publish(RefitSuperseded(version=1, by=2))
             await asyncio.sleep(0.05)
-        assert (await hearing).publisher == "worker-7.1"
+        assert (await hearing).sender == "worker-7.1"
     events.close()
 
 

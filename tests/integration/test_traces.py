@@ -50,7 +50,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 READY = WeightVersionReady(
     model="another model",
     version=7,
-    announcement="a7",
+    announcement_id="a7",
     endpoint="dynamo.trainer.weights",
     instance=1,
     manifest="",
@@ -150,7 +150,7 @@ async def announce_until_refused(graph: LocalGraph) -> RefitRefused:
 async def announce(publisher: EventPublisher) -> None:
     for version in itertools.count(READY.version):
         name = f"a{version}"
-        changed = {"version": version, "announcement": name}
+        changed = {"version": version, "announcement_id": name}
         publisher.publish(msgspec.structs.replace(READY, **changed))
         await asyncio.sleep(0.1)
 

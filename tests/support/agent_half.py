@@ -143,9 +143,10 @@ class AgentHalf:
         self._version += 1
         self.trainer.offer = offered
         prepare = Prepare(
+            model="tiny",
             version=self._version,
             epoch=1,
-            announcement=f"a{self._version}",
+            announcement_id=f"a{self._version}",
             endpoint="-",
             instance=0,
             manifest=offered.announced,

@@ -28,6 +28,7 @@ from dynamo.refit.coordinator.actions import (
     SendServe,
     ServeAnswered,
     TakeLease,
+    Unanswered,
 )
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
@@ -83,16 +84,19 @@ class Open:
     changed: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
 
+    def has_changed(self, worker: int) -> None:
+        self.busy.pop(worker, None)
+        self.refused.discard(worker)
+        self.changed.add(worker)
+
     def commit_answered(
-        self, worker: int, reply: Committed | Stepped | Refused
+        self, worker: int, reply: Committed | Stepped | Refused | Unanswered
     ) -> None:
         if worker not in self.told & self.members:
             return
         if isinstance(reply, Committed) and reply.weights == self.ready.weights:
-            self.busy.pop(worker, None)
-            self.refused.discard(worker)
-            self.changed.add(worker)
-        elif worker not in self.busy:
+            self.has_changed(worker)
+        elif isinstance(reply, Unanswered) or worker not in self.busy:
             return
         elif not isinstance(reply, Stepped):
             del self.busy[worker]
@@ -110,7 +114,7 @@ class Watch:
         self.open: Open | None = None
         self.present: set[int] = set()
         self.silent: frozenset[int] = frozenset()
-        self.told_to_go: set[int] = set()
+        self.told_to_go: dict[int, tuple[int, str]] = {}
         self.heard: set[str] = set()
         self.outcomes: dict[str, str] = {}
         #: How the last announcement of a refit or a catch-up was given back.
@@ -125,6 +129,7 @@ class Watch:
     def handle(self, what: Input, now: float) -> list[Action]:
         self._take_in(what)
         actions = self.reconciler.handle(what, now)
+        self._note_shown()
         for number, action in enumerate(actions):
             self._check(action, actions[:number], actions[number + 1 :], what, now)
         assert (self.reconciler.transaction is None) == (self.open is None)
@@ -135,18 +140,20 @@ class Watch:
     # --- what it hears --------------------------------------------------------
 
     def _take_in(self, what: Input) -> None:
-        name = self.open.ready.announcement if self.open and self.open.ready else None
+        name = (
+            self.open.ready.announcement_id if self.open and self.open.ready else None
+        )
         match what:
             case WeightVersionReady():
-                self.heard.add(what.announcement)
+                self.heard.add(what.announcement_id)
             case FleetSeen():
                 self.silent = what.silent
                 fenced = {m.worker for m in what.members if _is_fenced(m)}
                 self._fleet_seen({m.worker for m in what.members}, fenced)
-            case ServeAnswered(reply=WeightsServed(announcement=lease)):
+            case ServeAnswered(reply=WeightsServed(announcement_id=lease)):
                 if (what.peer, lease) not in self.peer_leases:
                     self.peer_leases[what.peer, lease] = 1
-            case PrepareAnswered(worker=worker) if what.announcement == name:
+            case PrepareAnswered(worker=worker) if what.announcement_id == name:
                 if worker in self.open.asked:
                     self.open.asked.remove(worker)
                     yes = isinstance(what.reply, Vote)
@@ -163,7 +170,8 @@ class Watch:
     def _fleet_seen(self, present: set[int], fenced: set[int]) -> None:
         gone = self.present - present
         self.present = present
-        self.told_to_go -= gone
+        for worker in gone:
+            self.told_to_go.pop(worker, None)
         self.withdrawn -= gone
         for worker in gone:
             self.versions.pop(worker, None)
@@ -174,9 +182,33 @@ class Watch:
             for worker in gone:
                 self.open.busy.pop(worker, None)
 
+    def _note_shown(self) -> None:
+        """A status that shows the version is as good as the reply to its commit."""
+        for worker, (version, weights) in list(self.told_to_go.items()):
+            if self._shows(worker, version, weights):
+                del self.told_to_go[worker]
+        if self.open is None or self.open.ready is None:
+            return
+        ready = self.open.ready
+        for worker in self.open.told & self.open.members:
+            waited_for = worker in self.open.busy or worker in self.open.refused
+            if waited_for and self._shows(worker, ready.version, ready.weights):
+                self.open.has_changed(worker)
+                self.withdrawn.discard(worker)
+
+    def _shows(self, worker: int, version: int, weights: str) -> bool:
+        if worker not in self.reconciler.fleet:
+            return False
+        status = self.reconciler.fleet[worker].status
+        what = status.version, status.weights
+        return what == (version, weights) and status.phase not in (
+            "committing",
+            "fenced",
+        )
+
     def _commit_answered(self, what: CommitAnswered, name: str | None) -> None:
         worker, reply = what.worker, what.reply
-        if what.announcement == name:
+        if what.announcement_id == name:
             self.open.commit_answered(worker, reply)
             if worker not in self.open.busy:
                 self.withdrawn.discard(worker)
@@ -197,7 +229,7 @@ class Watch:
         match action:
             case TakeLease():
                 self._is_open(action.ready)
-                self.leases[action.ready.announcement] += 1
+                self.leases[action.ready.announcement_id] += 1
             case SendServe():
                 self._is_open(action.ready)
                 self._may_be_told(action.peer)
@@ -212,10 +244,10 @@ class Watch:
                 self._admitted(worker)
             case SendFence(worker=worker):
                 assert worker in self.present
-                self.told_to_go.add(worker)
+                self.told_to_go[worker] = action.version, action.weights
             case SendAbort(worker=worker):
                 assert worker in self.present
-            case ReleasePeer(peer=peer, announcement=lease):
+            case ReleasePeer(peer=peer, announcement_id=lease):
                 self.peer_leases[peer, lease] = 0
             case GiveBackLease():
                 self._given_back(action, before, what)
@@ -243,9 +275,9 @@ class Watch:
         assert not self.open.told, "staged during the commit"
         self.open.asked.add(action.worker)
         if action.served is None:
-            assert self.leases[action.ready.announcement] > 0, "nobody keeps it"
+            assert self.leases[action.ready.announcement_id] > 0, "nobody keeps it"
         else:
-            assert self.peer_leases[action.peer, action.served.announcement] == 1
+            assert self.peer_leases[action.peer, action.served.announcement_id] == 1
 
     def _commit_sent(self, action: SendCommit, now: float) -> None:
         self._is_open(action.ready)
@@ -254,6 +286,10 @@ class Watch:
         assert current.votes.get(worker) is True, f"worker {worker} did not vote yes"
         assert action.ready.version >= self.versions.get(worker, 0)
         assert current.changed or current.catch_up or not current.refused, "went on"
+        if current.busy.get(worker, ("", 0.0))[0] == action.step:
+            # Its reply was lost: the same order once more.
+            assert action.withdraw == (worker in self.withdrawn)
+            return
         if not current.told:
             self._enough_votes(now)
         self._is_its_turn(action, now)
@@ -306,7 +342,7 @@ class Watch:
             worker
             for worker, member in self.reconciler.fleet.items()
             if member.status.admitted and member.status.phase != "fenced"
-        } - self.told_to_go
+        } - self.told_to_go.keys()
 
     def _admitted(self, worker: int) -> None:
         fleet = self.reconciler.fleet
@@ -324,7 +360,7 @@ class Watch:
             case RefitStarted():
                 assert self.open is None, "two transactions at a time"
                 members = set(event.workers)
-                assert members and members <= self.present - self.told_to_go
+                assert members and members <= self.present - self.told_to_go.keys()
                 self.open = Open(event.version, members, event.catch_up, now)
                 for worker in members:
                     self._component(worker)
@@ -368,12 +404,12 @@ class Watch:
         assert closed.members <= set(event.workers) | excluded
         if not closed.catch_up:
             left_over = closed.members - set(event.workers)
-            assert left_over <= self.told_to_go, "neither changed nor fenced"
+            assert left_over <= self.told_to_go.keys(), "neither changed nor fenced"
 
     def _ended(self, event: Event, after: list[Action]) -> None:
         """The one end of an announcement, with its release."""
         assert after and isinstance(after[0], GiveBackLease), "ended, not released"
-        name = after[0].ready.announcement
+        name = after[0].ready.announcement_id
         assert after[0].outcome == OUTCOMES[type(event)]
         assert after[0].ready.version == event.version
         assert name not in self.outcomes, "ended twice"
@@ -382,16 +418,16 @@ class Watch:
     def _given_back(
         self, action: GiveBackLease, before: list[Action], what: Input
     ) -> None:
-        name = action.ready.announcement
+        name = action.ready.announcement_id
         current = self.open.ready if self.open else None
-        reading = current is not None and current.announcement == name
+        reading = current is not None and current.announcement_id == name
         assert not reading, "released while it is read"
         ended = before and isinstance(before[-1], Publish)
         if self.leases[name]:
             self.leases[name] = 0
         elif not (ended and isinstance(before[-1].event, tuple(OUTCOMES))):
             # Said again, because the trainer has not heard it.
-            assert isinstance(what, WeightVersionReady) and what.announcement == name
+            assert isinstance(what, WeightVersionReady) and what.announcement_id == name
             assert action.outcome == self.outcomes[name]
 
     def assert_all_released(self) -> None:

@@ -159,6 +159,8 @@ class FakeRank:
         self.manifest: str | None = None
         self.fail: dict[type, list[Exception]] = {}
         self.wrong: dict[int, int] = {}
+        #: What the trainer has under every number, if not the number.
+        self.content: int | None = None
         self.direct = False
         self.unchecked = 0
         #: It has planned anew, and reads in another order; it says so unasked.
@@ -295,7 +297,7 @@ class FakeRank:
         """What lies where it reads: a trainer has what it says, a peer perhaps not."""
         peers = [self.peers[name] for name in self._sources if name in self.peers]
         if not peers:
-            return request.version
+            return request.version if self.content is None else self.content
         contents = {peer.shadows[request.slot] for peer in peers}
         return contents.pop() if len(contents) == 1 else 0
 
@@ -535,7 +537,7 @@ class FakeTrainer:
         if self.error is not None:
             raise self.error
         if isinstance(request, GetFingerprints):
-            name = request.announcement
+            name = request.announcement_id
             own = fingerprints_of(int(name[1:])).tobytes()
             sent = self.fingerprints.get(name, own)
             if isinstance(sent, Failure):
@@ -577,9 +579,10 @@ class Bench:
 
     def prepare(self, version: int, **changes: Any) -> Prepare:
         fields = {
+            "model": "tiny",
             "version": version,
             "epoch": EPOCH,
-            "announcement": f"a{version}",
+            "announcement_id": f"a{version}",
             "endpoint": "ns.trainer.weights",
             "instance": 99,
             "manifest": self.manifest.fingerprint(),
@@ -653,11 +656,14 @@ class Bench:
 def commit(
     version: int, epoch: int = EPOCH, in_flight: str = "continue", **fields: Any
 ) -> Commit:
-    return Commit(version=version, epoch=epoch, in_flight=in_flight, **fields)
+    return Commit(
+        model="tiny", version=version, epoch=epoch, in_flight=in_flight, **fields
+    )
 
 
 def abort(version: int, epoch: int = EPOCH) -> Abort:
-    return Abort(version=version, epoch=epoch, reason="superseded by version 9")
+    reason = "superseded by version 9"
+    return Abort(model="tiny", version=version, epoch=epoch, reason=reason)
 
 
 async def until(condition: Callable[[], bool]) -> None:

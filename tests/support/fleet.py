@@ -79,7 +79,7 @@ TIMINGS = CommitTimings(
 
 
 def ready(
-    version: int, announcement: str | None = None, model: str = "tiny", **fields: Any
+    version: int, announcement_id: str | None = None, model: str = "tiny", **fields: Any
 ) -> WeightVersionReady:
     trainer = {
         "endpoint": "ns.trainer.weights",
@@ -90,7 +90,7 @@ def ready(
     return WeightVersionReady(
         model=model,
         version=version,
-        announcement=announcement or f"a{version}",
+        announcement_id=announcement_id or f"a{version}",
         slot=0,
         **(trainer | fields),
     )
@@ -145,25 +145,25 @@ def failure(worker: int | None = None, message: str = "no memory") -> Failure:
 
 
 def leased(announced: WeightVersionReady) -> LeaseTaken:
-    return LeaseTaken(announced.announcement, None)
+    return LeaseTaken(announced.announcement_id, None)
 
 
 def not_leased(announced: WeightVersionReady) -> LeaseTaken:
-    return LeaseTaken(announced.announcement, failure())
+    return LeaseTaken(announced.announcement_id, failure())
 
 
 def serves(peer: int, reader: int, announced: WeightVersionReady) -> ServeAnswered:
     reply = WeightsServed(
-        announcement=f"at {peer} for {reader}", manifest="of a peer", slot=1
+        announcement_id=f"at {peer} for {reader}", manifest="of a peer", slot=1
     )
-    return ServeAnswered(peer, reader, announced.announcement, reply)
+    return ServeAnswered(peer, reader, announced.announcement_id, reply)
 
 
 def serves_not(peer: int, reader: int, announced: WeightVersionReady) -> ServeAnswered:
     why = Failure(
         kind="PeerUnsuitable", message="packed", stage="servweights", worker=peer
     )
-    return ServeAnswered(peer, reader, announced.announcement, Refused(failure=why))
+    return ServeAnswered(peer, reader, announced.announcement_id, Refused(failure=why))
 
 
 def voted(
@@ -177,7 +177,7 @@ def voted(
         weights=weights or announced.weights,
         ranks=(_rank_vote(mode),),
     )
-    return PrepareAnswered(worker, announced.announcement, vote)
+    return PrepareAnswered(worker, announced.announcement_id, vote)
 
 
 def _rank_vote(mode: StagingMode) -> RankVote:
@@ -200,7 +200,7 @@ def vote_refused(
     worker: int, announced: WeightVersionReady, *, fenced: bool = False
 ) -> PrepareAnswered:
     reply = Refused(failure=failure(worker), fenced=fenced)
-    return PrepareAnswered(worker, announced.announcement, reply)
+    return PrepareAnswered(worker, announced.announcement_id, reply)
 
 
 def committed(
@@ -213,21 +213,21 @@ def committed(
         kv_epoch=f"{announced.version}-x",
         timings=TIMINGS,
     )
-    return CommitAnswered(worker, announced.announcement, reply)
+    return CommitAnswered(worker, announced.announcement_id, reply)
 
 
 def stepped(
     worker: int, announced: WeightVersionReady, step: CommitStep
 ) -> CommitAnswered:
     reply = Stepped(version=announced.version, step=step)
-    return CommitAnswered(worker, announced.announcement, reply)
+    return CommitAnswered(worker, announced.announcement_id, reply)
 
 
 def commit_refused(
     worker: int, announced: WeightVersionReady, *, fenced: bool = False
 ) -> CommitAnswered:
     reply = Refused(failure=failure(worker), fenced=fenced)
-    return CommitAnswered(worker, announced.announcement, reply)
+    return CommitAnswered(worker, announced.announcement_id, reply)
 
 
 # --- what it says ---------------------------------------------------------------
@@ -249,7 +249,7 @@ def completed(
     event = RefitCompleted(
         model="tiny",
         version=announced.version,
-        announcement=announced.announcement,
+        announcement_id=announced.announcement_id,
         weights=announced.weights,
         workers=workers,
         seconds=seconds,
@@ -303,7 +303,7 @@ def fences(actions: list[Action]) -> dict[int, int]:
 
 def released(actions: list[Action]) -> list[tuple[int, str]]:
     """Which peer is told that a reader has ended."""
-    return [(a.peer, a.announcement) for a in of_type(actions, ReleasePeer)]
+    return [(a.peer, a.announcement_id) for a in of_type(actions, ReleasePeer)]
 
 
 def without(actions: list[Action], kind: type[Action]) -> list[Action]:

@@ -91,8 +91,8 @@ class ObservedWorld(World):
     def announce(self, event: WeightVersionReady) -> None:
         if event.version in self._taken:
             taken = self._taken.pop(event.version)
-            self._publishing.taken(event.announcement, taken)
-        traceparent = self._publishing.announced(event.announcement)
+            self._publishing.taken(event.announcement_id, taken)
+        traceparent = self._publishing.announced(event.announcement_id)
         event = msgspec.structs.replace(event, traceparent=traceparent)
         self._coordinating.heard(event)
         super().announce(event)

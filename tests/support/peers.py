@@ -74,32 +74,34 @@ class PeerHalf(AgentHalf):
         """What this replica says of ``version`` (the newest) to somebody who asks."""
         version = self._version if version is None else version
         served = self.ask(version, self._weights[version], seconds)
-        self.announcements.append(served.announcement)
+        self.announcements.append(served.announcement_id)
         manifest = self.peer.manifest(GetManifest(manifest=served.manifest))
         return Offer(
             announced=served.manifest,
             slot=served.slot,
             weights=self._weights[version],
             manifest=manifest.payload,
-            fingerprints=self.fingerprints(served.announcement),
+            fingerprints=self.fingerprints(served.announcement_id),
         )
 
     def ask(
         self, version: int, weights: str, seconds: float = LEASE_SECONDS
     ) -> WeightsServed:
         request = ServeWeights(
-            version=version, weights=weights, epoch=1, seconds=seconds
+            model="tiny", version=version, weights=weights, epoch=1, seconds=seconds
         )
         return self._runner.run(self.peer.serve(request))
 
-    def fingerprints(self, announcement: str) -> bytes:
-        request = GetFingerprints(announcement=announcement)
+    def fingerprints(self, announcement_id: str) -> bytes:
+        request = GetFingerprints(announcement_id=announcement_id)
         return self.peer.fingerprints(request).payload
 
-    def release(self, announcement: str | None = None) -> None:
+    def release(self, announcement_id: str | None = None) -> None:
         """A reader (the newest) has ended."""
-        announcement = announcement or self.announcements[-1]
-        request = ReleaseLease(announcement=announcement, outcome="completed")
+        announcement_id = announcement_id or self.announcements[-1]
+        request = ReleaseLease(
+            model="tiny", epoch=1, announcement_id=announcement_id, outcome="completed"
+        )
         self._runner.run(self.peer.release(request))
 
     def unserved(self, version: int | None = None) -> tuple[str, str]:

@@ -102,7 +102,7 @@ class FakeTrainers:
         self, path: str, instance: int, request: Message, *_: object
     ) -> Message:
         if isinstance(request, GetFingerprints):
-            published = self.fingerprints[request.announcement]
+            published = self.fingerprints[request.announcement_id]
             return FingerprintsReply(payload=published.astype("<u8").tobytes())
         self.asked += 1
         return ManifestReply(payload=msgspec.msgpack.encode(self.manifest))
@@ -140,16 +140,17 @@ class Replica:
         them they are taken from the slot, which must be in this process's memory.
         """
         self.version += 1
-        announcement = f"a{self.version}"
+        announcement_id = f"a{self.version}"
         published = fingerprints
         if published is None:
             published = await asyncio.to_thread(self._slot(manifest, slot).fold)
         self.trainers.manifest = manifest
-        self.trainers.fingerprints = {announcement: published}
+        self.trainers.fingerprints = {announcement_id: published}
         prepare = Prepare(
+            model="tiny",
             version=self.version,
             epoch=1,
-            announcement=announcement,
+            announcement_id=announcement_id,
             endpoint="-",
             instance=0,
             manifest=manifest.fingerprint(),
@@ -173,7 +174,9 @@ class Replica:
         return self._slots[key]
 
     async def commit(self, in_flight: InFlightPolicy = "continue") -> Committed:
-        commit = Commit(version=self.version, epoch=1, in_flight=in_flight)
+        commit = Commit(
+            model="tiny", version=self.version, epoch=1, in_flight=in_flight
+        )
         committed = await self.agent.answer(commit)
         assert isinstance(committed, Committed), committed
         return committed

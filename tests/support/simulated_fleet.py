@@ -26,6 +26,7 @@ from dynamo.refit.coordinator.actions import (
     SendServe,
     ServeAnswered,
     TakeLease,
+    Unanswered,
 )
 from dynamo.refit.errors import Failure
 from dynamo.refit.events import WeightVersionReady
@@ -60,6 +61,14 @@ class Call:
                 return None
         return self.action.worker
 
+    def no_answer(self) -> Input | None:
+        """What the coordinator hears of a call whose reply does not come."""
+        lost = refused("PeerLost", self.worker)
+        if isinstance(self.action, SendCommit):
+            name = self.action.ready.announcement_id
+            return CommitAnswered(self.worker, name, Unanswered(lost.failure))
+        return self.answer(lost)
+
     def answer(self, reply: Reply | None) -> Input | None:
         """What the coordinator hears; nothing, if it only tells somebody something."""
         action = self.action
@@ -67,16 +76,18 @@ class Call:
             return None
         match action:
             case SendPrepare():
-                name = action.ready.announcement
+                name = action.ready.announcement_id
                 return PrepareAnswered(action.worker, name, reply)
             case SendCommit():
-                return CommitAnswered(action.worker, action.ready.announcement, reply)
+                return CommitAnswered(
+                    action.worker, action.ready.announcement_id, reply
+                )
             case SendServe():
-                name = action.ready.announcement
+                name = action.ready.announcement_id
                 return ServeAnswered(action.peer, action.reader, name, reply)
             case TakeLease():
                 failure = reply.failure if isinstance(reply, Refused) else None
-                return LeaseTaken(action.ready.announcement, failure)
+                return LeaseTaken(action.ready.announcement_id, failure)
         return None
 
 
@@ -135,7 +146,7 @@ class Worker:
         if self.phase == "fenced":
             return refused("WeightsUnknown", self.number)
         if isinstance(action, ReleasePeer):
-            self.leases.discard(action.announcement)
+            self.leases.discard(action.announcement_id)
             return None
         if epoch < self.epoch:
             return refused("StaleEpoch", self.number)
@@ -152,7 +163,9 @@ class Worker:
             case SendAdmit():
                 self.admitted = True
             case SendFence():
-                if self.phase != "committing":
+                served = self.version, self.weights
+                ordered = action.version, action.weights
+                if self.phase != "committing" and served != ordered:
                     self.phase = "fenced"
         return None
 
@@ -164,7 +177,7 @@ class Worker:
             return refused("StaleVersion", self.number)
         self._drop()
         peer = action.peer
-        source = None if peer is None else (peer, action.served.announcement)
+        source = None if peer is None else (peer, action.served.announcement_id)
         if not fleet.can_read(source, action.ready):
             return refused("SourceLost", self.number)
         self.staged, self.source, self.phase = action.ready, source, "staged"
@@ -176,7 +189,7 @@ class Worker:
             return refused("PeerUnsuitable", self.number)
         name = f"lease {next(fleet.names)}"
         self.leases.add(name)
-        return WeightsServed(announcement=name, manifest="of a peer", slot=0)
+        return WeightsServed(announcement_id=name, manifest="of a peer", slot=0)
 
     def holds(self, ready: WeightVersionReady) -> bool:
         what = ready.version, ready.weights
@@ -297,10 +310,10 @@ class SimulatedFleet:
         """What the coordinator hears of it; nothing yet, if it has only begun."""
         self.calls.remove(call)
         if isinstance(call.action, TakeLease):
-            return LeaseTaken(call.action.ready.announcement, None)
+            return LeaseTaken(call.action.ready.announcement_id, None)
         worker = self.workers.get(call.worker)
         if worker is None:
-            return call.answer(refused("WorkerLost", call.worker))
+            return call.no_answer()
         if call.running:
             return call.answer(worker.end_commit(self))
         reply = worker.take(call.action, call.epoch, now, self)

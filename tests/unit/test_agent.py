@@ -200,7 +200,7 @@ async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:
     fingerprint = bench.manifest.fingerprint()
     assert bench.trainer.requests == [
         ("ns.trainer.weights", 99, GetManifest(manifest=fingerprint)),
-        ("ns.trainer.weights", 99, GetFingerprints(announcement="a5")),
+        ("ns.trainer.weights", 99, GetFingerprints(announcement_id="a5")),
     ]
     [stage] = bench.engine.asked(Stage)
     assert (stage.version, stage.manifest, stage.slot) == (5, fingerprint, 1)
@@ -721,7 +721,9 @@ async def test_a_trainer_without_the_fingerprints_gives_its_reason(
 async def test_fingerprints_are_fetched_beside_the_pull(bench: Bench) -> None:
     task = await bench.staging(5)
     await until(lambda: bench.trainer.asked(GetFingerprints) != [])
-    assert bench.trainer.asked(GetFingerprints) == [GetFingerprints(announcement="a5")]
+    assert bench.trainer.asked(GetFingerprints) == [
+        GetFingerprints(announcement_id="a5")
+    ]
     bench.engine.let("stage")
     assert isinstance(await task, Vote)
 

@@ -25,7 +25,15 @@ from dynamo.refit.protocol import (
     Vote,
 )
 from dynamo.refit.worker import agent as agent_module
-from tests.support.fake_replica import EPOCH, WORKER, Bench, abort, commit, refusal
+from tests.support.fake_replica import (
+    EPOCH,
+    WORKER,
+    Bench,
+    abort,
+    commit,
+    refusal,
+    weights_of,
+)
 from tests.support.fake_replica import until as happens
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -349,16 +357,39 @@ async def test_a_joiner_whose_commit_fails_is_not_admitted() -> None:
 
 async def test_the_coordinator_admits_start_up_weights() -> None:
     bench = Bench(admitted=False)
-    assert await bench.agent.answer(Admit(epoch=EPOCH)) == Done()
+    assert await bench.agent.answer(Admit(model="tiny", epoch=EPOCH)) == Done()
     assert bench.agent.status().admitted
     with pytest.raises(StaleEpoch):
-        await bench.agent.answer(Admit(epoch=EPOCH - 1))
+        await bench.agent.answer(Admit(model="tiny", epoch=EPOCH - 1))
+
+
+def fence(version: int, reason: str = "-", weights: str | None = None) -> Fence:
+    return Fence(
+        model="tiny",
+        epoch=EPOCH,
+        version=version,
+        weights=weights or weights_of(version),
+        reason=reason,
+    )
+
+
+async def test_a_worker_is_not_fenced_for_the_version_that_it_serves(
+    bench: Bench,
+) -> None:
+    """The reply to its commit was lost, and the coordinator believes the worst."""
+    await bench.committed(5)
+    with pytest.raises(RefitError, match="version 5 is what is served here"):
+        await bench.agent.answer(fence(5))
+    bench.assert_serving(5)
+    # What it has is not what the fleet serves under that number.
+    assert await bench.agent.answer(fence(5, weights="others")) == Done()
+    assert bench.agent.status().phase == "fenced"
 
 
 async def test_a_fence_lets_running_requests_end_and_then_leaves(bench: Bench) -> None:
     await bench.committed(5)
     bench.engine.running = 2
-    reply = await bench.agent.answer(Fence(epoch=EPOCH, version=6, reason="no memory"))
+    reply = await bench.agent.answer(fence(6, "no memory"))
     assert reply == Done()
     [event] = [e for e in bench.events if isinstance(e, WorkerFenced)]
     assert (event.worker, event.version) == (WORKER, 6)
@@ -375,7 +406,7 @@ async def test_a_fence_lets_running_requests_end_and_then_leaves(bench: Bench) -
 async def test_no_fence_in_the_middle_of_a_commit(bench: Bench) -> None:
     going = await bench.committing(5)
     with pytest.raises(RefitError, match="being committed"):
-        await bench.agent.answer(Fence(epoch=EPOCH, version=5, reason="slow"))
+        await bench.agent.answer(fence(5, "slow"))
     bench.engine.may_install.set()
     assert isinstance(await going, Committed)
 
@@ -387,3 +418,17 @@ async def answer_or_refusal(bench: Bench, request: Any) -> Any:
         return error
     assert not isinstance(reply, Refused)
     return reply
+
+
+async def test_other_weights_under_the_number_that_is_served_are_installed(
+    bench: Bench,
+) -> None:
+    """A commit of before under that number is not taken for the answer."""
+    await bench.committed(5)
+    for rank in bench.engine.ranks:
+        rank.content = 6
+    await bench.staged(5, weights=weights_of(6), announcement_id="a6")
+    reply = await bench.agent.answer(commit(5))
+    assert isinstance(reply, Committed) and reply.weights == weights_of(6)
+    status = bench.agent.status()
+    assert (status.version, status.weights) == (5, weights_of(6))

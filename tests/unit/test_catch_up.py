@@ -59,6 +59,7 @@ from tests.support.fleet import (
     not_leased,
     of_type,
     prepares,
+    ready,
     serves,
     serves_not,
     vote_refused,
@@ -96,7 +97,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
     )
     what = catch_up(reconciler)
     assert (what.version, what.weights) == (5, "weights-5")
-    assert what.announcement != "a5"
+    assert what.announcement_id != "a5"
     assert asked == SendServe(1, 2, what)
 
     answer = serves(1, 2, what)
@@ -111,7 +112,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
             RefitCompleted(
                 model="tiny",
                 version=5,
-                announcement=what.announcement,
+                announcement_id=what.announcement_id,
                 weights="weights-5",
                 workers=(1, 2),
                 seconds=3.5,
@@ -248,7 +249,7 @@ def test_the_trainer_is_asked_when_no_worker_can_serve() -> None:
     reconciler.handle(serves_not(1, 2, catch_up(reconciler)), 10.0)
     assert reconciler.transaction is None
     actions = reconciler.handle(Tick(), 10.0 + CATCH_UP_SECONDS[0])
-    assert [a.ready.announcement for a in of_type(actions, TakeLease)] == ["a5"]
+    assert [a.ready.announcement_id for a in of_type(actions, TakeLease)] == ["a5"]
     assert reconciler.handle(leased(V5), 12.0) == [SendPrepare(2, replace_policy(V5))]
     # The trainer is gone as well: a worker next time.
     reconciler = done(V5, 1)
@@ -431,3 +432,33 @@ def test_a_fleet_of_fenced_workers_has_completed_nothing() -> None:
     actions = [*reconciler.handle(V5, 1.0), *reconciler.handle(Tick(), 2.0)]
     assert not events(actions, RefitCompleted)
     assert reconciler.completed is None
+
+
+def test_the_same_number_with_other_weights_is_behind() -> None:
+    """A worker that installed 5 was lost; another 5 completed without it."""
+    one_at_a_time = replace(POLICY, max_unavailable=1)
+    reconciler = committing(V5, 1, 2, policy=one_at_a_time)
+    reconciler.handle(commit_refused(1, V5), 3.0)
+    reconciler.handle(fleet(2), 4.0)
+    again = ready(5, "again", weights="weights-5b")
+    reconciler.handle(again, 5.0)
+    reconciler.handle(leased(again), 5.1)
+    reconciler.handle(voted(2, again), 6.0)
+    assert events(reconciler.handle(committed(2, again), 7.0), RefitCompleted)
+    mixed = fleet(member(1, 5), member(2, 5, weights="weights-5b"))
+    actions = reconciler.handle(mixed, 8.0)
+    [started] = events(actions, RefitStarted)
+    assert (started.version, started.workers, started.catch_up) == (5, (1,), True)
+    # It may not read from itself.
+    [serve] = of_type(actions, SendServe)
+    assert (serve.peer, serve.reader) == (2, 1)
+
+
+def test_a_new_coordinator_takes_what_more_workers_have_under_one_number() -> None:
+    other = member(1, 5, weights="others")
+    reconciler = Reconciler("tiny", POLICY)
+    actions = reconciler.handle(fleet(other, member(2, 5), member(3, 5)), 0.0)
+    [started] = events(actions, RefitStarted)
+    assert (started.workers, started.catch_up) == ((1,), True)
+    [serve] = of_type(actions, SendServe)
+    assert (serve.reader, serve.ready.weights) == (1, "weights-5")

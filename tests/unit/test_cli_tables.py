@@ -87,7 +87,7 @@ def test_nobody_is_there_yet() -> None:
 def record(version: int, outcome: str, **about: object) -> RefitRecord:
     return RefitRecord(
         version=version,
-        announcement=f"a{version}",
+        announcement_id=f"a{version}",
         outcome=outcome,
         announced_at=NOW + version,
         **about,

@@ -9,8 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from dynamo.refit.coordinator.actions import CommitAnswered, SendAbort, SendFence, Tick
-from dynamo.refit.coordinator.commit import HOLD_SHARE
+from dynamo.refit.coordinator.actions import (
+    CommitAnswered,
+    SendAbort,
+    SendFence,
+    Tick,
+    Unanswered,
+)
+from dynamo.refit.coordinator.commit import ASK_AGAIN_SECONDS, HOLD_SHARE
 from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.coordinator.upkeep import SAY_AGAIN_SECONDS
@@ -19,6 +25,7 @@ from dynamo.refit.events import (
     RefitCompleted,
     RefitFailed,
     RefitStarted,
+    WeightVersionReady,
     decode,
     encode,
 )
@@ -65,7 +72,7 @@ def test_a_refusal_after_another_worker_has_changed_fences_who_refused() -> None
     assert reconciler.handle(committed(1, V5), 3.0) == []
     assert reconciler.handle(commit_refused(2, V5), 4.0) == []
     fence, *end = reconciler.handle(committed(3, V5), 5.0)
-    assert fence == SendFence(2, 5, str(failure(2)))
+    assert fence == SendFence(2, 5, V5.weights, str(failure(2)))
     assert end == completed(V5, 1, 3, seconds=5.0, excluded=(failure(2),))
     assert reconciler.completed == 5
 
@@ -260,10 +267,11 @@ def test_a_worker_that_must_leave_does_not_hold_up_the_next_version() -> None:
     assert [e.workers for e in events(reconciler.handle(V6, 6.0))] == [(1,)]
 
 
-def test_what_all_were_excluded_for_fits_into_an_event() -> None:
+@pytest.mark.parametrize("character", ["x", "\U0001f4a5"])
+def test_what_all_were_excluded_for_fits_into_an_event(character: str) -> None:
     everyone = range(1, 1001)
     reconciler = committing(V5, *everyone)
-    why = failure(message="x" * MAX_MESSAGE)
+    why = failure(message=character * MAX_MESSAGE)
     for worker in everyone[1:]:
         refused = Refused(failure=why)
         reconciler.handle(CommitAnswered(worker, "a5", refused), 3.0)
@@ -387,6 +395,110 @@ def test_one_that_went_ahead_after_the_others_went_back_is_followed() -> None:
     seen = fleet(member(1, 5), 2, 3)
     [event] = events(reconciler.handle(seen, 3.0), RefitStarted)
     assert (event.version, event.workers, event.catch_up) == (5, (2, 3), True)
+
+
+# --- replies that are lost ----------------------------------------------------
+
+
+def lost(worker: int, announced: WeightVersionReady = V5) -> CommitAnswered:
+    return CommitAnswered(
+        worker, announced.announcement_id, Unanswered(failure(worker))
+    )
+
+
+@pytest.mark.parametrize("policy", [POLICY, ONE_AT_A_TIME, CANARY])
+def test_a_worker_whose_reply_is_lost_is_asked_again(policy: Policy) -> None:
+    reconciler = committing(V5, 1, 2, policy=policy)
+    assert reconciler.handle(lost(1), 3.0) == []
+    again = reconciler.handle(Tick(), 3.0 + ASK_AGAIN_SECONDS)
+    assert again == commits(V5, 1)
+    assert reconciler.handle(Tick(), 4.0) == []
+    # As often as its reply is lost, until its deadline.
+    reconciler.handle(lost(1), 5.0)
+    assert reconciler.handle(Tick(), 6.0) == commits(V5, 1)
+    actions = reconciler.handle(committed(1, V5), 7.0)
+    actions += reconciler.handle(committed(2, V5), 8.0)
+    assert fences(actions) == {}
+    [event] = events(actions, RefitCompleted)
+    assert (event.workers, event.excluded) == ((1, 2), ())
+
+
+@pytest.mark.parametrize("step", ["pause", "install", "resume"])
+def test_a_step_whose_reply_is_lost_is_ordered_again(step: str) -> None:
+    reconciler = barrier_at(step)
+    reconciler.handle(lost(2), 2.1)
+    again = reconciler.handle(Tick(), 2.1 + ASK_AGAIN_SECONDS)
+    assert again == commits(V5, 2, step=step)
+
+
+def test_one_that_cannot_be_reached_is_given_up_at_its_deadline() -> None:
+    reconciler = committing(V5, 1, 2)
+    reconciler.handle(committed(1, V5), 3.0)
+    now = 2.0
+    while now < 1.0 + COMMIT_DEADLINE:
+        now += 1.0
+        assert events(reconciler.handle(lost(2), now)) == []
+    actions = reconciler.handle(Tick(), 3.0 + COMMIT_DEADLINE)
+    assert fences(actions) == {2: 5}
+    [event] = events(actions, RefitCompleted)
+    assert [f.kind for f in event.excluded] == ["NoAnswer"]
+
+
+def test_a_withdrawn_one_is_asked_again_as_it_was() -> None:
+    drain = replace(ONE_AT_A_TIME, in_flight="drain")
+    reconciler = committing(V5, 1, 2, policy=drain)
+    reconciler.handle(lost(1), 3.0)
+    [again] = reconciler.handle(Tick(), 3.0 + ASK_AGAIN_SECONDS)
+    assert (again.worker, again.withdraw) == (1, True)
+
+
+def test_a_status_that_shows_the_version_is_as_good_as_a_reply() -> None:
+    """Rolling: the reply to a commit that succeeded is lost."""
+    reconciler = committing(V5, 1, 2, 3, 4, policy=ONE_AT_A_TIME)
+    reconciler.handle(committed(1, V5), 3.0)
+    seen = fleet(member(1, 5), member(2, 5), 3, 4)
+    assert reconciler.handle(seen, 3.5) == commits(V5, 3)
+    assert reconciler.handle(commit_refused(2, V5), 4.0) == []
+    reconciler.handle(committed(3, V5), 5.0)
+    actions = reconciler.handle(committed(4, V5), 6.0)
+    assert actions == completed(V5, 1, 2, 3, 4, seconds=6.0)
+
+
+def test_at_a_barrier_lost_replies_fence_nobody_who_serves_the_version() -> None:
+    reconciler = barrier_at("resume")
+    reconciler.handle(committed(1, V5), 2.3)
+    actions = reconciler.handle(fleet(*(member(w, 5) for w in (1, 2, 3))), 2.8)
+    for worker in (2, 3):
+        actions += reconciler.handle(commit_refused(worker, V5), 2.9)
+    assert actions == completed(V5, 1, 2, 3, seconds=2.8)
+
+
+def test_one_that_still_commits_is_not_taken_for_changed() -> None:
+    """Its live weights are not proved yet."""
+    reconciler = committing(V5, 1, 2)
+    reconciler.handle(committed(1, V5), 3.0)
+    seen = fleet(member(1, 5), member(2, 5, phase="committing", pending=5))
+    assert reconciler.handle(seen, 4.0) == []
+    assert reconciler.transaction is not None
+
+
+def test_a_fence_ends_when_the_worker_shows_what_it_was_to_be_fenced_for() -> None:
+    reconciler = committing(V5, 1, 2)
+    reconciler.handle(committed(1, V5), 3.0)
+    assert fences(reconciler.handle(Tick(), 3.0 + COMMIT_DEADLINE)) == {2: 5}
+    both = fleet(member(1, 5), member(2, 5))
+    assert reconciler.handle(both, 50.0) == []
+    assert reconciler.handle(Tick(), 60.0) == []
+    # It takes part in what comes next.
+    assert [e.workers for e in events(reconciler.handle(V6, 61.0))] == [(1, 2)]
+
+
+def test_a_fence_goes_on_for_one_that_shows_other_weights_of_that_number() -> None:
+    reconciler = committing(V5, 1, 2)
+    reconciler.handle(committed(1, V5), 3.0)
+    reconciler.handle(Tick(), 3.0 + COMMIT_DEADLINE)
+    other = fleet(member(1, 5), member(2, 5, weights="others"))
+    assert fences(reconciler.handle(other, 50.0)) == {2: 5}
 
 
 # --- some at a time -----------------------------------------------------------

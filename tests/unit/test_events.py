@@ -45,7 +45,13 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 #: A version's fingerprint.
 WEIGHTS = "9f" * 32
 
-STAMP = {"publisher": "coordinator-1", "seq": 9, "epoch": 4, "at": 1753000000.25}
+STAMP = {
+    "sender": "coordinator-1",
+    "sequence": 9,
+    "epoch": 4,
+    "at": 1753000000.25,
+    "mac": b"\0\xff",
+}
 
 FAILURE = Failure(
     kind="TransferFailed",
@@ -81,7 +87,7 @@ VOTE = RankVote(
 READY = WeightVersionReady(
     model="tiny",
     version=5,
-    announcement="a1",
+    announcement_id="a1",
     endpoint="ns.trainer.weights",
     instance=2**53 - 1,
     manifest="0123abcd",
@@ -117,7 +123,7 @@ EVENTS = [
     RefitCompleted(
         model="tiny",
         version=5,
-        announcement="a1",
+        announcement_id="a1",
         weights=WEIGHTS,
         workers=(1, 2),
         seconds=None,
@@ -126,7 +132,11 @@ EVENTS = [
     RefitFailed(version=5, failure=FAILURE, serving=((1, None), (2, 4)), **STAMP),
     RefitSuperseded(version=5, by=6, **STAMP),
     RefitRefused(
-        reason="stale", detail="5 is installed", version=4, announcement="a0", **STAMP
+        reason="stale",
+        detail="5 is installed",
+        version=4,
+        announcement_id="a0",
+        **STAMP,
     ),
     WorkerFenced(worker=1, version=5, failure=FAILURE, **STAMP),
     WorkerJoined(worker=3, version=None, **STAMP),
@@ -142,7 +152,9 @@ EVENTS = [
 
 def changed(event: Any, /, **fields: Any) -> bytes:
     """The event's bytes with ``fields`` set, known to it or not."""
-    return msgspec.msgpack.encode(msgspec.to_builtins(event) | fields)
+    return msgspec.msgpack.encode(
+        msgspec.to_builtins(event, builtin_types=(bytes,)) | fields
+    )
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
@@ -178,15 +190,15 @@ def test_unknown_fields_are_tolerated(event: Any) -> None:
 
 
 def test_missing_optional_fields_have_their_defaults() -> None:
-    fields = msgspec.to_builtins(READY)
+    fields = msgspec.to_builtins(READY, builtin_types=(bytes,))
     for name in (*STAMP, "schema", "in_flight"):
         del fields[name]
     got = decode(msgspec.msgpack.encode(fields))
-    assert (got.publisher, got.seq, got.epoch, got.at) == ("", 0, 0, 0.0)
+    assert (got.sender, got.sequence, got.epoch, got.at) == ("", 0, 0, 0.0)
     assert (got.schema, got.in_flight) == (SCHEMA, None)
 
 
-@pytest.mark.parametrize("schema", [0, SCHEMA + 1, 2**63])
+@pytest.mark.parametrize("schema", [0, 1, SCHEMA + 1, 2**63])
 def test_another_schema_is_refused(schema: int) -> None:
     with pytest.raises(EventRefused, match=f"event schema {schema}, this release"):
         decode(changed(READY, schema=schema))
@@ -203,6 +215,10 @@ def test_another_schema_is_refused(schema: int) -> None:
         (msgspec.msgpack.encode({"version": 1}), "missing required field `event`"),
         (changed(READY, event="Rebooted"), "'Rebooted'"),
         (changed(READY, version="5"), r"Expected `int`, got `str` - at `\$.version`"),
+        (changed(READY, version=-1), r"Expected `int` >= 0 - at `\$.version`"),
+        (changed(READY, version=2**63), r"Expected `int` <= .* - at `\$.version`"),
+        (changed(READY, model="m" * 70_000), r"length <= 1024 - at `\$.model`"),
+        (changed(READY, weights="9" * 257), r"length <= 256 - at `\$.weights`"),
         (changed(READY, in_flight="abort"), r"'abort' - at `\$.in_flight`"),
         (changed(EVENTS[7], reason="bored"), r"'bored' - at `\$.reason`"),
     ],
@@ -225,7 +241,7 @@ def test_malformed_is_refused_with_the_place(payload: bytes, why: str) -> None:
 )
 def test_a_missing_field_is_refused_by_name(event: Any, name: str) -> None:
     """An announcement or an end without its proof is none."""
-    fields = msgspec.to_builtins(event)
+    fields = msgspec.to_builtins(event, builtin_types=(bytes,))
     del fields[name]
     with pytest.raises(EventRefused, match=f"missing required field `{name}`"):
         decode(msgspec.msgpack.encode(fields))

@@ -158,7 +158,7 @@ def test_how_far_a_refit_had_come() -> None:
         RefitCompleted(
             model="tiny",
             version=5,
-            announcement="a5",
+            announcement_id="a5",
             weights="w",
             workers=(1, 2),
             seconds=50.0,

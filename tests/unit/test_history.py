@@ -65,7 +65,7 @@ def test_a_version_is_under_way_and_then_completed() -> None:
     life = Life(1, 2)
     life.hear(10.0, V5, V5, leased(V5), *votes(V5, 1, 2))
     record = RefitRecord(
-        version=5, announcement="a5", outcome="under way", announced_at=EPOCH + 10.0
+        version=5, announcement_id="a5", outcome="under way", announced_at=EPOCH + 10.0
     )
     assert life.records == [record]
 
@@ -126,7 +126,7 @@ def test_a_catch_up_changes_no_record() -> None:
     event = RefitCompleted(
         model="tiny",
         version=5,
-        announcement="a5",
+        announcement_id="a5",
         weights=V5.weights,
         workers=(1, 2),
         seconds=1.0,
@@ -140,7 +140,7 @@ def test_only_the_last_hundred_are_kept() -> None:
     history = RefitHistory(EPOCH)
     for version in range(KEPT + 7):
         refused = RefitRefused(
-            reason="stale", detail="-", version=version, announcement=f"a{version}"
+            reason="stale", detail="-", version=version, announcement_id=f"a{version}"
         )
         history.hear(Tick(), [Publish(refused)], None, EPOCH)
     assert [r.version for r in history.view().records] == list(range(7, KEPT + 7))
@@ -154,7 +154,7 @@ def test_what_is_no_version_is_not_kept() -> None:
 
 
 def test_how_far_workers_are_behind() -> None:
-    life = Life(1)
+    life = Life(member(1, 4))
     life.hear(10.0, V5, not_leased(V5))
     life.hear(12.0, ready(3))
     life.hear(15.0, V6, leased(V6))
@@ -164,6 +164,18 @@ def test_how_far_workers_are_behind() -> None:
     # A refused version is nobody's lag.
     assert [m.behind for m in placed] == [2, 1, 0]
     assert [m.behind_seconds for m in placed] == [6.0, 1.0, 0.0]
+
+
+def test_nobody_is_behind_a_failed_number_that_was_a_mistake() -> None:
+    typo = ready(4_200_000)
+    life = Life(1)
+    life.hear(10.0, V5, leased(V5), *votes(V5, 1), committed(1, V5))
+    life.hear(12.0, typo, not_leased(typo))
+    (waits,) = life.history.place([member(1, 5)], EPOCH + 13.0)
+    assert (waits.behind, waits.behind_seconds) == (1, 1.0)
+    life.hear(15.0, V6, leased(V6), *votes(V6, 1), committed(1, V6))
+    (placed,) = life.history.place([member(1, 6)], EPOCH + 16.0)
+    assert (placed.behind, placed.behind_seconds) == (0, 0.0)
 
 
 def test_after_a_restart_the_others_show_it_but_not_since_when() -> None:

@@ -190,7 +190,7 @@ def completed(version: int = 1, **changes: Any) -> RefitCompleted:
     fields = {
         "model": "tiny",
         "version": version,
-        "announcement": f"a{version}",
+        "announcement_id": f"a{version}",
         "weights": "w",
         "workers": (7,),
         "seconds": 0.8,

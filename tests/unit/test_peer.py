@@ -88,7 +88,9 @@ class FakeRanks:
         tensors = TENSORS + np.uint64(version)
         weights = version_fingerprint(tensors)
         self.versions.append(HeldVersion(version, weights, encoded, tensors))
-        return ServeWeights(version=version, weights=weights, epoch=1, seconds=30.0)
+        return ServeWeights(
+            model="tiny", version=version, weights=weights, epoch=1, seconds=30.0
+        )
 
     def held(self, version: int, weights: str) -> HeldVersion:
         for held in self.versions:
@@ -136,7 +138,12 @@ def manifest_of(there: PeerSource, served: WeightsServed) -> Manifest:
 
 
 def ended(there: PeerSource, served: WeightsServed) -> ReleaseLease:
-    return ReleaseLease(announcement=served.announcement, outcome="completed")
+    return ReleaseLease(
+        model="tiny",
+        epoch=1,
+        announcement_id=served.announcement_id,
+        outcome="completed",
+    )
 
 
 async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> None:
@@ -156,7 +163,7 @@ async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> Non
     assert both == [(0, 0, 0, ((0, 5),)), (1, 0, 0, ((0, 5),))]
     assert manifest.sources == (source(0), source(1))
     assert served.slot == 0
-    reply = there.fingerprints(GetFingerprints(announcement=served.announcement))
+    reply = there.fingerprints(GetFingerprints(announcement_id=served.announcement_id))
     parts = np.frombuffer(reply.payload, dtype="<u8")
     assert version_fingerprint(parts) == request.weights
 
@@ -273,7 +280,7 @@ async def test_a_rank_that_refuses(ranks: FakeRanks, there: PeerSource) -> None:
     with pytest.raises(RanksFailed):
         await there.serve(request)
     assert ranks.withdrawn == [1]
-    assert there.fingerprints(GetFingerprints(announcement=served.announcement))
+    assert there.fingerprints(GetFingerprints(announcement_id=served.announcement_id))
 
 
 async def test_each_version_ends_with_its_last_reader(
@@ -283,7 +290,7 @@ async def test_each_version_ends_with_its_last_reader(
     one, two, three = await asyncio.gather(
         there.serve(requests[0]), there.serve(requests[0]), there.serve(requests[1])
     )
-    assert len({one.announcement, two.announcement, three.announcement}) == 3
+    assert len({one.announcement_id, two.announcement_id, three.announcement_id}) == 3
     assert await there.release(ended(there, one)) == Done()
     assert ranks.withdrawn == []
     await there.release(ended(there, one))
@@ -300,7 +307,7 @@ async def test_a_lease_ends_by_itself(ranks: FakeRanks, there: PeerSource) -> No
     late, reader = await there.serve(short), await there.serve(request)
     await asyncio.sleep(0.1)
     with pytest.raises(SourceLost, match="has ended here"):
-        there.fingerprints(GetFingerprints(announcement=late.announcement))
+        there.fingerprints(GetFingerprints(announcement_id=late.announcement_id))
     await there.release(ended(there, reader))
     assert ranks.withdrawn == [1]
 
@@ -309,15 +316,17 @@ async def test_a_version_that_was_given_up(ranks: FakeRanks, there: PeerSource) 
     served = await there.serve(ranks.hold(1))
     ranks.versions.clear()
     with pytest.raises(PeerUnsuitable, match="not held here"):
-        there.fingerprints(GetFingerprints(announcement=served.announcement))
+        there.fingerprints(GetFingerprints(announcement_id=served.announcement_id))
 
 
 async def test_what_nobody_was_promised(ranks: FakeRanks, there: PeerSource) -> None:
     with pytest.raises(SourceLost, match="no manifest abc is served here"):
         there.manifest(GetManifest(manifest="abc"))
     with pytest.raises(SourceLost):
-        there.fingerprints(GetFingerprints(announcement="never"))
-    done = await there.release(ReleaseLease(announcement="never", outcome="failed"))
+        there.fingerprints(GetFingerprints(announcement_id="never"))
+    done = await there.release(
+        ReleaseLease(model="tiny", epoch=1, announcement_id="never", outcome="failed")
+    )
     assert done == Done()
     assert ranks.withdrawn == []
 
@@ -340,6 +349,6 @@ async def test_the_next_version_ends_every_lease() -> None:
     assert sorted(ranks.withdrawn) == [5, 6]
     for lease in leases:
         with pytest.raises(SourceLost):
-            source.fingerprints(GetFingerprints(announcement=lease.announcement))
+            source.fingerprints(GetFingerprints(announcement_id=lease.announcement_id))
     await source.end()
     assert sorted(ranks.withdrawn) == [5, 6]

@@ -115,12 +115,12 @@ class Job:
         )
         return self.group.take_slot(request, self.now)
 
-    def wrote(self, rank: int, announcement: str, *values: int) -> None:
+    def wrote(self, rank: int, announcement_id: str, *values: int) -> None:
         blocks = self.parts[rank].blocks
         values = values or tuple(range(rank + 1, rank + 1 + blocks))
         request = Written(
             member=self.names[rank],
-            announcement=announcement,
+            announcement_id=announcement_id,
             fingerprints=np.array(values, dtype="<u8").tobytes(),
         )
         self.group.written(request, self.now)
@@ -128,21 +128,26 @@ class Job:
     def publish(self, version: int) -> str:
         """By all ranks; returns the announcement."""
         taken = {
-            self.take(rank, version).announcement for rank in range(len(self.parts))
+            self.take(rank, version).announcement_id for rank in range(len(self.parts))
         }
         (name,) = taken
         for rank in range(len(self.parts)):
             self.wrote(rank, name)
         return name
 
-    def end(self, rank: int, announcement: str) -> Released | None:
-        return self.group.end_of(self.names[rank], announcement)
+    def end(self, rank: int, announcement_id: str) -> Released | None:
+        return self.group.end_of(self.names[rank], announcement_id)
 
-    def lease(self, announcement: str, seconds: float = 10.0) -> None:
-        self.group.log.acquire(announcement, seconds, self.now)
+    def lease(
+        self, announcement_id: str, seconds: float = 10.0, epoch: int = 1
+    ) -> None:
+        self.group.log.acquire(announcement_id, epoch, seconds, self.now)
 
-    def release(self, announcement: str, outcome: str = "completed") -> None:
-        self.group.log.release(announcement, outcome, "so it went", self.now)
+    def release(
+        self, announcement_id: str, outcome: str = "completed", epoch: int = 1
+    ) -> None:
+        log, detail = self.group.log, "so it went"
+        log.release(announcement_id, epoch, outcome, detail, self.now)
 
 
 @pytest.fixture
@@ -260,7 +265,7 @@ def test_settings_must_be_alike() -> None:
 
 def test_a_restarted_rank_ends_what_is_out(job: Job) -> None:
     ready = job.publish(1)
-    half = job.take(0, 2).announcement
+    half = job.take(0, 2).announcement_id
     zombie = job.names[1]
     before = job.group.merged.manifest
     job.parts = (UPPER, part(tensor("w", (3, 4)), agent="lower again"))
@@ -275,7 +280,7 @@ def test_a_restarted_rank_ends_what_is_out(job: Job) -> None:
     with pytest.raises(SourceLost, match="another process has joined"):
         job.group.missing(zombie)
     third = job.publish(3)
-    assert [p.announcement for p in job.group.log.to_announce()] == [third]
+    assert [p.announcement_id for p in job.group.log.to_announce()] == [third]
 
 
 def test_a_restarted_rank_that_does_not_fit_leaves_the_others_alone(job: Job) -> None:
@@ -312,7 +317,7 @@ def test_a_rank_that_leaves_takes_its_memory_along(job: Job) -> None:
     assert job.end(0, name).detail == "trainer rank 1 was closed"
     with pytest.raises(SourceLost):
         job.lease(name)
-    later = job.take(0, 2).announcement
+    later = job.take(0, 2).announcement_id
     job.wrote(0, later)
     job.restart(1)
     assert job.end(0, later).outcome == "failed"
@@ -345,10 +350,10 @@ def test_a_slow_rank_takes_part_in_what_the_others_have_left(job: Job) -> None:
     ahead = [job.take(0, version) for version in (1, 2, 3)]
     behind = [job.take(1, version) for version in (1, 2, 3)]
     assert behind == ahead
-    job.wrote(1, behind[0].announcement)
-    job.wrote(0, ahead[0].announcement)
+    job.wrote(1, behind[0].announcement_id)
+    job.wrote(0, ahead[0].announcement_id)
     assert job.group.log.to_announce() == []
-    assert job.end(1, behind[0].announcement).detail == (
+    assert job.end(1, behind[0].announcement_id).detail == (
         "its buffer was taken for version 3"
     )
 
@@ -406,7 +411,7 @@ def test_old_publications_are_forgotten(job: Job) -> None:
 
 
 def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
-    name = job.take(0, 7).announcement
+    name = job.take(0, 7).announcement_id
     job.take(1, 7)
     job.wrote(1, name, 2**63)
     job.wrote(1, name, 2**63)
@@ -416,7 +421,7 @@ def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
     job.wrote(0, name, 2**63 + 5)
     (ready,) = job.group.log.to_announce()
     totals = np.array([5], dtype="<u8")
-    assert (ready.version, ready.announcement) == (7, name)
+    assert (ready.version, ready.announcement_id) == (7, name)
     assert ready.weights == version_fingerprint(totals)
     assert job.group.log.readable(name).fingerprints == totals.tobytes()
     assert ready.in_flight == "continue"  # rank 0's, though rank 1 came first
@@ -426,13 +431,13 @@ def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
 
 
 def repeated(job: Job) -> list[str]:
-    return [p.announcement for p in job.group.log.to_repeat(job.now)]
+    return [p.announcement_id for p in job.group.log.to_repeat(job.now)]
 
 
 def test_the_newest_is_announced_again_and_what_somebody_has_leased(job: Job) -> None:
     first, second = job.publish(1), job.publish(2)
     ready = job.group.log.to_announce()
-    assert [p.announcement for p in ready] == [first, second]
+    assert [p.announcement_id for p in ready] == [first, second]
     assert repeated(job) == [second]
     job.lease(first, seconds=10)
     assert repeated(job) == [first, second]
@@ -493,14 +498,14 @@ def test_a_refused_one_says_nothing_about_those_before_it(job: Job) -> None:
 
 
 def test_a_report_of_another_size_is_refused(job: Job) -> None:
-    name = job.take(0, 1).announcement
+    name = job.take(0, 1).announcement_id
     with pytest.raises(ManifestInvalid, match="rank 0 reports 2 fingerprints of 1"):
         job.wrote(0, name, 1, 2)
 
 
 def test_a_rank_that_does_not_write_is_named_in_time(job: Job) -> None:
     job.now = 100.0
-    name = job.take(0, 1).announcement
+    name = job.take(0, 1).announcement_id
     job.wrote(0, name)
     job.now += READY_SECONDS - 1
     assert not job.group.expire(job.now)
@@ -516,10 +521,10 @@ def test_a_rank_that_does_not_write_is_named_in_time(job: Job) -> None:
 
 
 def test_a_failed_write_ends_it_for_every_rank(job: Job) -> None:
-    name = job.take(0, 1).announcement
+    name = job.take(0, 1).announcement_id
     job.take(1, 1)
     error = PointerMoved("moved", tensor="w", rank=1)
-    failed = WriteFailed(member=job.names[1], announcement=name, failure=None)
+    failed = WriteFailed(member=job.names[1], announcement_id=name, failure=None)
     job.group.write_failed(failed, error, job.now)
     job.wrote(0, name)
     for rank in (0, 1, 0):
@@ -531,7 +536,7 @@ def test_replicas_that_differ_are_not_announced() -> None:
     whole = part(tensor("w", (0, 4)))
     job = Job(whole, whole)
     job.join(0), job.join(1)
-    name = job.take(0, 1).announcement
+    name = job.take(0, 1).announcement_id
     job.take(1, 1)
     job.wrote(0, name, 1)
     job.wrote(1, name, 2)
@@ -644,9 +649,9 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
         assert job.take(rank, versions[rank], again=True) == taken
         for name in leased:
             assert held[rank].get(taken.slot) != name, "a leased slot is overwritten"
-        held[rank][taken.slot] = taken.announcement
-        reports[rank].append(taken.announcement)
-        known.append(taken.announcement)
+        held[rank][taken.slot] = taken.announcement_id
+        reports[rank].append(taken.announcement_id)
+        known.append(taken.announcement_id)
 
     for step, rank, which in steps:
         if step == "publish":
@@ -676,3 +681,38 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
             name = sorted(leased)[0]
             leased.discard(name)
             job.release(name)
+
+
+# --- two coordinators -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["failed", "superseded", "refused"])
+def test_an_older_coordinator_ends_nothing_under_a_newer_one_that_reads(
+    job: Job, outcome: str
+) -> None:
+    """As in a rolling update of its pod: both hear the announcement."""
+    name = job.publish(5)
+    job.lease(name, epoch=100)
+    job.lease(name, epoch=200)
+    job.release(name, outcome, epoch=100)
+    assert job.end(0, name) is None
+    assert job.group.log.find(name).leased(job.now)
+    job.release(name, "completed", epoch=200)
+    assert job.end(0, name).outcome == "completed"
+
+
+def test_one_that_never_had_a_lease_ends_nothing_either(job: Job) -> None:
+    name = job.publish(5)
+    job.lease(name, epoch=200)
+    job.release(name, "failed", epoch=100)
+    assert job.end(0, name) is None
+
+
+def test_a_newer_coordinator_s_word_ends_a_killed_one_s_lease(job: Job) -> None:
+    """Nobody would give it back for minutes."""
+    name = job.publish(5)
+    job.lease(name, seconds=500, epoch=100)
+    job.lease(name, epoch=200)
+    job.release(name, "completed", epoch=200)
+    assert job.end(0, name).outcome == "completed"
+    assert not job.group.log.find(name).leased(job.now)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynamo.refit.coordinator.actions import (
+    Action,
     GiveBackLease,
     LeaseTaken,
     Publish,
@@ -23,7 +24,7 @@ from dynamo.refit.coordinator.announcements import REMEMBERED
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.errors import Failure
-from dynamo.refit.events import RefitFailed, RefitRefused, WorkerJoined
+from dynamo.refit.events import RefitCompleted, RefitFailed, RefitRefused, WorkerJoined
 from dynamo.refit.protocol import FleetMember
 from tests.support.fleet import (
     POLICY,
@@ -150,7 +151,7 @@ def test_the_time_that_is_told_begins_with_the_announcement() -> None:
 def test_a_number_that_is_served_with_other_weights_is_refused() -> None:
     reconciler = Reconciler("tiny", POLICY)
     reconciler.handle(fleet(member(1, version=5), member(2)), 0.0)
-    other = ready(5, announcement="again", weights="others")
+    other = ready(5, announcement_id="again", weights="others")
     refused, release = reconciler.handle(other, 1.0)
     assert isinstance(refused, Publish) and isinstance(refused.event, RefitRefused)
     assert refused.event.reason == "stale"
@@ -214,7 +215,7 @@ def test_an_unknown_model_is_refused_and_released() -> None:
     [event] = events(actions)
     assert isinstance(event, RefitRefused)
     assert (event.reason, event.version) == ("unknown_model", 5)
-    assert (event.announcement, "'tiny'" in event.detail) == ("a5", True)
+    assert (event.announcement_id, "'tiny'" in event.detail) == ("a5", True)
     detail = event.detail
     assert actions[1:] == [
         GiveBackLease(ready(5, model="huge"), "refused", detail),
@@ -271,6 +272,82 @@ def test_an_old_announcement_is_refused_when_the_first_workers_are_newer() -> No
     assert [event.reason for event in refused] == ["stale"]
     [release] = [a for a in actions if isinstance(a, GiveBackLease)]
     assert (release.ready, release.outcome) == (V5, "refused")
+
+
+# --- numbers -------------------------------------------------------------------
+
+
+def refusals(actions: list[Action]) -> list[str]:
+    return [event.reason for event in events(actions, RefitRefused)]
+
+
+@pytest.mark.parametrize("end", ["not leased", "not staged", "not committed"])
+def test_a_failed_number_blocks_none_that_is_above_what_is_served(end: str) -> None:
+    typo = ready(4_200_000)
+    if end == "not leased":
+        reconciler = new(member(1, 5))
+        reconciler.handle(typo, 1.0)
+        actions = reconciler.handle(not_leased(typo), 2.0)
+    elif end == "not staged":
+        reconciler = preparing(typo, member(1, 5))
+        actions = reconciler.handle(vote_refused(1, typo), 2.0)
+    else:
+        reconciler = committing(typo, member(1, 5))
+        actions = reconciler.handle(commit_refused(1, typo), 3.0)
+    assert events(actions, RefitFailed)
+    # While the trainer has not heard it, it is told again.
+    assert of_type(reconciler.handle(typo, 4.0), GiveBackLease)
+    assert reconciler.handle(V6, 5.0) == started(V6, 1)
+    reconciler.handle(leased(V6), 6.0)
+    reconciler.handle(voted(1, V6), 7.0)
+    assert events(reconciler.handle(committed(1, V6), 8.0), RefitCompleted)
+    assert refusals(reconciler.handle(ready(5, "older"), 9.0)) == ["stale"]
+    # The same number, and it is meant this time.
+    assert reconciler.handle(ready(4_200_000, "again"), 10.0) == started(
+        ready(4_200_000, "again"), 1
+    )
+
+
+def test_a_failed_number_may_be_used_again_with_other_weights() -> None:
+    reconciler = new(member(1, 5))
+    reconciler.handle(V6, 1.0)
+    reconciler.handle(not_leased(V6), 2.0)
+    again = ready(6, "again", weights="others")
+    assert reconciler.handle(again, 3.0) == started(again, 1)
+
+
+def test_what_was_served_is_not_forgotten_with_the_worker_that_served_it() -> None:
+    reconciler = done(V6, 1)
+    reconciler.handle(fleet(), 4.0)
+    reconciler.handle(fleet(2), 5.0)
+    assert refusals(reconciler.handle(V5, 6.0)) == ["stale"]
+
+
+def test_a_version_that_waits_for_a_commit_makes_older_ones_stale() -> None:
+    reconciler = committing(V5, 1)
+    reconciler.handle(V7, 3.0)
+    assert refusals(reconciler.handle(V6, 4.0)) == ["stale"]
+
+
+@pytest.mark.parametrize("number", [-1, -(2**63), 2**63])
+@pytest.mark.parametrize("served", [None, 0, 4])
+def test_a_number_out_of_range_is_refused_whatever_is_served(
+    number: int, served: int | None
+) -> None:
+    reconciler = new(member(1, served))
+    actions = reconciler.handle(ready(number), 1.0)
+    [event] = events(actions)
+    assert isinstance(event, RefitRefused)
+    assert (event.reason, event.version) == ("malformed_event", number)
+    assert "2**63 - 1" in event.detail
+    assert [a.outcome for a in of_type(actions, GiveBackLease)] == ["refused"]
+    assert reconciler.completed == served
+
+
+def test_zero_is_a_version() -> None:
+    reconciler = new(member(1, 0))
+    assert reconciler.handle(ready(1), 1.0) == started(ready(1), 1)
+    assert refusals(reconciler.handle(ready(0, "older"), 2.0)) == ["stale"]
 
 
 def test_how_it_ended_is_remembered_however_many_others_are_refused() -> None:

@@ -34,7 +34,7 @@ from tests.support.fleet import (
     voted,
     voted_for_others,
 )
-from tests.support.simulated_fleet import Call, SimulatedFleet, refused
+from tests.support.simulated_fleet import Call, SimulatedFleet
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -167,7 +167,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.fleet.carry_out(call, self.now)
         else:
             self.fleet.calls.remove(call)
-        answer = call.answer(refused("WorkerLost", call.worker))
+        answer = call.no_answer()
         if heard and answer is not None:
             self.replies.append(answer)
 
@@ -238,7 +238,7 @@ class AnyOrder(RuleBasedStateMachine):
         self._announce(max((a.version for a in self.announced), default=0) + 1)
         self._everything_ends()
         last = self.announced[-1]
-        assert self.watch.outcomes[last.announcement] == "completed"
+        assert self.watch.outcomes[last.announcement_id] == "completed"
         for worker in self.fleet.workers.values():
             assert worker.phase == "serving"
             assert (worker.version, worker.weights) == (last.version, last.weights)

@@ -46,10 +46,12 @@ def test_every_event_and_all_of_its_fields_are_on_the_page() -> None:
         section = section.partition("\n## ")[0]
         own = set(kind.__struct_fields__) - {
             "schema",
-            "publisher",
-            "seq",
+            "model",
+            "sender",
+            "sequence",
             "epoch",
             "at",
+            "mac",
         }
         assert all(f"| `{field}` |" in section for field in own), kind
 
@@ -60,7 +62,7 @@ def test_every_event_and_all_of_its_fields_are_on_the_page() -> None:
         RefitCompleted(
             model="m",
             version=3,
-            announcement="a",
+            announcement_id="a",
             weights="w",
             workers=(7, 8),
             seconds=None,

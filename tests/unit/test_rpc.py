@@ -20,6 +20,7 @@ from dynamo.refit.errors import Fenced, LayoutRefused, RefitError
 from dynamo.refit.protocol import (
     Abort,
     Aborted,
+    Command,
     CoordinatorReply,
     CoordinatorRequest,
     GetStatus,
@@ -44,7 +45,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 MESSAGES = [
     kind
     for _, kind in inspect.getmembers(protocol, inspect.isclass)
-    if issubclass(kind, Message) and kind is not Message
+    if issubclass(kind, Message) and kind not in (Message, Command)
 ]
 UNIONS = (
     WorkerRequest,
@@ -58,7 +59,8 @@ UNIONS = (
 )
 
 PREPARE = Prepare(
-    announcement="a1",
+    model="tiny",
+    announcement_id="a1",
     weights="w1",
     version=5,
     epoch=1753000000123,
@@ -75,8 +77,9 @@ PREPARE = Prepare(
 def any_value(kind: shape.Type) -> st.SearchStrategy:
     """Values of a field's type; fails by name on a type that is new here."""
     match kind:
-        case shape.IntType():
-            return st.integers(-(2**63), 2**64 - 1)
+        case shape.IntType(ge=least, le=most):
+            least, most = (-(2**63), 2**64 - 1) if least is None else (least, most)
+            return st.integers(least, most)
         case shape.FloatType():
             return st.floats(allow_nan=False, allow_infinity=False)
         case shape.StrType():
@@ -156,7 +159,10 @@ def changed(**fields: Any) -> dict[str, Any]:
         (changed(type="Vote"), "Vote"),
         (changed(version="5"), r"Expected `int`, got `str` - at `\$.version`"),
         (changed(version=None), r"got `null` - at `\$.version`"),
-        ({"type": "Abort", "version": 5}, "missing required field `epoch`"),
+        (
+            {"type": "Abort", "model": "m", "version": 5},
+            "missing required field `epoch`",
+        ),
         ({}, "missing required field `type`"),
         ([], "Expected `object`"),
         (None, "Expected `object`"),
@@ -190,7 +196,7 @@ async def test_one_request_gets_one_reply() -> None:
         asked.append(request)
         return Aborted(version=request.version)
 
-    request = Abort(version=5, epoch=3, reason="superseded")
+    request = Abort(model="tiny", version=5, epoch=3, reason="superseded")
     assert await replies_of(answer, over_json(request)) == [Aborted(version=5)]
     assert asked == [request]
 

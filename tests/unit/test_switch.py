@@ -314,7 +314,9 @@ async def test_a_commit_between_steps_cannot_be_aborted(bench: Bench) -> None:
     task = asyncio.create_task(bench.agent.answer(commit(5)))
     await until(lambda: bench.engine.steps == ["install"])
     with pytest.raises(RefitError, match="is being committed"):
-        await bench.agent.answer(Abort(version=5, epoch=EPOCH, reason="late"))
+        await bench.agent.answer(
+            Abort(model="tiny", version=5, epoch=EPOCH, reason="late")
+        )
     task.cancel()
     bench.engine.may_install.set()
     await until(lambda: bench.engine.steps == IN_STEP)

@@ -88,7 +88,7 @@ STARTED = RefitStarted(model="tiny", version=8, workers=(A, B))
 COMPLETED = RefitCompleted(
     model="tiny",
     version=8,
-    announcement="a8",
+    announcement_id="a8",
     weights="9f",
     workers=(A, B),
     seconds=3.25,

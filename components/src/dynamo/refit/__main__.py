@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 
 import uvloop
 from dynamo.runtime import DistributedRuntime, dynamo_worker
@@ -14,6 +15,7 @@ from dynamo.runtime.logging import configure_dynamo_logging
 
 from dynamo.refit.args import CoordinatorConfig, parse_args
 from dynamo.refit.coordinator.component import coordinate
+from dynamo.refit.errors import RefitError
 
 configure_dynamo_logging()
 logger = logging.getLogger(__name__)
@@ -36,7 +38,24 @@ async def worker(runtime: DistributedRuntime, config: CoordinatorConfig) -> None
 
 
 def main() -> None:
-    uvloop.run(worker(parse_args()))
+    """An error of this package is one line, and exit code 1."""
+    try:
+        uvloop.run(worker(parse_args()))
+    except* RefitError as errors:
+        for error in flatten(errors):
+            logger.error("refit coordinator: ends: %s: %s", type(error).__name__, error)
+        sys.exit(1)
+
+
+def flatten(errors: BaseExceptionGroup) -> list[BaseException]:
+    """The errors in a group and in the groups that it holds."""
+    return [
+        error
+        for found in errors.exceptions
+        for error in (
+            flatten(found) if isinstance(found, BaseExceptionGroup) else [found]
+        )
+    ]
 
 
 if __name__ == "__main__":

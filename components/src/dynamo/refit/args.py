@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         "DYN_REFIT_MODEL",
         None,
-        "served model name; by default what the workers serve",
+        "served model name; by default that of the first workers",
     )
     _add(
         parser,

@@ -86,16 +86,19 @@ Item = AnyEvent | RejectedPayload
 class EventPublisher:
     """Publishes events on one endpoint, from the thread of one event loop.
 
-    ``seq`` starts at 1 with every ``EventPublisher``, so ``publisher`` should name
+    ``sequence`` starts at 1 with every ``EventPublisher``, so ``sender`` should name
     one life of a process: else receivers take its next life's events for repeats.
     ``async with`` starts and closes it.
     """
 
-    def __init__(self, endpoint: Endpoint, publisher: str, epoch: int = 0) -> None:
+    def __init__(
+        self, endpoint: Endpoint, sender: str, epoch: int = 0, model: str = ""
+    ) -> None:
         self._endpoint = endpoint
-        self._publisher = publisher
+        self._sender = sender
+        self._model = model
         self._epoch = epoch
-        self._seq = 0
+        self._sequence = 0
         self._published_at = float("-inf")
         self._connected = False
         self._context: zmq.Context | None = None
@@ -137,7 +140,7 @@ class EventPublisher:
         while not socket.poll(0):
             if time.monotonic() > deadline:
                 raise EventPlaneUnavailable(
-                    f"the event relay of {self._publisher} has not subscribed within "
+                    f"the event relay of {self._sender} has not subscribed within "
                     f"{RELAY_SECONDS} s: look for 'FPM relay' in the log"
                 )
             await asyncio.sleep(0.002)
@@ -147,24 +150,25 @@ class EventPublisher:
         """Stamp ``event`` and send it; does not block. Returns it as sent.
 
         Raises:
-            EventRefused: it is too large; no ``seq`` is used up.
+            EventRefused: it is too large; no ``sequence`` is used up.
             EventPlaneUnavailable: the publisher is not started, or is closed.
         """
         if not self._connected:
             raise EventPlaneUnavailable(
-                f"publisher {self._publisher} is not started, or is closed"
+                f"publisher {self._sender} is not started, or is closed"
             )
         stamped = msgspec.structs.replace(
             event,
-            publisher=self._publisher,
-            seq=self._seq + 1,
+            model=event.model or self._model,
+            sender=self._sender,
+            sequence=self._sequence + 1,
             epoch=self._epoch,
             at=time.time(),
         )
         payload = encode(stamped)
         # The relay drops everything that has not exactly these three frames.
-        self._socket.send_multipart([b"", stamped.seq.to_bytes(8, "big"), payload])
-        self._seq = stamped.seq
+        self._socket.send_multipart([b"", stamped.sequence.to_bytes(8, "big"), payload])
+        self._sequence = stamped.sequence
         self._published_at = time.monotonic()
         return stamped
 

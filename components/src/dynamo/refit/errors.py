@@ -126,6 +126,10 @@ class StaleEpoch(RefitError):
     """A command of a coordinator that a newer one has replaced."""
 
 
+class OtherModel(RefitError):
+    """A command for the workers of another model."""
+
+
 class OutOfStep(RefitError):
     """A rank answered another request than the one asked: fence the replica."""
 
@@ -162,11 +166,12 @@ def failure_from(
     version: int | None = None,
 ) -> Failure:
     """The :class:`Failure` that carries ``error`` across a process boundary."""
+    tensor = getattr(error, "tensor", None)
     return Failure(
         kind=type(error).__name__,
         message=(str(error) or repr(error))[:MAX_MESSAGE],
         stage=stage,
-        tensor=getattr(error, "tensor", None),
+        tensor=tensor[:MAX_MESSAGE] if tensor is not None else None,
         rank=rank if rank is not None else getattr(error, "rank", None),
         worker=worker,
         version=version,

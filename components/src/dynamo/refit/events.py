@@ -3,13 +3,13 @@
 """The events of a refit: typed, versioned, small.
 
 Events are hints and the state behind them is the truth: each one is safe to
-lose, to repeat and to reorder. The bus stamps ``publisher``, ``seq``, ``epoch``
+lose, to repeat and to reorder. The bus stamps ``sender``, ``sequence``, ``epoch``
 and ``at`` on every event it sends, so that a receiver can tell a gap or a repeat.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,10 +19,11 @@ from dynamo.refit.protocol import (
     InFlightPolicy,
     RankProgress,
     RankVote,
+    Version,
 )
 
 #: Raised when a field changes its meaning; new optional fields do not count.
-SCHEMA = 1
+SCHEMA = 2
 
 #: The NATS event plane refuses payloads above 1 MB; events stay far below.
 MAX_EVENT_BYTES = 256 * 1024
@@ -35,37 +36,50 @@ REFIT_EVENTS = "refit_events"
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     """What every event carries.
 
-    ``seq`` counts the events of one ``publisher``; ``epoch`` is the coordinator's
-    (0 for a publisher that has none); ``at`` is seconds since the Unix epoch.
+    ``model`` is the served model's name (empty: not known yet, or of none);
+    ``sequence`` counts the events of one ``sender``; ``epoch`` is the coordinator's (0
+    for a sender that has none); ``at`` is seconds since the Unix epoch. ``mac`` is the
+    place for a message authentication code: none is made or verified yet.
     """
 
     schema: int = SCHEMA
-    publisher: str = ""
-    seq: int = 0
+    model: str = ""
+    sender: str = ""
+    sequence: int = 0
     epoch: int = 0
     at: float = 0.0
+    mac: bytes = b""
+
+
+#: What others send is bounded where it is read: it is quoted in answers, logs and
+#: further events. Characters of a name and of an identifier or a digest.
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+Identifier = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     """A trainer's version can be read.
 
-    ``announcement`` names one call of ``publish()``: repeats of the event carry
+    ``announcement_id`` names one call of ``publish()``: repeats of the event carry
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
     fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
     ``weights`` is the version's fingerprint: what every worker's bytes must show.
-    ``traceparent`` (W3C) is the trainer's span, if it traces.
+    ``source_version`` is what the version is called where it comes from, if it has a
+    name there: a ModelExpress uid, for instance. ``traceparent`` (W3C) is the trainer's
+    span, if it traces.
     """
 
-    model: str
-    version: int
-    announcement: str
-    endpoint: str
+    model: Name
+    version: Version
+    announcement_id: Identifier
+    endpoint: Name
     instance: int
-    manifest: str
+    manifest: Identifier
     slot: int
-    weights: str
+    weights: Identifier
     in_flight: InFlightPolicy | None = None
-    traceparent: str | None = None
+    source_version: Identifier = ""
+    traceparent: Identifier | None = None
 
 
 class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
@@ -74,7 +88,6 @@ class RefitStarted(Event, frozen=True, kw_only=True, tag=True):
     ``catch_up``: the others serve it already.
     """
 
-    model: str
     version: int
     workers: tuple[int, ...]
     catch_up: bool = False
@@ -125,9 +138,8 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
     installed.
     """
 
-    model: str
     version: int
-    announcement: str
+    announcement_id: str
     weights: str
     workers: tuple[int, ...]
     seconds: float | None
@@ -170,7 +182,7 @@ class RefitRefused(Event, frozen=True, kw_only=True, tag=True):
     reason: RefusalReason
     detail: str
     version: int | None = None
-    announcement: str | None = None
+    announcement_id: str | None = None
 
 
 class WorkerFenced(Event, frozen=True, kw_only=True, tag=True):

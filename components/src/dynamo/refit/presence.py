@@ -41,20 +41,24 @@ class LastingPublisher:
 
     Args:
         topic: the endpoint to publish on.
-        publisher: names this life of the process; later ones are ``<publisher>.1``...
+        sender: names this life of the process; later ones are ``<sender>.1``...
         epoch: on every event.
+        model: on every event that does not name one.
     """
 
-    def __init__(self, topic: Endpoint, publisher: str, epoch: int = 0) -> None:
+    def __init__(
+        self, topic: Endpoint, sender: str, epoch: int = 0, model: str = ""
+    ) -> None:
         self._topic = topic
         self._epoch = epoch
+        self._model = model
         self._names = (
-            publisher + (f".{life}" if life else "") for life in itertools.count()
+            sender + (f".{life}" if life else "") for life in itertools.count()
         )
         self._current = self._next()
 
     def _next(self) -> EventPublisher:
-        return EventPublisher(self._topic, next(self._names), self._epoch)
+        return EventPublisher(self._topic, next(self._names), self._epoch, self._model)
 
     async def start(self) -> None:
         """See :meth:`EventPublisher.start`."""

@@ -15,7 +15,7 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -36,6 +36,11 @@ CommitStep = Literal["all", "pause", "install", "resume"]
 """How far a worker goes on its own: to the end, or to where it waits for the others."""
 
 SessionUse = Literal["cold", "re-addressed", "warm"]
+
+MAX_VERSION = 2**63 - 1
+"""The highest version number; the lowest is 0."""
+
+Version = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
 StagingMode = Literal["device", "host", "direct"]
 """Where a version waits for its commit; see :mod:`dynamo.refit.rank.memory`."""
@@ -153,7 +158,23 @@ class CommitTimings(msgspec.Struct, frozen=True, kw_only=True):
 # --- coordinator to worker --------------------------------------------------
 
 
-class Prepare(Message, frozen=True, kw_only=True, tag=True):
+class Command(Message, frozen=True, kw_only=True):
+    """What a coordinator tells the workers of its ``model``.
+
+    A worker of another model refuses it (:class:`dynamo.refit.errors.OtherModel`), and
+    so does one that has heard of a higher ``epoch``. ``sequence`` counts the commands
+    of one ``sender``, and ``mac`` is the place for a message authentication code: none
+    is made or verified yet.
+    """
+
+    model: str
+    epoch: int
+    sender: str = ""
+    sequence: int = 0
+    mac: bytes = b""
+
+
+class Prepare(Command, frozen=True, kw_only=True, tag=True):
     """Stage ``version`` while serving and vote on it.
 
     The worker reads the manifest with fingerprint ``manifest`` from instance
@@ -165,8 +186,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    epoch: int
-    announcement: str
+    announcement_id: str
     endpoint: str
     instance: int
     manifest: str
@@ -178,7 +198,7 @@ class Prepare(Message, frozen=True, kw_only=True, tag=True):
     traceparent: str | None = None
 
 
-class Commit(Message, frozen=True, kw_only=True, tag=True):
+class Commit(Command, frozen=True, kw_only=True, tag=True):
     """Install the staged ``version``.
 
     With step ``all`` the worker acts alone to the end, and answers ``Committed``. A
@@ -192,7 +212,6 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     """
 
     version: int
-    epoch: int
     in_flight: InFlightPolicy
     step: CommitStep = "all"
     hold_seconds: float = 0.0
@@ -201,30 +220,28 @@ class Commit(Message, frozen=True, kw_only=True, tag=True):
     traceparent: str | None = None
 
 
-class Abort(Message, frozen=True, kw_only=True, tag=True):
+class Abort(Command, frozen=True, kw_only=True, tag=True):
     """Give up ``version``, if it is not being committed for good: a worker that waits
     at a barrier goes back to the old weights."""
 
     version: int
-    epoch: int
     reason: str
 
 
-class Admit(Message, frozen=True, kw_only=True, tag=True):
+class Admit(Command, frozen=True, kw_only=True, tag=True):
     """The weights that the worker has are the fleet's: it may serve."""
 
-    epoch: int
 
+class Fence(Command, frozen=True, kw_only=True, tag=True):
+    """Leave for good: the fleet serves a version, with the fingerprint ``weights``,
+    that this worker could not take. A worker that serves it refuses."""
 
-class Fence(Message, frozen=True, kw_only=True, tag=True):
-    """Leave for good: the fleet serves a version that this worker could not take."""
-
-    epoch: int
     version: int
+    weights: str
     reason: str
 
 
-class ServeWeights(Message, frozen=True, kw_only=True, tag=True):
+class ServeWeights(Command, frozen=True, kw_only=True, tag=True):
     """Let others read ``version``, staged or live here, for at most ``seconds``.
 
     ``weights`` is its fingerprint. A ``ReleaseLease`` for the announcement that is
@@ -234,7 +251,6 @@ class ServeWeights(Message, frozen=True, kw_only=True, tag=True):
 
     version: int
     weights: str
-    epoch: int
     seconds: float
 
 
@@ -280,7 +296,7 @@ class Stepped(Message, frozen=True, kw_only=True, tag=True):
 class WeightsServed(Message, frozen=True, kw_only=True, tag=True):
     """Where the version can be read: as in ``WeightVersionReady``."""
 
-    announcement: str
+    announcement_id: str
     manifest: str
     slot: int
 
@@ -349,7 +365,7 @@ class ManifestReply(Message, frozen=True, kw_only=True, tag=True):
 class GetFingerprints(Message, frozen=True, kw_only=True, tag=True):
     """Send the fingerprint of every tensor of the announced version."""
 
-    announcement: str
+    announcement_id: str
 
 
 class FingerprintsReply(Message, frozen=True, kw_only=True, tag=True):
@@ -359,21 +375,21 @@ class FingerprintsReply(Message, frozen=True, kw_only=True, tag=True):
     payload: bytes
 
 
-class AcquireLease(Message, frozen=True, kw_only=True, tag=True):
-    """Keep the announcement's bytes as they are, for at most ``seconds``."""
+class AcquireLease(Command, frozen=True, kw_only=True, tag=True):
+    """Keep the announcement's bytes as they are, for at most ``seconds``. A coordinator
+    has one lease, which its ``epoch`` names."""
 
-    announcement: str
-    holder: str
+    announcement_id: str
     seconds: float
 
 
 ReleaseOutcome = Literal["completed", "failed", "superseded", "refused"]
 
 
-class ReleaseLease(Message, frozen=True, kw_only=True, tag=True):
-    """Nobody reads the announcement's bytes any more, and how it went."""
+class ReleaseLease(Command, frozen=True, kw_only=True, tag=True):
+    """The coordinator reads the announcement's bytes no more; and how it went."""
 
-    announcement: str
+    announcement_id: str
     outcome: ReleaseOutcome
     detail: str = ""
 
@@ -383,7 +399,7 @@ class Done(Message, frozen=True, kw_only=True, tag=True):
 
 
 # A trainer rank asks rank 0 of its job; every request may be repeated. ``member``
-# names one life of a rank, ``announcement`` one publication.
+# names one life of a rank, ``announcement_id`` one publication.
 
 
 class FindGroup(Message, frozen=True, kw_only=True, tag=True):
@@ -431,7 +447,7 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
 
     member: str
     turn: int
-    version: int
+    version: Version
     in_flight: InFlightPolicy | None
     traceparent: str | None = None
 
@@ -439,7 +455,7 @@ class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
 class SlotTaken(Message, frozen=True, kw_only=True, tag=True):
     """Nobody reads ``slot``, and nobody can lease what was in it: write."""
 
-    announcement: str
+    announcement_id: str
     slot: int
 
 
@@ -448,7 +464,7 @@ class Written(Message, frozen=True, kw_only=True, tag=True):
     each block of its part, in order."""
 
     member: str
-    announcement: str
+    announcement_id: str
     fingerprints: bytes
 
 
@@ -456,7 +472,7 @@ class WriteFailed(Message, frozen=True, kw_only=True, tag=True):
     """The member will not write this publication."""
 
     member: str
-    announcement: str
+    announcement_id: str
     failure: Failure
 
 
@@ -464,7 +480,7 @@ class AwaitRelease(Message, frozen=True, kw_only=True, tag=True):
     """Answer when the publication has ended, or after ``seconds``."""
 
     member: str
-    announcement: str
+    announcement_id: str
     seconds: float
 
 
@@ -549,7 +565,7 @@ class RefitRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     version: int
-    announcement: str
+    announcement_id: str
     outcome: ReleaseOutcome | Literal["under way"]
     announced_at: float
     ended_at: float | None = None

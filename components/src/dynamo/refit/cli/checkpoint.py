@@ -73,7 +73,7 @@ async def _publish(
     runtime = connect(alone_on_terminal=report.in_place)
     namespace = publication.namespace
     caller = Caller(runtime)
-    fleet = await fetch_status(caller, namespace)
+    fleet = await fetch_status(caller, namespace, publication.model)
     _check_number(publication.version, fleet)
     model = _model(publication, fleet)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
@@ -87,7 +87,7 @@ async def _publish(
                 publication.version, in_flight=publication.in_flight
             )
             report.announced(_told(publication, model, shards), fleet)
-            async with report.following(events, caller, namespace):
+            async with report.following(events, caller, namespace, model):
                 release = await _end(published, publication)
                 await report.last_event()
     return report.ended(model, release.outcome, release.detail)

@@ -24,27 +24,37 @@ M = TypeVar("M", bound=Message)
 STATUS_SECONDS = 5.0
 
 
-async def fetch_status(caller: Caller, namespace: str) -> FleetStatus:
+async def fetch_status(
+    caller: Caller, namespace: str, model: str | None = None
+) -> FleetStatus:
     """The newest coordinator's view of its fleet; see :func:`find_coordinator`."""
-    return (await find_coordinator(caller, namespace))[0]
+    return (await find_coordinator(caller, namespace, model))[0]
 
 
-async def fetch_history(caller: Caller, namespace: str) -> History:
+async def fetch_history(
+    caller: Caller, namespace: str, model: str | None = None
+) -> History:
     """What the newest coordinator remembers of the versions that came.
 
     Raises:
         RefitError: as :func:`find_coordinator`.
     """
-    _, instance = await find_coordinator(caller, namespace)
+    _, instance = await find_coordinator(caller, namespace, model)
     return await _ask(caller, namespace, instance, GetHistory(), History)
 
 
-async def find_coordinator(caller: Caller, namespace: str) -> tuple[FleetStatus, int]:
-    """The newest coordinator's view, and its instance of the status endpoint.
+async def find_coordinator(
+    caller: Caller, namespace: str, model: str | None = None
+) -> tuple[FleetStatus, int]:
+    """The view of the newest coordinator of ``model``, and its instance of the status
+    endpoint.
+
+    Args:
+        model: may be left out where the namespace has one model.
 
     Raises:
-        RefitError: there is no coordinator within :data:`STATUS_SECONDS`, or it does
-            not answer.
+        RefitError: there is no coordinator within :data:`STATUS_SECONDS`, it does not
+            answer, or there are several models to choose from.
     """
     deadline = asyncio.get_running_loop().time() + STATUS_SECONDS
     while not (found := await caller.instances(_path(namespace))):
@@ -64,6 +74,20 @@ async def find_coordinator(caller: Caller, namespace: str) -> tuple[FleetStatus,
     ]
     if not answered:
         raise RefitError(f"the coordinator does not answer: {replies[0]}")
+    models = sorted({status.model for status, _ in answered})
+    if model is None and len(models) > 1:
+        raise RefitError(
+            f"namespace {namespace!r} has coordinators of {len(models)} models "
+            f"({', '.join(map(repr, models))}): choose one with --model"
+        )
+    if model is not None:
+        # A coordinator that has seen no worker yet may not know its model.
+        answered = [a for a in answered if a[0].model in (model, "")]
+        if not answered:
+            raise RefitError(
+                f"model {model!r} is not served here (served: "
+                f"{', '.join(map(repr, models))})"
+            )
     # One that was killed is in discovery for some seconds more.
     return max(answered, key=lambda answer: answer[0].epoch)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamo.refit.cli.fleet import fetch_history
-from dynamo.refit.cli.output import AsJson, Namespace
+from dynamo.refit.cli.output import AsJson, Model, Namespace
 from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import count
 from dynamo.refit.protocol import History, RefitRecord
@@ -22,13 +22,15 @@ from dynamo.refit.rpc import Caller
 STYLES = {"completed": "green", "under way": "cyan", "superseded": "yellow"}
 
 
-def history(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
+def history(
+    namespace: Namespace = "dynamo", model: Model = None, as_json: AsJson = False
+) -> None:
     """Show which versions came, how each one ended, when, and what it cost.
 
     The coordinator remembers the last hundred since its own start; one that was
     restarted begins anew.
     """
-    past = asyncio.run(_history(namespace))
+    past = asyncio.run(_history(namespace, model))
     if as_json:
         for record in past.records:
             print(msgspec.json.encode(record).decode())
@@ -36,8 +38,8 @@ def history(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
     Console().print(history_table(past))
 
 
-async def _history(namespace: str) -> History:
-    return await fetch_history(Caller(connect()), namespace)
+async def _history(namespace: str, model: str | None) -> History:
+    return await fetch_history(Caller(connect()), namespace, model)
 
 
 def history_table(past: History) -> RenderableType:

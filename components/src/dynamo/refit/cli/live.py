@@ -38,11 +38,13 @@ class LiveView:
         console: Console,
         caller: Caller,
         namespace: str,
+        model: str | None,
         shown: Callable[[Event], bool] = lambda event: True,
     ) -> None:
         self._console = console
         self._caller = caller
         self._namespace = namespace
+        self._model = model
         self._shown = shown
         self._view = View()
         self._stale = asyncio.Event()
@@ -66,7 +68,7 @@ class LiveView:
     async def _ask(self) -> None:
         while True:
             try:
-                status = await fetch_status(self._caller, self._namespace)
+                status = await fetch_status(self._caller, self._namespace, self._model)
                 self._show(after_status(self._view, status, time.monotonic()))
             except RefitError as error:
                 self._show(replace(self._view, complaint=str(error)))

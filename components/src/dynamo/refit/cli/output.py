@@ -18,12 +18,21 @@ from dynamo.refit.events import Event
 Namespace = Annotated[
     str, typer.Option(envvar="DYN_NAMESPACE", help="Dynamo namespace")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(help="served model name; needed where a namespace has several"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
 
 
 def time_of(event: Event) -> str:
     """When the event was sent, as local time of day with milliseconds."""
     return datetime.fromtimestamp(event.at).strftime("%H:%M:%S.%f")[:-3]
+
+
+def is_of(event: Event, model: str | None) -> bool:
+    """Whether the event concerns ``model``; where that is not known, it may."""
+    return not model or event.model in ("", model)
 
 
 def complain(what: RefitError | str) -> None:

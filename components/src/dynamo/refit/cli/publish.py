@@ -13,7 +13,7 @@ import typer
 
 from dynamo.refit.cli.output import AsJson, Namespace
 from dynamo.refit.errors import UnsupportedConfiguration
-from dynamo.refit.protocol import InFlightPolicy
+from dynamo.refit.protocol import MAX_VERSION, InFlightPolicy
 
 
 def publish(
@@ -21,7 +21,8 @@ def publish(
         Path, typer.Argument(metavar="DIR", help="a safetensors checkpoint")
     ],
     version: Annotated[
-        int, typer.Option(min=0, help="higher than any version before it")
+        int,
+        typer.Option(min=0, max=MAX_VERSION, help="higher than any version before it"),
     ],
     model: Annotated[
         str | None,

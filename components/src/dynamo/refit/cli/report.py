@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.live import LiveView
-from dynamo.refit.cli.output import complain, time_of
+from dynamo.refit.cli.output import complain, is_of, time_of
 from dynamo.refit.cli.words import describe
 from dynamo.refit.events import (
     Event,
@@ -49,6 +49,7 @@ class Report:
         self._live: LiveView | None = None
         self._showing: asyncio.Task[None] | None = None
         self._announced = False
+        self._model: str | None = None
 
     def announced(self, what: str, fleet: FleetStatus) -> None:
         """``what`` is published, to ``fleet``."""
@@ -61,12 +62,17 @@ class Report:
 
     @contextlib.asynccontextmanager
     async def following(
-        self, events: EventSubscriber, caller: Caller, namespace: str
+        self,
+        events: EventSubscriber,
+        caller: Caller,
+        namespace: str,
+        model: str | None = None,
     ) -> AsyncIterator[None]:
         """Show the version's events, until the end of the block at the latest."""
+        self._model = model
         async with contextlib.AsyncExitStack() as stack:
             if self.in_place:
-                live = LiveView(self._console, caller, namespace, self._concerns)
+                live = LiveView(self._console, caller, namespace, model, self._concerns)
                 self._live = await stack.enter_async_context(live)
             self._showing = asyncio.create_task(self._show(events))
             stack.callback(self._showing.cancel)
@@ -84,7 +90,8 @@ class Report:
                     return
 
     def _concerns(self, event: Event) -> bool:
-        return getattr(event, "version", None) == self.version
+        same = getattr(event, "version", None) == self.version
+        return same and is_of(event, self._model)
 
     def _tell(self, event: Event) -> None:
         if self._as_json:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamo.refit.cli.fleet import fetch_status
-from dynamo.refit.cli.output import AsJson, Namespace
+from dynamo.refit.cli.output import AsJson, Model, Namespace
 from dynamo.refit.cli.runtime import connect
 from dynamo.refit.cli.words import lasting
 from dynamo.refit.protocol import CacheUse, FleetMember, FleetStatus
@@ -22,20 +22,22 @@ from dynamo.refit.rpc import Caller
 LEGEND = "cache: session of the last stage, and buffers/registrations/requests built"
 
 
-def status(namespace: Namespace = "dynamo", as_json: AsJson = False) -> None:
+def status(
+    namespace: Namespace = "dynamo", model: Model = None, as_json: AsJson = False
+) -> None:
     """Show which worker serves which version, and what its last refit was like.
 
     Staleness is how many announced versions a worker is behind, and for how long.
     """
-    fleet = asyncio.run(_status(namespace))
+    fleet = asyncio.run(_status(namespace, model))
     if as_json:
         print(msgspec.json.encode(fleet).decode())
         return
     Console().print(fleet_table(fleet, time.time()))
 
 
-async def _status(namespace: str) -> FleetStatus:
-    return await fetch_status(Caller(connect()), namespace)
+async def _status(namespace: str, model: str | None) -> FleetStatus:
+    return await fetch_status(Caller(connect()), namespace, model)
 
 
 def fleet_table(fleet: FleetStatus, now: float) -> RenderableType:

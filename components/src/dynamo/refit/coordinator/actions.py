@@ -29,17 +29,21 @@ from dynamo.refit.protocol import (
 @dataclass(frozen=True)
 class FleetSeen:
     """The workers that are there now, each with its own status. Of ``silent`` ones
-    nobody knows anything: they are in discovery and have not answered yet."""
+    nobody knows anything: they are in discovery and have not answered yet.
+
+    ``other_models`` are those that workers and coordinators beside this fleet have.
+    """
 
     members: tuple[FleetMember, ...]
     silent: frozenset[int] = frozenset()
+    other_models: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class LeaseTaken:
     """The trainer keeps the announcement's bytes; or why it does not."""
 
-    announcement: str
+    announcement_id: str
     failure: Failure | None
 
 
@@ -49,22 +53,29 @@ class ServeAnswered:
 
     peer: int
     reader: int
-    announcement: str
+    announcement_id: str
     reply: WeightsServed | Refused
 
 
 @dataclass(frozen=True)
 class PrepareAnswered:
     worker: int
-    announcement: str
+    announcement_id: str
     reply: Vote | Refused
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A call has no reply: nobody knows whether it was carried out."""
+
+    failure: Failure
 
 
 @dataclass(frozen=True)
 class CommitAnswered:
     worker: int
-    announcement: str
-    reply: Committed | Stepped | Refused
+    announcement_id: str
+    reply: Committed | Stepped | Refused | Unanswered
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class ReleasePeer:
     """The reader has what it wanted, or has given up."""
 
     peer: int
-    announcement: str
+    announcement_id: str
 
 
 @dataclass(frozen=True)
@@ -151,8 +162,11 @@ class SendAdmit:
 
 @dataclass(frozen=True)
 class SendFence:
+    """The worker has to leave, unless it serves the version with these weights."""
+
     worker: int
     version: int
+    weights: str
     reason: str
 
 

@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 
 from dynamo.refit.coordinator.actions import Action, GiveBackLease, Publish
 from dynamo.refit.coordinator.policy import Policy
+from dynamo.refit.errors import MAX_MESSAGE
 from dynamo.refit.events import RefitRefused, RefusalReason, WeightVersionReady
-from dynamo.refit.protocol import FleetMember, ReleaseOutcome
+from dynamo.refit.protocol import MAX_VERSION, FleetMember, ReleaseOutcome
 
 #: Announcements whose end is remembered, so that a repeat of one starts nothing.
 REMEMBERED = 256
@@ -37,20 +38,20 @@ class Announcements:
 
     def is_desired(self, ready: WeightVersionReady) -> bool:
         desired = self.desired
-        return desired is not None and ready.announcement == desired.announcement
+        return desired is not None and ready.announcement_id == desired.announcement_id
 
     def outcome(self, ready: WeightVersionReady) -> ReleaseOutcome | None:
         """How an announcement ended, if it did; the desired one is not forgotten."""
         if self.is_desired(ready):
             return self._outcome
-        return self._ended.get(ready.announcement)
+        return self._ended.get(ready.announcement_id)
 
     def end(
         self, ready: WeightVersionReady, outcome: ReleaseOutcome, detail: str
     ) -> list[Action]:
         if self.is_desired(ready):
             self._outcome = outcome
-        self._ended[ready.announcement] = outcome
+        self._ended[ready.announcement_id] = outcome
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
         return [GiveBackLease(ready, outcome, detail)]
@@ -61,34 +62,41 @@ class Announcements:
         model: str | None,
         fleet: Mapping[int, FleetMember],
         policy: Policy,
+        newest: int | None,
     ) -> list[Action]:
-        """What to do about a version that must not be installed; empty if it may."""
+        """What to do about a version that must not be installed; empty if it may.
+
+        Args:
+            newest: the highest version that was served or is under way.
+        """
         found = (
             _other_model(ready, model)
-            or self._stale(ready, fleet.values())
+            or _out_of_range(ready)
+            or self._stale(ready, fleet.values(), newest)
             or _unsafe(ready, fleet.values(), policy)
         )
         if found is None:
             return []
-        reason, detail = found
+        reason, detail = found[0], found[1][:MAX_MESSAGE]
         event = RefitRefused(
             reason=reason,
             detail=detail,
             version=ready.version,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
         )
         return [Publish(event), *self.end(ready, "refused", detail)]
 
     def _stale(
-        self, ready: WeightVersionReady, members: Collection[FleetMember]
+        self,
+        ready: WeightVersionReady,
+        members: Collection[FleetMember],
+        newest: int | None,
     ) -> tuple[RefusalReason, str] | None:
-        desired = self.desired
-        newest = ready.version
-        if desired is not None and desired.model == ready.model:
-            newest = max(newest, desired.version)
-        for member in members:
-            newest = max(newest, member.status.version or newest)
-        if newest > ready.version:
+        """A version that failed makes none stale: its number may be a mistake."""
+        wanted = self.open
+        if wanted is not None and wanted.model == ready.model:
+            newest = wanted.version if newest is None else max(newest, wanted.version)
+        if newest is not None and newest > ready.version:
             return (
                 "stale",
                 f"version {ready.version} is older than {newest}: versions must grow; "
@@ -113,6 +121,15 @@ def _other_model(
     return (
         "unknown_model",
         f"model {ready.model!r} is not served here (served: {model!r})",
+    )
+
+
+def _out_of_range(ready: WeightVersionReady) -> tuple[RefusalReason, str] | None:
+    if 0 <= ready.version <= MAX_VERSION:
+        return None
+    return (
+        "malformed_event",
+        f"version {ready.version} is no number from 0 to 2**63 - 1: take one",
     )
 
 

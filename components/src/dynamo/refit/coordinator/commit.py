@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from dynamo.refit.coordinator.actions import Action, SendAbort, SendCommit
+from dynamo.refit.coordinator.actions import (
+    Action,
+    SendAbort,
+    SendCommit,
+    Unanswered,
+)
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.errors import (
     Failure,
@@ -18,6 +23,9 @@ from dynamo.refit.errors import (
 )
 from dynamo.refit.events import WeightVersionReady
 from dynamo.refit.protocol import CommitStep, Committed, Refused, Stepped
+
+#: A worker whose reply was lost is asked again after so long.
+ASK_AGAIN_SECONDS = 0.2
 
 #: A worker waits at a barrier for ``hold_seconds``; what the coordinator does with the
 #: others must have reached it before.
@@ -68,6 +76,8 @@ class CommitRound:
         self._members = dict.fromkeys(sorted(workers))
         self._waiting = dict(self._members)
         self._busy: dict[int, float] = {}
+        #: When those whose reply was lost are asked again; ``None``: not decided.
+        self._unanswered: dict[int, float | None] = {}
         self._withdrawn: set[int] = set()
         self._in_flight = ready.in_flight or policy.in_flight
         barrier = policy.commit == "barrier" and len(self._members) > 1
@@ -91,6 +101,20 @@ class CommitRound:
         """
         for worker in [w for w, deadline in self._busy.items() if now > deadline]:
             self._refuse(worker, NoAnswer(f"no answer to {self._step!r} of its commit"))
+        return [*self._ask_again(now), *self._go_on(now, routable)]
+
+    def _ask_again(self, now: float) -> list[Action]:
+        """The same order to those whose reply was lost: they carry it out once."""
+        actions: list[Action] = []
+        for worker, due in list(self._unanswered.items()):
+            if due is None:
+                self._unanswered[worker] = now + ASK_AGAIN_SECONDS
+            elif now >= due:
+                del self._unanswered[worker]
+                actions.append(self._order(worker, worker in self._withdrawn))
+        return actions
+
+    def _go_on(self, now: float, routable: Mapping[int, str]) -> list[Action]:
         if self._step in ("pause", "install"):
             return self._advance_barrier(now)
         if self.refused and not self.changed and not self._catch_up:
@@ -137,7 +161,7 @@ class CommitRound:
     def _advance_barrier(self, now: float) -> list[Action]:
         if self.refused and not self.changed:
             # One cannot, or could not wait: those that still can go back.
-            self._busy, self._waiting = {}, {}
+            self._busy, self._waiting, self._unanswered = {}, {}, {}
             return self._aborts(self._members)
         if self._waiting:
             chosen, self._waiting = self._waiting, {}
@@ -158,25 +182,25 @@ class CommitRound:
                 seconds += self._policy.drain_seconds
         self._busy |= dict.fromkeys(workers, now + seconds)
         self._withdrawn |= {w for w, withdraw in workers.items() if withdraw}
-        return [
-            SendCommit(worker, self._ready, self._in_flight, self._step, withdraw)
-            for worker, withdraw in workers.items()
-        ]
+        return [self._order(worker, withdraw) for worker, withdraw in workers.items()]
+
+    def _order(self, worker: int, withdraw: bool) -> SendCommit:
+        return SendCommit(worker, self._ready, self._in_flight, self._step, withdraw)
 
     def _aborts(self, workers: Iterable[int]) -> list[Action]:
         cause = next(iter(self.refused.values()), None)
         reason = str(cause) if cause else "another worker did not wait"
         return [SendAbort(w, self._ready.version, reason) for w in workers]
 
-    def answered(self, worker: int, reply: Committed | Stepped | Refused) -> None:
+    def answered(
+        self, worker: int, reply: Committed | Stepped | Refused | Unanswered
+    ) -> None:
         if isinstance(reply, Committed) and reply.weights == self._ready.weights:
-            # Better late than fenced.
-            if worker in self._busy or worker in self.refused:
-                self._done(worker)
-                self.refused.pop(worker, None)
-                self.changed.add(worker)
+            self.serves(worker)
         elif worker not in self._busy:
             return
+        elif isinstance(reply, Unanswered):
+            self._unanswered.setdefault(worker, None)
         elif isinstance(reply, Refused):
             self._refuse(worker, reply.failure)
         elif isinstance(reply, Committed):
@@ -187,6 +211,14 @@ class CommitRound:
             self._refuse(worker, error)
         elif reply.step == self._step:
             self._done(worker)
+
+    def serves(self, worker: int) -> None:
+        """The worker has changed, as it answers or its status shows: better late than
+        fenced."""
+        if worker in self._busy or worker in self.refused:
+            self._done(worker)
+            self.refused.pop(worker, None)
+            self.changed.add(worker)
 
     def left(self, worker: int) -> None:
         """The worker is gone from discovery: it serves nobody, so the others go on."""
@@ -204,6 +236,7 @@ class CommitRound:
 
     def _done(self, worker: int) -> None:
         self._busy.pop(worker, None)
+        self._unanswered.pop(worker, None)
         self._withdrawn.discard(worker)
 
     def _refuse(self, worker: int, why: Failure | RefitError) -> None:

@@ -10,11 +10,12 @@ after the other.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from dynamo.runtime import DistributedRuntime
@@ -41,6 +42,7 @@ from dynamo.refit.coordinator.actions import (
     ServeAnswered,
     TakeLease,
     Tick,
+    Unanswered,
 )
 from dynamo.refit.coordinator.fleet import FleetWatch
 from dynamo.refit.coordinator.history import RefitHistory
@@ -63,6 +65,7 @@ from dynamo.refit.protocol import (
     Aborted,
     AcquireLease,
     Admit,
+    Command,
     Commit,
     Committed,
     CoordinatorReply,
@@ -82,7 +85,7 @@ from dynamo.refit.protocol import (
     WeightsServed,
 )
 from dynamo.refit.release import RELEASE
-from dynamo.refit.rpc import Caller, serve, unary
+from dynamo.refit.rpc import Caller, PeerLost, serve, unary
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +94,37 @@ SHORT_CALL_SECONDS = 10.0
 
 TICK_SECONDS = 0.25
 
+#: The reconciler's clock goes on by so much between two inputs, at the most.
+STEP_SECONDS = 4 * TICK_SECONDS
+
 STALE = StaleEpoch.__name__
+
+C = TypeVar("C", bound=Command)
 
 
 class CoordinatorReplaced(RefitError):
     """A worker has heard of a newer coordinator: this one has nothing to say."""
+
+
+class SteadyClock:
+    """A clock that stands still while its reader does: after a stall of this process
+    the replies that wait for it are read before a deadline is said to have passed.
+
+    Args:
+        time: monotonic seconds.
+    """
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        self._time = time
+        self._read = self._now = time()
+
+    def read(self) -> float:
+        """Seconds since some moment, of which at most :data:`STEP_SECONDS` count
+        since the last reading."""
+        read = self._time()
+        self._now += min(read - self._read, STEP_SECONDS)
+        self._read = read
+        return self._now
 
 
 class Calls(Protocol):
@@ -116,7 +145,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
     metrics = CoordinatorMetrics()
     export(metrics.registry, status, f"{prefix}.status")
     telemetry = CoordinatorTelemetry(metrics, tracer)
-    fleet = FleetWatch(caller, config)
+    fleet = FleetWatch(caller, config, status.connection_id())
     seen = await fleet.look()
     epoch = next_epoch(seen)
     topic = runtime.endpoint(f"{prefix}.{REFIT_EVENTS}")
@@ -128,7 +157,9 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
         EventSubscriber(versions) as announcements,
     ):
         publish = telemetry.publishing(events.publish)
-        coordinator = Coordinator(config, telemetry.calling(caller), publish, epoch)
+        coordinator = Coordinator(
+            config, telemetry.calling(caller), publish, epoch, name
+        )
         coordinator.hear(seen)
         logger.info(
             "refit coordinator: namespace %s, epoch %d, %d workers",
@@ -140,6 +171,7 @@ async def coordinate(runtime: DistributedRuntime, config: CoordinatorConfig) -> 
             tasks.create_task(coordinator.run())
             tasks.create_task(_listen(announcements, coordinator, telemetry, publish))
             tasks.create_task(fleet.watch(coordinator.hear))
+            tasks.create_task(fleet.watch_neighbours())
             tasks.create_task(keep_present(status, events))
             tasks.create_task(
                 telemetry.watch(coordinator.status, config.fleet_poll_seconds)
@@ -172,7 +204,7 @@ async def _listen(
                 coordinator.hear(event)
             case RejectedPayload(reason=reason, detail=detail):
                 logger.warning("refused an event: %s", detail)
-                publish(RefitRefused(reason=reason, detail=detail))
+                _tell(publish, RefitRefused(reason=reason, detail=detail))
             case _:
                 logger.warning("%s does not belong here", type(event).__name__)
 
@@ -184,6 +216,7 @@ class Coordinator:
         caller: reaches workers and trainers.
         publish: sends an event.
         epoch: above those of all coordinators before it.
+        sender: names this coordinator in its commands.
     """
 
     def __init__(
@@ -192,7 +225,10 @@ class Coordinator:
         caller: Calls,
         publish: Callable[[Event], object],
         epoch: int,
+        sender: str = "",
     ) -> None:
+        self._sender = sender
+        self._sequence = itertools.count(1)
         self._config = config
         self._caller = caller
         self._publish = publish
@@ -215,7 +251,7 @@ class Coordinator:
             CoordinatorReplaced: there is a newer one. From then on nothing is said,
                 to a trainer either, whom the newer one serves.
         """
-        loop = asyncio.get_running_loop()
+        clock = SteadyClock(asyncio.get_running_loop().time)
         try:
             while True:
                 try:
@@ -225,7 +261,9 @@ class Coordinator:
                     what = Tick()
                 if isinstance(what, CoordinatorReplaced):
                     raise what
-                actions = self._reconciler.handle(what, loop.time())
+                if isinstance(what, FleetSeen):
+                    self._check_newest(what)
+                actions = self._reconciler.handle(what, clock.read())
                 desired = self._reconciler.desired
                 self._history.hear(what, actions, desired, time.time())
                 for action in actions:
@@ -233,6 +271,19 @@ class Coordinator:
         finally:
             for call in self._calls:
                 call.cancel()
+
+    def _check_newest(self, seen: FleetSeen) -> None:
+        """
+        Raises:
+            CoordinatorReplaced: a worker has been told something by a newer one.
+        """
+        for member in seen.members:
+            if member.status.epoch > self._epoch:
+                raise CoordinatorReplaced(
+                    f"worker {member.worker} obeys coordinator epoch "
+                    f"{member.status.epoch}, which is newer than this one "
+                    f"({self._epoch}): run one coordinator per model"
+                )
 
     async def answer(self, request: CoordinatorRequest) -> CoordinatorReply:
         """The fleet as it is seen now, or what became of the versions that came."""
@@ -262,7 +313,8 @@ class Coordinator:
         match action:
             case Publish(event=event):
                 logger.info("%s", event)
-                self._publish(event)
+                model = event.model or self._reconciler.model or ""
+                _tell(self._publish, msgspec.structs.replace(event, model=model))
             case TakeLease():
                 self._spawn(self._take_lease(action))
             case GiveBackLease():
@@ -274,16 +326,33 @@ class Coordinator:
             case SendServe():
                 self._spawn(self._serve(action))
             case SendAbort(worker=worker, version=version, reason=reason):
-                request = Abort(version=version, epoch=self._epoch, reason=reason)
+                request = self._command(Abort, version=version, reason=reason)
                 self._spawn(self._tell(worker, request))
             case SendAdmit(worker=worker):
-                self._spawn(self._tell(worker, Admit(epoch=self._epoch)))
-            case SendFence(worker=worker, version=version, reason=reason):
-                request = Fence(version=version, epoch=self._epoch, reason=reason)
+                self._spawn(self._tell(worker, self._command(Admit)))
+            case SendFence(worker=worker):
+                request = self._command(
+                    Fence,
+                    version=action.version,
+                    weights=action.weights,
+                    reason=action.reason,
+                )
                 self._spawn(self._tell(worker, request))
-            case ReleasePeer(peer=peer, announcement=announcement):
-                request = ReleaseLease(announcement=announcement, outcome="completed")
+            case ReleasePeer(peer=peer, announcement_id=announcement_id):
+                request = self._command(
+                    ReleaseLease, announcement_id=announcement_id, outcome="completed"
+                )
                 self._spawn(self._tell(peer, request))
+
+    def _command(self, kind: type[C], **fields: Any) -> C:
+        """A command of this coordinator, for its own model unless told otherwise."""
+        envelope = {
+            "model": self._reconciler.model,
+            "epoch": self._epoch,
+            "sender": self._sender,
+            "sequence": next(self._sequence),
+        }
+        return kind(**(envelope | fields))
 
     def _spawn(self, call: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(call)
@@ -292,9 +361,10 @@ class Coordinator:
 
     async def _take_lease(self, action: TakeLease) -> None:
         ready = action.ready
-        request = AcquireLease(
-            announcement=ready.announcement,
-            holder=f"coordinator epoch {self._epoch}",
+        request = self._command(
+            AcquireLease,
+            model=ready.model,
+            announcement_id=ready.announcement_id,
             seconds=action.seconds,
         )
         failure = None
@@ -304,12 +374,14 @@ class Coordinator:
                 failure = reply.failure
         except (RefitError, msgspec.ValidationError) as error:
             failure = failure_from(error, stage="lease", version=ready.version)
-        self._inputs.put_nowait(LeaseTaken(ready.announcement, failure))
+        self._inputs.put_nowait(LeaseTaken(ready.announcement_id, failure))
 
     async def _give_back_lease(self, action: GiveBackLease) -> None:
         ready = action.ready
-        request = ReleaseLease(
-            announcement=ready.announcement,
+        request = self._command(
+            ReleaseLease,
+            model=ready.model,
+            announcement_id=ready.announcement_id,
             outcome=action.outcome,
             detail=action.detail,
         )
@@ -319,12 +391,12 @@ class Coordinator:
             # A trainer that is alive announces again, and is told again.
             logger.warning("version %d: lease not released: %s", ready.version, error)
         finally:
-            self._lease_turn.pop(ready.announcement, None)
+            self._lease_turn.pop(ready.announcement_id, None)
 
     async def _call_trainer(
         self, ready: WeightVersionReady, request: AcquireLease | ReleaseLease
     ) -> Done | Refused:
-        async with self._lease_turn[ready.announcement]:
+        async with self._lease_turn[ready.announcement_id]:
             return await self._caller.call(
                 ready.endpoint,
                 ready.instance,
@@ -336,10 +408,10 @@ class Coordinator:
     async def _prepare(self, action: SendPrepare) -> None:
         ready, policy, served = action.ready, self._config.policy, action.served
         source = ready if served is None else served
-        request = Prepare(
+        request = self._command(
+            Prepare,
             version=ready.version,
-            epoch=self._epoch,
-            announcement=source.announcement,
+            announcement_id=source.announcement_id,
             weights=ready.weights,
             endpoint=ready.endpoint if served is None else self._path(action.peer),
             instance=ready.instance if served is None else action.peer,
@@ -352,15 +424,15 @@ class Coordinator:
         seconds = policy.stage_seconds + GRACE_SECONDS
         reply = await self._ask(action.worker, request, Vote | Refused, seconds)
         self._inputs.put_nowait(
-            PrepareAnswered(action.worker, ready.announcement, reply)
+            PrepareAnswered(action.worker, ready.announcement_id, reply)
         )
 
     async def _serve(self, action: SendServe) -> None:
         ready = action.ready
-        request = ServeWeights(
+        request = self._command(
+            ServeWeights,
             version=ready.version,
             weights=ready.weights,
-            epoch=self._epoch,
             # A direct install reads once more.
             seconds=self._config.policy.lease_seconds(len(self._reconciler.fleet)),
         )
@@ -368,14 +440,14 @@ class Coordinator:
             action.peer, request, WeightsServed | Refused, SHORT_CALL_SECONDS
         )
         self._inputs.put_nowait(
-            ServeAnswered(action.peer, action.reader, ready.announcement, reply)
+            ServeAnswered(action.peer, action.reader, ready.announcement_id, reply)
         )
 
     async def _commit(self, action: SendCommit) -> None:
         ready, policy = action.ready, self._config.policy
-        request = Commit(
+        request = self._command(
+            Commit,
             version=ready.version,
-            epoch=self._epoch,
             in_flight=action.in_flight,
             step=action.step,
             hold_seconds=policy.hold_seconds,
@@ -384,9 +456,18 @@ class Coordinator:
         )
         seconds = policy.commit_seconds + policy.drain_seconds + GRACE_SECONDS
         expected = Committed | Stepped | Refused
-        reply = await self._ask(action.worker, request, expected, seconds)
+        try:
+            reply = await self._call_worker(action.worker, request, expected, seconds)
+        except PeerLost as error:
+            # It may have committed: whether it is asked again is not decided here.
+            failure = failure_from(
+                error, stage="commit", worker=action.worker, version=ready.version
+            )
+            reply = Unanswered(failure)
+        except (RefitError, msgspec.ValidationError) as error:
+            reply = _refused(error, request, action.worker)
         self._inputs.put_nowait(
-            CommitAnswered(action.worker, ready.announcement, reply)
+            CommitAnswered(action.worker, ready.announcement_id, reply)
         )
 
     async def _tell(self, worker: int, request: Message) -> None:
@@ -401,27 +482,51 @@ class Coordinator:
     ) -> Any:
         """The worker's reply; what keeps it from replying as a :class:`Refused`."""
         try:
-            reply = await self._caller.call(
-                self._path(worker), worker, request, expected, seconds
-            )
-            if not isinstance(reply, Refused):
-                return reply
-            if reply.failure.kind == STALE:
-                # What it makes of this reply must not be acted on.
-                self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
-            if reply.failure.worker is None:
-                # An error that its agent did not expect, as of an engine that is dead.
-                failure = msgspec.structs.replace(reply.failure, worker=worker)
-                return msgspec.structs.replace(reply, failure=failure)
-            return reply
+            return await self._call_worker(worker, request, expected, seconds)
         except (RefitError, msgspec.ValidationError) as error:
-            stage = type(request).__name__.lower()
-            version = getattr(request, "version", None)
-            return Refused(
-                failure=failure_from(error, stage=stage, worker=worker, version=version)
-            )
+            return _refused(error, request, worker)
+
+    async def _call_worker(
+        self, worker: int, request: Message, expected: Any, seconds: float
+    ) -> Any:
+        """The worker's reply.
+
+        Raises:
+            PeerLost: there is none; what was asked for may have been done.
+            msgspec.ValidationError: it is none of ``expected``.
+        """
+        reply = await self._caller.call(
+            self._path(worker), worker, request, expected, seconds
+        )
+        if not isinstance(reply, Refused):
+            return reply
+        if reply.failure.kind == STALE:
+            # What it makes of this reply must not be acted on.
+            self._inputs.put_nowait(CoordinatorReplaced(str(reply.failure)))
+        if reply.failure.worker is None:
+            # An error that its agent did not expect, as of an engine that is dead.
+            failure = msgspec.structs.replace(reply.failure, worker=worker)
+            return msgspec.structs.replace(reply, failure=failure)
+        return reply
 
     def _path(self, worker: int) -> str:
         member = self._reconciler.fleet.get(worker)
         component = member.component if member else self._config.worker_components[0]
         return f"{self._config.namespace}.{component}.refit"
+
+
+def _tell(publish: Callable[[Event], object], event: Event) -> None:
+    """Publish ``event``, if it can be: events are hints, and the fleet goes on."""
+    try:
+        publish(event)
+    # The event plane is a boundary of the process, and raises what it likes.
+    except Exception:
+        logger.exception("%s was not published", type(event).__name__)
+
+
+def _refused(error: Exception, request: Message, worker: int) -> Refused:
+    stage = type(request).__name__.lower()
+    version = getattr(request, "version", None)
+    return Refused(
+        failure=failure_from(error, stage=stage, worker=worker, version=version)
+    )

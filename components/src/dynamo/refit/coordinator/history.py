@@ -8,6 +8,7 @@ nothing, and nothing of it outlives the coordinator.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -55,8 +56,8 @@ class RefitHistory:
         """The reconciler has heard ``what``, desires ``desired`` now, and says
         ``actions``. ``at``: Unix seconds."""
         # Repeats of an announcement change nothing.
-        if desired is not None and desired.announcement not in self._records:
-            self._add(desired.version, desired.announcement, at)
+        if desired is not None and desired.announcement_id not in self._records:
+            self._add(desired.version, desired.announcement_id, at)
         if isinstance(what, CommitAnswered):
             self._answered(what)
         for action in actions:
@@ -65,16 +66,29 @@ class RefitHistory:
 
     def place(self, members: list[FleetMember], at: float) -> tuple[FleetMember, ...]:
         """The members with how far each one is behind what was announced."""
-        announced: dict[int, float] = {}
-        for record in self._records.values():
-            if record.outcome != "refused":
-                announced.setdefault(record.version, record.announced_at)
+        announced = self._announced()
         served = {m.status.version for m in members} - {None}
         return tuple(_placed(m, announced, served, at) for m in members)
 
+    def _announced(self) -> dict[int, float]:
+        """When each version that a worker may lack was announced first.
+
+        A failed number that the trainer has gone on below was a mistake: nobody waits
+        for it.
+        """
+        announced: dict[int, float] = {}
+        lowest_later = math.inf
+        for record in reversed(self._records.values()):
+            if record.outcome == "refused":
+                continue
+            if record.outcome != "failed" or record.version <= lowest_later:
+                announced[record.version] = record.announced_at
+            lowest_later = min(lowest_later, record.version)
+        return announced
+
     def _answered(self, answer: CommitAnswered) -> None:
         """A worker may have committed."""
-        record = self._records.get(answer.announcement)
+        record = self._records.get(answer.announcement_id)
         reply = answer.reply
         if record is None or record.outcome != UNDER_WAY:
             return
@@ -85,7 +99,9 @@ class RefitHistory:
     def _published(self, event: Event, at: float) -> None:
         """An event of the coordinator that may be the end of an announcement."""
         match event:
-            case RefitCompleted(announcement=name, workers=workers, excluded=excluded):
+            case RefitCompleted(
+                announcement_id=name, workers=workers, excluded=excluded
+            ):
                 self._end(
                     self._records.get(name),
                     "completed",
@@ -98,7 +114,7 @@ class RefitHistory:
             case RefitSuperseded(version=version, by=by):
                 detail = f"by version {by}"
                 self._end(self._open(version), "superseded", at, detail=detail)
-            case RefitRefused(version=int(version), announcement=str(name)):
+            case RefitRefused(version=int(version), announcement_id=str(name)):
                 if name not in self._records:
                     self._add(version, name, at)
                 detail = f"{event.reason}: {event.detail}"
@@ -110,10 +126,10 @@ class RefitHistory:
                 return record
         return None
 
-    def _add(self, version: int, announcement: str, at: float) -> None:
-        self._records[announcement] = RefitRecord(
+    def _add(self, version: int, announcement_id: str, at: float) -> None:
+        self._records[announcement_id] = RefitRecord(
             version=version,
-            announcement=announcement,
+            announcement_id=announcement_id,
             outcome=UNDER_WAY,
             announced_at=at,
         )
@@ -130,7 +146,7 @@ class RefitHistory:
         self._change(record, outcome=outcome, ended_at=at, seconds=seconds, **what)
 
     def _change(self, record: RefitRecord, **what: Any) -> None:
-        self._records[record.announcement] = msgspec.structs.replace(record, **what)
+        self._records[record.announcement_id] = msgspec.structs.replace(record, **what)
 
 
 def _shortened(failure: Failure) -> Failure:

@@ -44,7 +44,7 @@ from dynamo.refit.coordinator.announcements import Announcements
 from dynamo.refit.coordinator.commit import CommitRound, NoAnswer, WorkerLeft
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.staging import NoSource, Staging
-from dynamo.refit.coordinator.upkeep import Upkeep
+from dynamo.refit.coordinator.upkeep import Upkeep, shows
 from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
@@ -67,9 +67,9 @@ from dynamo.refit.protocol import (
     Vote,
 )
 
-#: Characters of the messages of all workers that a version went without: an event has
-#: its bound.
-EXCLUDED_CHARACTERS = 64 * 1024
+#: Bytes of the messages of all workers that a version went without: an event has its
+#: bound.
+EXCLUDED_BYTES = 64 * 1024
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Reconciler:
     """Brings every worker to the newest announced version, all or none.
 
     Args:
-        model: the served model's name; ``None`` takes it from the workers.
+        model: the served model's name; ``None`` takes it from the first worker.
+            Workers of another model are not in the fleet.
         policy: what the operator decides.
     """
 
@@ -104,9 +105,12 @@ class Reconciler:
         self.transaction: Transaction | None = None
         self._model = model
         self._silent: frozenset[int] = frozenset()
+        self._other_models: frozenset[str] = frozenset()
         self._began: float | None = None
         self._announcements = Announcements()
         self._upkeep = Upkeep(policy)
+        #: The highest version that a worker of this model is known to have served.
+        self._served_before: int | None = None
         #: What all workers served last.
         self._last: WeightVersionReady | None = None
         self._catch_ups = itertools.count(1)
@@ -118,9 +122,7 @@ class Reconciler:
 
     @property
     def model(self) -> str | None:
-        """The model this deployment serves, once it is known."""
-        if self._model is None and self.fleet:
-            self._model = next(iter(self.fleet.values())).status.model
+        """The model this fleet serves, once it is known."""
         return self._model
 
     def handle(self, what: Input, now: float) -> list[Action]:
@@ -134,9 +136,8 @@ class Reconciler:
         match what:
             case WeightVersionReady():
                 actions = self._announced(what, now)
-            case FleetSeen(members=members, silent=silent):
-                self._silent = silent
-                actions = self._fleet_seen(members)
+            case FleetSeen():
+                actions = self._fleet_seen(what)
             case LeaseTaken():
                 actions = self._lease_taken(what)
             case ServeAnswered():
@@ -147,6 +148,7 @@ class Reconciler:
                 actions = self._commit_answered(what)
             case Tick():
                 actions = []
+        self._upkeep.pardon(self.fleet)
         actions += self._upkeep.fence_again(self.fleet, now)
         return [*actions, *self._advance(now)]
 
@@ -161,8 +163,10 @@ class Reconciler:
     # --- inputs ---------------------------------------------------------------
 
     def _announced(self, ready: WeightVersionReady, now: float) -> list[Action]:
-        under_way = self.transaction.ready.announcement if self.transaction else None
-        if ready.announcement == under_way:
+        under_way = self.transaction.ready.announcement_id if self.transaction else None
+        if ready.announcement_id == under_way:
+            return []
+        if self._is_elsewhere(ready):
             return []
         announcements = self._announcements
         if outcome := announcements.outcome(ready):
@@ -176,9 +180,17 @@ class Reconciler:
         announcements.want(ready, now)
         return actions
 
+    def _is_elsewhere(self, ready: WeightVersionReady) -> bool:
+        """Whether another coordinator says how the announcement ends."""
+        return ready.model in self._other_models - {self.model}
+
     def _refuse(self, ready: WeightVersionReady) -> list[Action]:
         """What to do about a version that must not be installed; empty if it may."""
-        return self._announcements.refuse(ready, self.model, self.fleet, self.policy)
+        under_way = self.transaction.ready.version if self.transaction else None
+        newest = _highest(self._served_before, under_way)
+        return self._announcements.refuse(
+            ready, self.model, self.fleet, self.policy, newest
+        )
 
     def _supersede(self, by: WeightVersionReady) -> list[Action]:
         """End what is under way before its commit, and what waits for its turn."""
@@ -202,9 +214,18 @@ class Reconciler:
             actions += self._announcements.end(waiting, "superseded", detail)
         return actions
 
-    def _fleet_seen(self, members: tuple[FleetMember, ...]) -> list[Action]:
+    def _fleet_seen(self, seen: FleetSeen) -> list[Action]:
+        if self._model is None and seen.members:
+            self._model = seen.members[0].status.model
+        self._silent, self._other_models = seen.silent, seen.other_models
         before = self.fleet
-        self.fleet = {m.worker: _newer(before.get(m.worker), m) for m in members}
+        self.fleet = {
+            m.worker: _newer(before.get(m.worker), m)
+            for m in seen.members
+            if m.status.model == self.model
+        }
+        versions = (m.status.version for m in self.fleet.values())
+        self._served_before = _highest(self._served_before, *versions)
         actions: list[Action] = [
             Publish(WorkerJoined(worker=w, version=m.status.version))
             for w, m in sorted(self.fleet.items())
@@ -223,10 +244,21 @@ class Reconciler:
             else:
                 actions += transaction.staging.forget(worker)
                 transaction.commit.left(worker)
+        self._note_changed()
         return actions
 
+    def _note_changed(self) -> None:
+        """A commit's reply may be lost: the worker's status says it all the same."""
+        transaction = self.transaction
+        if transaction is None or transaction.commit is None:
+            return
+        ready = transaction.ready
+        for worker, member in self.fleet.items():
+            if shows(member, ready.version, ready.weights):
+                transaction.commit.serves(worker)
+
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
-        transaction = self._concerned(lease.announcement, "leasing")
+        transaction = self._concerned(lease.announcement_id, "leasing")
         if transaction is None:
             return []
         if lease.failure is not None:
@@ -246,16 +278,16 @@ class Reconciler:
         return self._failure(error, None)
 
     def _serve_answered(self, answer: ServeAnswered) -> list[Action]:
-        transaction = self._concerned(answer.announcement, "preparing")
+        transaction = self._concerned(answer.announcement_id, "preparing")
         if transaction is not None:
             return transaction.staging.served(answer)
         if isinstance(answer.reply, Refused):
             return []
-        return [ReleasePeer(answer.peer, answer.reply.announcement)]
+        return [ReleasePeer(answer.peer, answer.reply.announcement_id)]
 
     def _prepare_answered(self, answer: PrepareAnswered) -> list[Action]:
         self._note_fence(answer)
-        transaction = self._concerned(answer.announcement, "preparing")
+        transaction = self._concerned(answer.announcement_id, "preparing")
         if transaction is None:
             return []
         reply, ready = answer.reply, transaction.ready
@@ -271,16 +303,18 @@ class Reconciler:
         admitted: list[Action] = []
         self._note_fence(answer)
         if isinstance(answer.reply, Committed):
+            version = answer.reply.version
+            self._served_before = _highest(self._served_before, version)
             admitted = self._now_serving(answer.worker, answer.reply)
-        transaction = self._concerned(answer.announcement, "committing")
+        transaction = self._concerned(answer.announcement_id, "committing")
         if transaction is not None:
             transaction.commit.answered(answer.worker, answer.reply)
         return admitted
 
-    def _concerned(self, announcement: str, phase: str) -> Transaction | None:
+    def _concerned(self, announcement_id: str, phase: str) -> Transaction | None:
         """The transaction, if an answer is for what it does now."""
         current = self.transaction
-        if current is None or current.ready.announcement != announcement:
+        if current is None or current.ready.announcement_id != announcement_id:
             return None
         return current if current.phase == phase else None
 
@@ -366,12 +400,15 @@ class Reconciler:
         if not able or self._upkeep.undecided(able, now):
             return []
         ready = self._announcements.open
+        if ready is not None and self._is_elsewhere(ready):
+            # It was announced before the workers were seen.
+            ready = self._announcements.desired = None
         if ready is None:
             return self._keep_together(able, now)
         if refusal := self._refuse(ready):
             # It was announced before the workers were seen.
             return refusal
-        behind = {w for w, m in able.items() if _is_behind(m, ready.version)}
+        behind = {w for w, m in able.items() if _is_behind(m, ready)}
         if behind:
             return self._begin(ready, behind, able, now)
         return [*self._complete(ready, None), *self._keep_together(able, now)]
@@ -381,7 +418,7 @@ class Reconciler:
         served = self._served(able)
         level, behind = able, set()
         if served is not None:
-            level = {w: m for w, m in able.items() if not _is_behind(m, served.version)}
+            level = {w: m for w, m in able.items() if not _is_behind(m, served)}
             behind = set(able) - set(level)
             if not behind:
                 self._last, self.completed = served, served.version
@@ -401,9 +438,12 @@ class Reconciler:
         """The newest version that a worker has, and none older than the last that all
         had."""
         last = self._last
+        statuses = [m.status for m in able.values() if m.status.version is not None]
+        count = Counter(status.weights for status in statuses)
+        # Of two with one number, what more workers have.
         newest = max(
-            (m.status for m in able.values() if m.status.version is not None),
-            key=lambda status: status.version,
+            statuses,
+            key=lambda status: (status.version, count[status.weights]),
             default=None,
         )
         if newest is None or (last is not None and newest.version <= last.version):
@@ -416,7 +456,7 @@ class Reconciler:
         return WeightVersionReady(
             model=newest.model,
             version=newest.version,
-            announcement="",
+            announcement_id="",
             endpoint="",
             instance=0,
             manifest="",
@@ -433,15 +473,20 @@ class Reconciler:
         *,
         catch_up: bool = False,
     ) -> list[Action]:
-        holders = {w for w, m in able.items() if m.status.version == ready.version}
-        lease = bool(ready.announcement)
+        holders = {
+            worker
+            for worker, member in able.items()
+            if member.status.version == ready.version
+            and member.status.weights == ready.weights
+        }
+        lease = bool(ready.announcement_id)
         if catch_up:
             lease = lease and (not holders or self._upkeep.ask_trainer)
             # Answers to an earlier try must not be taken for this one's.
             name = f"catch-up {next(self._catch_ups)} to version {ready.version}"
             ready = msgspec.structs.replace(
                 ready,
-                announcement=ready.announcement if lease else name,
+                announcement_id=ready.announcement_id if lease else name,
                 in_flight="continue",
             )
         self.transaction = Transaction(
@@ -510,17 +555,16 @@ class Reconciler:
 
     def _settle(self, transaction: Transaction, now: float) -> list[Action]:
         """Who did not change goes, or may try again to catch up."""
-        version = transaction.ready.version
-        able = self._upkeep.able(self.fleet)
+        ready, able = transaction.ready, self._upkeep.able(self.fleet)
         stay = {w: f for w, f in _unchanged(transaction).items() if w in able}
         if not transaction.catch_up:
             return [
                 action
                 for worker, failure in sorted(stay.items())
-                for action in self._upkeep.fence(worker, version, failure, now)
+                for action in self._upkeep.fence(worker, ready, failure, now)
             ]
         if stay or transaction.failure is not None:
-            return self._upkeep.failed_to_catch_up(stay, version, now)
+            return self._upkeep.failed_to_catch_up(stay, ready, now)
         self._upkeep.caught_up()
         return []
 
@@ -547,7 +591,7 @@ class Reconciler:
         return RefitCompleted(
             model=ready.model,
             version=ready.version,
-            announcement=ready.announcement,
+            announcement_id=ready.announcement_id,
             weights=ready.weights,
             workers=tuple(
                 worker
@@ -604,15 +648,27 @@ def _unchanged(transaction: Transaction) -> dict[int, Failure]:
 
 def _bounded(failures: tuple[Failure, ...]) -> tuple[Failure, ...]:
     """What an event can carry of them."""
-    most = EXCLUDED_CHARACTERS // max(1, len(failures))
+    most = EXCLUDED_BYTES // max(1, len(failures))
+
+    def cut(message: str) -> str:
+        return message.encode(errors="replace")[:most].decode(errors="ignore")
+
     return tuple(
-        msgspec.structs.replace(failure, message=failure.message[:most])
+        msgspec.structs.replace(failure, message=cut(failure.message))
         for failure in failures
     )
 
 
-def _is_behind(member: FleetMember, version: int) -> bool:
-    return member.status.version is None or member.status.version < version
+def _highest(*versions: int | None) -> int | None:
+    return max((v for v in versions if v is not None), default=None)
+
+
+def _is_behind(member: FleetMember, ready: WeightVersionReady) -> bool:
+    """Other weights under the same number are behind, too."""
+    status = member.status
+    if status.version == ready.version:
+        return status.weights != ready.weights
+    return status.version is None or status.version < ready.version
 
 
 def _newer(known: FleetMember | None, seen: FleetMember) -> FleetMember:

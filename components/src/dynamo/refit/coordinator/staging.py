@@ -156,7 +156,7 @@ class Staging:
                 reader.unserved = answer.reply.failure
                 self._wait_for_another(reader)
             return []
-        lease = answer.reply.announcement
+        lease = answer.reply.announcement_id
         if reader is not None and (reader.peer, reader.lease) == (answer.peer, lease):
             # A repeat.
             return []

@@ -56,6 +56,7 @@ class Calls(Protocol):
 class _Arrival:
     """When an announcement first came, in Unix seconds, and the trainer's span."""
 
+    announcement_id: str
     at: float
     traceparent: str | None
 
@@ -73,8 +74,9 @@ class CoordinatorTelemetry:
 
     def heard(self, ready: WeightVersionReady) -> None:
         """An announcement came, or came again; to be told before the coordinator."""
-        if ready.version not in self._arrivals:
-            arrival = _Arrival(time.time(), ready.traceparent)
+        known = self._arrivals.get(ready.version)
+        if known is None or known.announcement_id != ready.announcement_id:
+            arrival = _Arrival(ready.announcement_id, time.time(), ready.traceparent)
             self._arrivals[ready.version] = arrival
             while len(self._arrivals) > REMEMBERED:
                 self._arrivals.popitem(last=False)
@@ -89,10 +91,10 @@ class CoordinatorTelemetry:
         """``publish``, observed."""
 
         def observed(event: Event) -> object:
-            published = publish(event)
+            # It has happened, whether or not others hear of it.
             self._metrics.observe(event)
             self._spans_of(event)
-            return published
+            return publish(event)
 
         return observed
 
@@ -137,7 +139,8 @@ class CoordinatorTelemetry:
     def _begin(self, version: int, *, catch_up: bool = False) -> Span:
         arrival = self._arrivals.get(version)
         if arrival is None or catch_up:
-            arrival = _Arrival(time.time(), arrival.traceparent if arrival else None)
+            traceparent = arrival.traceparent if arrival else None
+            arrival = _Arrival("", time.time(), traceparent)
         return self._tracer.start(
             "refit",
             arrival.traceparent,

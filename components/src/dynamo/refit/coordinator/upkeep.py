@@ -17,7 +17,7 @@ from dynamo.refit.coordinator.actions import (
 from dynamo.refit.coordinator.policy import GRACE_SECONDS, Policy
 from dynamo.refit.coordinator.staging import NoSource
 from dynamo.refit.errors import Failure
-from dynamo.refit.events import WorkerAdmitted
+from dynamo.refit.events import WeightVersionReady, WorkerAdmitted
 from dynamo.refit.protocol import FleetMember
 
 #: How often a worker may fail to come to the fleet's version before it is fenced.
@@ -107,12 +107,18 @@ class Upkeep:
         return actions
 
     def fence(
-        self, worker: int, version: int, failure: Failure, now: float
+        self, worker: int, ready: WeightVersionReady, failure: Failure, now: float
     ) -> list[Action]:
-        """The worker has to leave, now and until it does."""
-        action = SendFence(worker, version, str(failure))
+        """The worker has to leave, now and until it does, or shows the version."""
+        action = SendFence(worker, ready.version, ready.weights, str(failure))
         self._fences[worker] = action, now + SAY_AGAIN_SECONDS
         return [action]
+
+    def pardon(self, fleet: Mapping[int, FleetMember]) -> None:
+        """Those that serve what they were to be fenced for stay: a reply was lost."""
+        for worker, (action, _) in list(self._fences.items()):
+            if shows(fleet[worker], action.version, action.weights):
+                del self._fences[worker]
 
     def fence_again(self, fleet: Mapping[int, FleetMember], now: float) -> list[Action]:
         """A worker refuses to leave while it commits, and a call may be lost."""
@@ -134,7 +140,7 @@ class Upkeep:
         self._tries.pop(worker, None)
 
     def failed_to_catch_up(
-        self, failures: Mapping[int, Failure], version: int, now: float
+        self, failures: Mapping[int, Failure], ready: WeightVersionReady, now: float
     ) -> list[Action]:
         """Try again later; those that could not again and again have to leave."""
         self.retry_at = now + self._backoff
@@ -146,5 +152,12 @@ class Upkeep:
                 continue
             self._tries[worker] = self._tries.get(worker, 0) + 1
             if self._tries[worker] >= CATCH_UPS:
-                actions += self.fence(worker, version, failure, now)
+                actions += self.fence(worker, ready, failure, now)
         return actions
+
+
+def shows(member: FleetMember, version: int, weights: str) -> bool:
+    """The worker's status says that it serves the version, for good."""
+    status = member.status
+    what = status.version, status.weights
+    return what == (version, weights) and status.phase not in ("committing", "fenced")

@@ -136,7 +136,9 @@ class Group:
         publication = member.publication
         if publication.refused is not None:
             raise publication.refused
-        return SlotTaken(announcement=publication.announcement, slot=publication.slot)
+        return SlotTaken(
+            announcement_id=publication.announcement_id, slot=publication.slot
+        )
 
     def written(self, request: Written, now: float) -> None:
         """A rank's bytes are there; with the last rank's the version is ready.
@@ -145,7 +147,7 @@ class Group:
         bytes ends with FingerprintMismatch.
         """
         member = self._member(request.member)
-        publication = self.log.find(request.announcement)
+        publication = self.log.find(request.announcement_id)
         if publication.verdict is not None or publication.ready:
             return
         fingerprints = np.frombuffer(request.fingerprints, dtype="<u8")
@@ -166,18 +168,18 @@ class Group:
     def write_failed(self, request: WriteFailed, error: RefitError, now: float) -> None:
         """A rank cannot write: the publication ends with its ``error`` everywhere."""
         self._member(request.member)
-        publication = self.log.find(request.announcement)
+        publication = self.log.find(request.announcement_id)
         if not publication.ready:
             publication.decide(error, now)
 
-    def end_of(self, member: str, announcement: str) -> Released | None:
+    def end_of(self, member: str, announcement_id: str) -> Released | None:
         """How a publication ended, told to ``member``; ``None`` while it is out.
 
         Raises:
             RefitError: the one it ended with.
             SourceLost: it is not known (any more), or ``member`` is not.
         """
-        publication = self.log.find(announcement)
+        publication = self.log.find(announcement_id)
         if not publication.ended:
             self._member(member)
             return None

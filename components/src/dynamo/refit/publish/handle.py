@@ -28,7 +28,7 @@ class PublishedVersion:
     """One call of :meth:`WeightPublisher.publish`."""
 
     version: int
-    announcement: str
+    announcement_id: str
     slot: int
     _released: concurrent.futures.Future = field(
         default_factory=concurrent.futures.Future

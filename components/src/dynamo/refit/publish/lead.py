@@ -155,16 +155,20 @@ class Lead:
                     raise SourceLost(f"no manifest {fingerprint[:12]} is served here")
                 self.manifests_sent += 1
                 return ManifestReply(payload=self._payload)
-            case GetFingerprints(announcement=announcement):
-                publication = self.group.log.readable(announcement)
+            case GetFingerprints(announcement_id=announcement_id):
+                publication = self.group.log.readable(announcement_id)
                 return FingerprintsReply(payload=publication.fingerprints)
             case AcquireLease():
                 self.group.log.acquire(
-                    request.announcement, request.seconds, time.monotonic()
+                    request.announcement_id,
+                    request.epoch,
+                    request.seconds,
+                    time.monotonic(),
                 )
             case ReleaseLease():
                 self.group.log.release(
-                    request.announcement,
+                    request.announcement_id,
+                    request.epoch,
                     request.outcome,
                     request.detail,
                     time.monotonic(),
@@ -186,7 +190,7 @@ class Lead:
             case AwaitGroup(member=member, seconds=seconds):
                 await self._until(lambda: not group.missing(member) or None, seconds)
                 return Joined(missing=group.missing(member))
-            case AwaitRelease(member=member, announcement=name, seconds=seconds):
+            case AwaitRelease(member=member, announcement_id=name, seconds=seconds):
                 ended: Released | None = await self._until(
                     lambda: group.end_of(member, name), seconds
                 )
@@ -194,7 +198,7 @@ class Lead:
             case TakeSlot():
                 reply = group.take_slot(request, now)
                 if request.member == self._member:
-                    self._telemetry.taken(reply.announcement, request)
+                    self._telemetry.taken(reply.announcement_id, request)
             case Written():
                 group.written(request, now)
             case WriteFailed():
@@ -259,14 +263,14 @@ class Lead:
         event = WeightVersionReady(
             model=self._merged.manifest.model,
             version=publication.version,
-            announcement=publication.announcement,
+            announcement_id=publication.announcement_id,
             endpoint=self._path,
             instance=self._endpoint.connection_id(),
             manifest=self._fingerprint,
             slot=publication.slot,
             weights=publication.weights,
             in_flight=publication.in_flight,
-            traceparent=self._telemetry.announced(publication.announcement),
+            traceparent=self._telemetry.announced(publication.announcement_id),
         )
         self._events.publish(event)
 

@@ -36,11 +36,12 @@ class Publication:
     ``verdict`` is how it ends; it has ``ended`` when nobody can be reading it any more.
     ``weights`` is its fingerprint once it is ready, ``fingerprints`` the tensors' as
     little-endian uint64. One that is ``refused`` has no slot. ``takers`` are the
-    members that take part in it, ``told`` those that know its end.
+    members that take part in it, ``told`` those that know its end. ``leased_until`` is
+    by the epoch of the coordinator that holds the lease.
     """
 
     number: int
-    announcement: str
+    announcement_id: str
     version: int
     slot: int
     deadline: float
@@ -51,7 +52,7 @@ class Publication:
     weights: str = ""
     announced: bool = False
     in_slot: bool = True
-    leased_until: float = 0.0
+    leased_until: dict[int, float] = field(default_factory=dict)
     verdict: Released | RefitError | None = None
     ended: bool = False
     takers: set[str] = field(default_factory=set)
@@ -64,7 +65,7 @@ class Publication:
 
     def leased(self, now: float) -> bool:
         """Somebody may be reading the bytes."""
-        return now < self.leased_until
+        return any(now < until for until in self.leased_until.values())
 
     def complete(self, totals: np.ndarray) -> None:
         """Make it ready; ``totals`` has the fingerprint of every tensor."""
@@ -128,45 +129,66 @@ class PublicationLog:
         later = (p for number, p in self._log.items() if number > after)
         return next((p for p in later if p.version == version), None)
 
-    def find(self, announcement: str) -> Publication:
+    def find(self, announcement_id: str) -> Publication:
         """Raises SourceLost if it is not known (any more)."""
         for publication in self._log.values():
-            if publication.announcement == announcement and not publication.refused:
+            if (
+                publication.announcement_id == announcement_id
+                and not publication.refused
+            ):
                 return publication
-        raise SourceLost(f"announcement {announcement} is not held here any more")
+        raise SourceLost(f"announcement {announcement_id} is not held here any more")
 
-    def readable(self, announcement: str) -> Publication:
+    def readable(self, announcement_id: str) -> Publication:
         """Raises SourceLost unless the bytes are all there."""
-        publication = self.find(announcement)
+        publication = self.find(announcement_id)
         if not (publication.ready and publication.in_slot):
-            raise SourceLost(f"announcement {announcement} is not held here any more")
+            raise SourceLost(
+                f"announcement {announcement_id} is not held here any more"
+            )
         return publication
 
-    def acquire(self, announcement: str, seconds: float, now: float) -> None:
-        """Keep the bytes as they are until ``seconds`` from now.
+    def acquire(
+        self, announcement_id: str, epoch: int, seconds: float, now: float
+    ) -> None:
+        """Keep the bytes as they are until ``seconds`` from now, for the coordinator
+        with ``epoch``.
 
         Raises:
             SourceLost: they are not all there, or may change already.
         """
-        publication = self.readable(announcement)
+        publication = self.readable(announcement_id)
         if publication.verdict is not None and self._in_place:
             raise SourceLost(
                 f"version {publication.version} was released, so the trainer may be "
                 "writing it"
             )
-        publication.leased_until = now + seconds
+        publication.leased_until[epoch] = now + seconds
 
     def release(
-        self, announcement: str, outcome: ReleaseOutcome, detail: str, now: float
+        self,
+        announcement_id: str,
+        epoch: int,
+        outcome: ReleaseOutcome,
+        detail: str,
+        now: float,
     ) -> None:
-        """Nobody reads the bytes any more.
+        """The coordinator with ``epoch`` reads the bytes no more, nor does one before
+        it, whose workers it has taken over.
 
+        While a newer coordinator reads, an older one's word is not how it ends.
         Of a version that was given up meanwhile, the one who has read all of it knows
         better. What is older and nobody reads ends, too: whoever has had a newer one
         refuses it, and may never have heard of it.
         """
-        publication = self.find(announcement)
-        publication.leased_until = 0.0
+        publication = self.find(announcement_id)
+        publication.leased_until = {
+            holder: until
+            for holder, until in publication.leased_until.items()
+            if holder > epoch
+        }
+        if publication.leased(now):
+            return
         if outcome == "completed" and publication.ready and not publication.ended:
             publication.verdict = None
         publication.decide(Released(outcome=outcome, detail=detail), now)
@@ -220,7 +242,7 @@ class PublicationLog:
         """Everything ends now, whoever reads."""
         for publication in self:
             publication.in_slot = False
-            publication.leased_until = 0.0
+            publication.leased_until = {}
             publication.decide(error, 0.0)
 
     def _held(self, slot: int, now: float) -> LeaseHeld | None:

@@ -33,6 +33,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import operator
 import os
 import queue
 import threading
@@ -49,6 +50,7 @@ from dynamo.runtime import DistributedRuntime
 from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
+    MAX_VERSION,
     AwaitGroup,
     AwaitRelease,
     GroupReply,
@@ -191,7 +193,7 @@ class WeightPublisher:
         The version is announced when it is fingerprinted and every rank has written.
 
         Args:
-            version: grows from publication to publication.
+            version: an integer from 0 to 2**63 - 1, higher than what was served before.
             in_flight: overrides the coordinator's in-flight policy (rank 0's counts).
 
         Raises:
@@ -199,7 +201,11 @@ class WeightPublisher:
                 handle of the version before the last.
             SourceLost: rank 0 does not answer, or the publisher is closed.
             ManifestInvalid: a tensor is not what it was when the publisher was made.
+            TypeError, ValueError: ``version`` is no such number.
         """
+        version = operator.index(version)
+        if not 0 <= version <= MAX_VERSION:
+            raise ValueError(f"version {version} is no number from 0 to 2**63 - 1")
         self._turn += 1
         taken = self._ask(
             TakeSlot(
@@ -210,7 +216,7 @@ class WeightPublisher:
                 traceparent=current_traceparent(),
             )
         )
-        published = PublishedVersion(version, taken.announcement, taken.slot)
+        published = PublishedVersion(version, taken.announcement_id, taken.slot)
         self._in_slot[taken.slot] = published
         self._open.add(published)
         self._on_loop(self._follow(published))
@@ -288,7 +294,7 @@ class WeightPublisher:
                 continue
             written = Written(
                 member=self._name,
-                announcement=published.announcement,
+                announcement_id=published.announcement_id,
                 fingerprints=folded.astype("<u8").tobytes(),
             )
             self._report(published, written)
@@ -298,7 +304,9 @@ class WeightPublisher:
             error, stage="publish", rank=self.rank, version=published.version
         )
         failed = WriteFailed(
-            member=self._name, announcement=published.announcement, failure=failure
+            member=self._name,
+            announcement_id=published.announcement_id,
+            failure=failure,
         )
         self._report(published, failed)
 
@@ -402,7 +410,7 @@ class WeightPublisher:
         """End the handle when rank 0 says so, or is gone."""
         waiting = AwaitRelease(
             member=self._name,
-            announcement=published.announcement,
+            announcement_id=published.announcement_id,
             seconds=WAIT_SECONDS,
         )
         try:

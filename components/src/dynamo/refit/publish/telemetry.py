@@ -20,19 +20,19 @@ class PublishTelemetry:
         self._tracer = tracer
         self._spans: OrderedDict[str, Span] = OrderedDict()
 
-    def taken(self, announcement: str, request: TakeSlot) -> None:
+    def taken(self, announcement_id: str, request: TakeSlot) -> None:
         """Rank 0 begins to write, and may ask for its slot again."""
-        if announcement in self._spans:
+        if announcement_id in self._spans:
             return
-        self._spans[announcement] = self._tracer.start(
+        self._spans[announcement_id] = self._tracer.start(
             "publish", request.traceparent, "producer", version=request.version
         )
         while len(self._spans) > KEPT:
             self._spans.popitem(last=False)
 
-    def announced(self, announcement: str) -> str | None:
+    def announced(self, announcement_id: str) -> str | None:
         """What an announcement, the first or a repeat, names as its trace."""
-        span = self._spans.get(announcement)
+        span = self._spans.get(announcement_id)
         if span is None:
             return None
         span.end()

@@ -32,6 +32,7 @@ from dynamo.refit.errors import (
     Failure,
     Fenced,
     NothingStaged,
+    OtherModel,
     OutOfStep,
     RefitError,
     StagingCancelled,
@@ -51,6 +52,7 @@ from dynamo.refit.protocol import (
     Abort,
     Aborted,
     Admit,
+    Command,
     Commit,
     Committed,
     Done,
@@ -200,23 +202,23 @@ class RefitAgent:
             case GetStatus():
                 return self.status()
             case Prepare():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 return await self._prepare(request)
             case Commit():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 return await self._commit(request)
             case Abort():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 return await self._abort(request)
             case Admit():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 self._routing.admit()
                 return Done()
             case Fence():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 return self._leave(request)
             case ServeWeights():
-                self._check_epoch(request.epoch)
+                self._check(request)
                 return await self._serve_weights(request)
             case GetManifest():
                 return self._peer.manifest(request)
@@ -254,21 +256,31 @@ class RefitAgent:
         if self._fenced:
             raise Fenced("this worker is fenced: restart it")
 
-    def _check_epoch(self, epoch: int) -> None:
+    def _check(self, command: Command) -> None:
+        """Whether a coordinator may say this here; from then on no older one may."""
         self._check_not_fenced()
-        if epoch < self._epoch:
-            raise StaleEpoch(
-                f"coordinator epoch {epoch} was replaced by {self._epoch}: there is a "
-                "newer coordinator for this model"
+        if command.model != self._model:
+            raise OtherModel(
+                f"a command for model {command.model!r} came to worker {self._worker}, "
+                f"which serves {self._model!r}: run one coordinator per model, each "
+                "with --model"
             )
-        self._epoch = epoch
+        if command.epoch < self._epoch:
+            raise self._stale(command.epoch)
+        self._epoch = command.epoch
+
+    def _stale(self, epoch: int) -> StaleEpoch:
+        return StaleEpoch(
+            f"coordinator epoch {epoch} was replaced by {self._epoch}: there is a "
+            "newer coordinator for this model"
+        )
 
     # --- prepare --------------------------------------------------------------
 
     async def _prepare(self, request: Prepare) -> Message:
         await self._leave_barrier()
         # There may be a newer coordinator by now, or a fence.
-        self._check_epoch(request.epoch)
+        self._check(request)
         check_awake(self._engine)
         if self._version is not None and request.version < self._version:
             # A coordinator may have looked before another one's last commit was here.
@@ -283,6 +295,9 @@ class RefitAgent:
                     f"version {current.request.version} is being committed: wait"
                 )
             await self._give_up(current)
+        if self._last_commit and self._last_commit[1].version == request.version:
+            # Other weights under the same number are to be committed.
+            self._last_commit = None
         work = asyncio.create_task(self._stage(request))
         began = asyncio.get_running_loop().time()
         self._transaction = Transaction(request, work, began)
@@ -339,7 +354,10 @@ class RefitAgent:
         self._publish(event)
 
     def _given_up(self, request: Prepare) -> Refused:
-        error = StagingCancelled("aborted or superseded while staging")
+        error: RefitError = StagingCancelled("aborted or superseded while staging")
+        if request.epoch < self._epoch:
+            # It is not how the version ends: a newer coordinator has it staged anew.
+            error = self._stale(request.epoch)
         return Refused(failure=self._failure(error, "stage", request.version))
 
     async def _give_up(self, transaction: Transaction) -> None:
@@ -527,6 +545,9 @@ class RefitAgent:
         current = self._transaction
         if current is not None and current.phase == "committing":
             raise RefitError(f"version {current.request.version} is being committed")
+        if (request.version, request.weights) == (self._version, self._weights):
+            # The coordinator has not had the reply to the commit.
+            raise RefitError(f"version {request.version} is what is served here")
         self._fenced = True
         error = FencedByCoordinator(
             f"this worker could not take version {request.version}, which the fleet "

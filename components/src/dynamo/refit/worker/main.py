@@ -112,7 +112,8 @@ def _start_agent(
     engine = RefitEngine(handler)
     namespace = graph_namespace(config.namespace)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
-    events = LastingPublisher(topic, f"worker-{generate_endpoint.connection_id()}")
+    sender = f"worker-{generate_endpoint.connection_id()}"
+    events = LastingPublisher(topic, sender, model=_model(config))
     commands = runtime.endpoint(f"{namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
@@ -166,7 +167,7 @@ async def _run_agent(
         telemetry.publishing(events.publish),
         routing,
         lambda: _start(_leave(routing, events, tracer)),
-        model=config.served_model_name or config.model,
+        model=_model(config),
         worker=worker,
         staging=options.staging,
     )
@@ -229,3 +230,8 @@ def _end(status: int = 1) -> NoReturn:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     _exit(status)
+
+
+def _model(config: Any) -> str:
+    """The served model's name, as in requests and in what a trainer announces."""
+    return config.served_model_name or config.model

@@ -90,10 +90,10 @@ class PeerSource:
             except Exception:
                 await self._withdraw_unread(held.version)
                 raise
-            announcement = f"peer-{uuid.uuid4().hex}"
-            self._leases[announcement] = _Lease(held, served, ends)
+            announcement_id = f"peer-{uuid.uuid4().hex}"
+            self._leases[announcement_id] = _Lease(held, served, ends)
         return WeightsServed(
-            announcement=announcement, manifest=served.fingerprint, slot=slot
+            announcement_id=announcement_id, manifest=served.fingerprint, slot=slot
         )
 
     def manifest(self, request: GetManifest) -> ManifestReply:
@@ -115,16 +115,16 @@ class PeerSource:
         Raises:
             SourceLost: the announcement has ended, or the version was given up.
         """
-        lease = self._leases.get(request.announcement)
+        lease = self._leases.get(request.announcement_id)
         if lease is None or time.monotonic() > lease.ends:
-            raise SourceLost(f"announcement {request.announcement} has ended here")
+            raise SourceLost(f"announcement {request.announcement_id} has ended here")
         self._ranks.held(lease.held.version, lease.held.weights)
         return FingerprintsReply(payload=lease.held.tensors.astype("<u8").tobytes())
 
     async def release(self, request: ReleaseLease) -> Done:
         """One reader has ended; one that is not known has ended before."""
         async with self._turn:
-            lease = self._leases.pop(request.announcement, None)
+            lease = self._leases.pop(request.announcement_id, None)
             if lease is not None:
                 await self._withdraw_unread(lease.held.version)
         return Done()

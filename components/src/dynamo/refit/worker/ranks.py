@@ -261,7 +261,7 @@ class Ranks:
         self, request: Prepare, manifest: Manifest
     ) -> np.ndarray:
         """One uint64 per tensor; they are what the announcement stands for."""
-        ask = GetFingerprints(announcement=request.announcement)
+        ask = GetFingerprints(announcement_id=request.announcement_id)
         reply = await self._ask_trainer(request, ask, FingerprintsReply)
         expected = 8 * len(manifest.tensors)
         if len(reply.payload) != expected:
