@@ -77,7 +77,7 @@ class BenchRankProcess(RankProcess):
         staged = self._finish(stage)
         timings = staged.vote.timings
         began = time.perf_counter()
-        self._finish(Install(version=self._version, seconds=SECONDS))
+        self._finish(Install(version=self._version))
         install_ms = (time.perf_counter() - began) * 1e3
         began = time.perf_counter()
         self._finish(Verify(version=self._version))

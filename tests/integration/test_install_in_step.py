@@ -73,7 +73,7 @@ def stage(group: OrderedRanks, held: Held, weights: str) -> None:
 
 def install(group: OrderedRanks) -> list[RankReply]:
     """What every rank answers to an install of what is staged."""
-    return group.call(Install(version=group.talk._version, seconds=0.0, in_step=True))
+    return group.call(Install(version=group.talk._version, in_step=True))
 
 
 def assert_installed(replies: list[RankReply]) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.refit.protocol import StagingChoice
+from dynamo.refit.manifest import ALIGNMENT
+from dynamo.refit.protocol import Describe, StagingChoice
+from dynamo.refit.rank.plan import LIMITS
 from tests.support.megatron_sources import MegatronSources
 from tests.support.rank_group import RankGroup, RanksRefused
 from tests.support.raw_sources import CUTS, RawSources, cut, name_cut, shapes
@@ -217,7 +219,7 @@ def test_an_install_is_undone(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ranks", [2])
-@pytest.mark.parametrize("staging", ["host", "direct"])
+@pytest.mark.parametrize("staging", ["host", "host-no-undo"])
 def test_other_places_to_stage(
     groups: dict[int, RankGroup],
     sources: RawSources,
@@ -225,15 +227,23 @@ def test_other_places_to_stage(
     ranks: int,
     staging: StagingChoice,
 ) -> None:
-    """A direct install does not touch the padding, so nothing is scribbled over it."""
+    """With a way back in host memory, and in half of the memory without one."""
     group = groups[ranks]
     group.load(checkpoint(variant, "A"), staging)
     held = sources.hold(checkpoint(variant, "A"), 3)
     for cycle, weights in enumerate("BCA"):
         golden = checkpoint(variant, weights)
         version = held.write(cycle % 2, golden)
-        votes = group.refit(version, scribble=staging != "direct")
+        votes = group.refit(version)
         assert {vote.memory.mode for vote in votes} == {staging}
+        if cycle == 0:
+            images = 2 if staging == "host" else 1
+            described = group.call(Describe(staging=staging))
+            for vote, rank in zip(votes, described, strict=True):
+                assert vote.counters.allocations == images + 1
+                arenas = vote.memory.host_nbytes - 2 * LIMITS["cpu"].scratch
+                padding = rank.parameters * ALIGNMENT
+                assert 0 <= arenas - images * rank.nbytes < images * padding
         assert differences(group, golden) == [], f"cycle {cycle}"
     held.release()
 

@@ -330,14 +330,27 @@ def test_the_last_reader_ends_it(pair: tuple[PeerHalf, PeerHalf], held: Held) ->
 # --- what cannot be served, and who is gone -----------------------------------
 
 
-def test_a_replica_without_a_copy_says_so(
+def test_a_replica_without_a_way_back_serves_what_is_in_its_only_shadow(
     groups: dict[str, CountedRanks], held: Held
 ) -> None:
-    groups["source"].load(checkpoint("qwen3", "A"), "direct")
-    a = PeerHalf(groups["source"], "direct")
+    """The staged version, also when it is live, and no longer than the next one."""
+    groups["source"].load(checkpoint("qwen3", "A"), "host-no-undo")
+    groups["wide"].load(checkpoint("qwen3", "A"))
+    a, b = PeerHalf(groups["source"], "host-no-undo"), PeerHalf(groups["wide"])
     a.stage(offer(held.write(0, OLD)))
-    kind, message = a.unserved()
-    assert (kind, "direct staging keeps no copy" in message) == ("PeerUnsuitable", True)
+    for _ in range(2):
+        b.refit(a.serve())
+        assert_serves(b, OLD)
+        a.install()
+    first = a.version
+    for announcement in list(a.announcements):
+        a.release(announcement)
+    a.stage(offer(held.write(1, NEW)))
+    assert a.unserved(first)[0] == "PeerUnsuitable"
+    b.refit(a.serve())
+    assert_serves(b, NEW)
+    for announcement in a.announcements:
+        a.release(announcement)
 
 
 def test_a_replica_that_holds_other_bytes_than_the_published_ones_says_so(

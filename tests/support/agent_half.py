@@ -153,7 +153,6 @@ class AgentHalf:
             slot=offered.slot,
             weights=offered.weights,
             stage_seconds=seconds,
-            commit_seconds=STAGE_SECONDS,
             keep_seconds=STAGE_SECONDS,
         )
         try:
@@ -175,7 +174,7 @@ class AgentHalf:
 
     def install(self) -> None:
         """Make the staged version live on every rank; it must work at once."""
-        assert self._runner.run(self._ranks.install(self._version, STAGE_SECONDS)) == 0
+        assert self._runner.run(self._ranks.install(self._version)) == 0
 
     def verify(self) -> int:
         """How many live parameters cannot be compared; the others are right."""

@@ -77,7 +77,6 @@ class Open:
     #: Asked to stage, and not answered; what those that have answered said.
     asked: set[int] = field(default_factory=set)
     votes: dict[int, bool] = field(default_factory=dict)
-    direct: bool = False
     #: Told to change, and those of them that have not answered: what and when.
     told: set[int] = field(default_factory=set)
     busy: dict[int, tuple[CommitStep, float]] = field(default_factory=dict)
@@ -161,9 +160,6 @@ class Watch:
                     self.open.votes[worker] = yes
                     # Who can vote is not in a commit any more.
                     self.withdrawn.discard(worker)
-                    self.open.direct |= yes and what.reply.ranks[0].memory.mode == (
-                        "direct"
-                    )
             case CommitAnswered(worker=worker):
                 self._commit_answered(what, name)
 
@@ -300,7 +296,8 @@ class Watch:
         """Not too many at a time, and somebody else can be sent to."""
         current, policy = self.open, self.policy
         seconds = policy.commit_seconds + GRACE_SECONDS
-        if action.in_flight == "drain":
+        drain = action.in_flight == "drain"
+        if drain:
             seconds += policy.drain_seconds
         under_way = {
             w for w, (_, sent) in current.busy.items() if now <= sent + seconds
@@ -314,9 +311,8 @@ class Watch:
         alike = [
             w for w in left if self._component(w) == self._component(action.worker)
         ]
-        wanted = current.direct or action.in_flight == "drain"
         assert action.withdraw == (
-            wanted and action.worker in left and len(alike) > 1
+            drain and action.worker in left and len(alike) > 1
         ), "routers have nobody to send to, or somebody who is busy"
         if action.withdraw:
             self.withdrawn.add(action.worker)

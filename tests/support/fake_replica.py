@@ -138,8 +138,8 @@ class FakeRank:
 
     ``fail`` maps a kind of request to the errors that its next ones end in; ``held``
     names the work that does not end; ``letting_go`` is how often it answers Running
-    before a discard is done; ``wrong`` is added to its parts, by their number. In
-    ``direct`` mode an install is started and polled, and cannot be undone.
+    before a discard is done; ``wrong`` is added to its parts, by their number. In mode
+    ``host-no-undo`` an install cannot be undone.
 
     It has two shadows by turns, as a real one in host memory, and others read from
     them: ``peers`` has the ranks that it can read from, by the name of their source.
@@ -161,7 +161,6 @@ class FakeRank:
         self.wrong: dict[int, int] = {}
         #: What the trainer has under every number, if not the number.
         self.content: int | None = None
-        self.direct = False
         self.unchecked = 0
         #: It has planned anew, and reads in another order; it says so unasked.
         self.reordered = False
@@ -172,6 +171,10 @@ class FakeRank:
         #: Until when others read a shadow, on the loop's clock.
         self.offered: dict[int, float] = {}
         self._sources: tuple[str, ...] = ()
+
+    @property
+    def memory(self) -> MemoryUse:
+        return msgspec.structs.replace(MEMORY, mode=self.mode)
 
     @property
     def job(self) -> int | None:
@@ -197,8 +200,6 @@ class FakeRank:
 
     def _carry_out(self, request: RankRequest) -> RankReply:
         match request:
-            case Install() if self.direct:
-                return self._start(request, "install", self._install)
             case Verify():
                 return self._start(request, "verify", self._verify)
         self._fail_if_told(request)
@@ -209,7 +210,7 @@ class FakeRank:
                     ranks=2,
                     parameters=2,
                     nbytes=24,
-                    memory=msgspec.structs.replace(MEMORY, mode=self.mode),
+                    memory=self.memory,
                 )
             case Stage():
                 if request.payload is not None:
@@ -233,8 +234,8 @@ class FakeRank:
                 return self._install(request)
             case Restore(version=version):
                 self._require(version)
-                if self.direct:
-                    raise NoWayBack("direct staging keeps no copy of the old weights")
+                if not self.memory.can_undo:
+                    raise NoWayBack(f"{self.mode} keeps no copy of the old weights")
                 self.undo()
                 return Installed(rank=self.rank)
             case Discard(version=version):
@@ -246,7 +247,7 @@ class FakeRank:
 
     def _start(
         self,
-        request: Stage | Install | Verify,
+        request: Stage | Verify,
         doing: str,
         work: Callable[[Any], RankReply],
     ) -> RankReply:
@@ -289,8 +290,7 @@ class FakeRank:
         reads = reads_of(self.rank) if request.want_reads else ()
         if self.reordered:
             parts, reads = parts[::-1], reads_of(self.rank)[::-1]
-        mode = "direct" if self.direct else MEMORY.mode
-        vote = vote_of(self.rank, mode)
+        vote = vote_of(self.rank, self.mode)
         return Staged(vote=vote, parts=parts.tobytes(), reads=reads)
 
     def _read(self, request: Stage) -> int:
@@ -303,7 +303,7 @@ class FakeRank:
 
     def _offer(self, request: Offer) -> RankReply:
         shadow = self.live_shadow if request.live else 1 - self.live_shadow
-        if self.shadows[shadow] != request.version or self.direct:
+        if self.shadows[shadow] != request.version:
             raise PeerUnsuitable(f"version {request.version} is not in its shadows")
         now = asyncio.get_running_loop().time()
         self.offered[shadow] = max(self.offered.get(shadow, 0.0), now + request.seconds)
@@ -417,8 +417,6 @@ class FakeEngine:
         replies = [rank.answer(request) for rank in self.ranks]
         if isinstance(request, Install) and request.in_step:
             replies = self._agree(request, replies)
-        installing = [rank for rank in self.ranks if rank.direct and self._writes(rank)]
-        assert self.paused or not installing, "resumed while a rank writes"
         return replies
 
     def _agree(self, request: Install, replies: list[RankReply]) -> list[RankReply]:
@@ -439,11 +437,6 @@ class FakeEngine:
             for number, reply in enumerate(replies)
         ]
 
-    @staticmethod
-    def _writes(rank: FakeRank) -> bool:
-        job = rank.started
-        return job is not None and job.doing == "install" and job.reply is None
-
     async def pause(self, in_flight: str) -> None:
         self.in_flight = in_flight
         # One that fails may have paused all the same; one that hangs has not.
@@ -452,7 +445,6 @@ class FakeEngine:
         await self.may_pause.wait()
 
     async def resume(self) -> None:
-        assert not [r for r in self.ranks if self._writes(r)], "a rank still writes"
         self._step("resume", locked=True)
         self.paused = False
 
@@ -508,9 +500,10 @@ class FakeEngine:
         for rank in self.ranks:
             rank.held.discard(doing)
 
-    def stage_directly(self) -> None:
+    def keep_no_way_back(self) -> None:
+        """Before the agent starts: all ranks stage in mode ``host-no-undo``."""
         for rank in self.ranks:
-            rank.direct = True
+            rank.mode = "host-no-undo"
 
 
 class FakeTrainer:
@@ -589,7 +582,6 @@ class Bench:
             "slot": 0,
             "weights": weights_of(version),
             "stage_seconds": 60.0,
-            "commit_seconds": 60.0,
             "keep_seconds": 60.0,
         }
         return Prepare(**(fields | changes))

@@ -35,15 +35,14 @@ class FaultyStager(RankStager):
         self._obey("stage")
         return super().stage(request, manifest, limit)
 
-    def install(self, version: int, limit: Limit) -> float:
+    def install(self, version: int) -> None:
         self._obey("install")
-        ms = super().install(version, limit)
+        super().install(version)
         self._obey("after_install")
-        return ms
 
-    def restore(self, version: int) -> float:
+    def restore(self, version: int) -> None:
         self._obey("restore")
-        return super().restore(version)
+        super().restore(version)
 
     def _obey(self, step: str) -> None:
         path = Path(os.environ["REFIT_TEST_FAULTS"])

@@ -177,7 +177,6 @@ class Layout:
         costs: dict[str, TransferCost] | None = None,
         limits: Limits = ROOMY,
         rank: int = 0,
-        direct: bool = False,
     ) -> Plan:
         return make_plan(
             self.manifest,
@@ -185,7 +184,6 @@ class Layout:
             self.slices,
             rank=rank,
             limits=limits,
-            direct=direct,
             costs=costs,
         )
 

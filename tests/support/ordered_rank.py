@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.extension import RefitRank
 from dynamo.refit.rank.stager import RankStager
 from tests.support.child import answer_requests
@@ -56,15 +55,14 @@ class OrderedStager(RankStager):
     errors: dict[str, str]
     left: Counter[str]
 
-    def install(self, version: int, limit: Limit) -> float:
+    def install(self, version: int) -> None:
         self._obey("install")
-        ms = super().install(version, limit)
+        super().install(version)
         self._obey("after_install")
-        return ms
 
-    def restore(self, version: int) -> float:
+    def restore(self, version: int) -> None:
         self._obey("restore")
-        return super().restore(version)
+        super().restore(version)
 
     def _obey(self, step: str) -> None:
         if self.left[step] > 0:

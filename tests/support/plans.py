@@ -59,12 +59,6 @@ class FakeTransport:
         self._run(plan, slot, arena, places)
         return arena
 
-    def install_direct(
-        self, plan: Plan, slot: int, live: dict[str, np.ndarray]
-    ) -> None:
-        """Every wave through scratch into the ``live`` parameters (bytes)."""
-        self._run(plan, slot, None, live)
-
     def _run(
         self,
         plan: Plan,
@@ -200,8 +194,6 @@ def _check_halves(plan: Plan) -> None:
     assert through == [number % 2 for number in range(len(through))]
     assert plan.scratch_nbytes % (ALIGNMENT * max(1, len(set(through)))) == 0
     assert (plan.scratch_nbytes > 0) == bool(through)
-    if plan.direct:
-        assert len(through) == len(halves)
     for wave in plan.waves:
         for piece in wave.pieces:
             assert (piece.scratch is None) == (wave.half is None)

@@ -13,7 +13,7 @@ import torch
 
 from dynamo.refit.fingerprint import Part
 from dynamo.refit.manifest import Box, TensorEntry
-from dynamo.refit.protocol import MemoryUse
+from dynamo.refit.protocol import MemoryUse, StagingMode
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
@@ -61,14 +61,12 @@ class Rank:
     number: int = 0
     limits: Limits = SMALL
     costs: dict[str, TransferCost] | None = None
-    direct: bool = False
+    mode: StagingMode = "host"
     as_loaded: set[str] | None = None
     built: Cycle = field(default_factory=Cycle)
 
     def __post_init__(self) -> None:
-        plan = self.layout.plan(
-            rank=self.number, limits=self.limits, costs=self.costs, direct=self.direct
-        )
+        plan = self.layout.plan(rank=self.number, limits=self.limits, costs=self.costs)
         self.agent = FakeNixlAgent(self.trainers.manifest)
         self.live = {
             p.name: torch.full((p.nbytes,), OLD, dtype=torch.uint8)
@@ -76,11 +74,8 @@ class Rank:
             .view(p.shape)
             for p in self.layout.parameters
         }
-        mode = "direct" if self.direct else "host"
-        memory = MemoryUse(mode=mode, device_nbytes=0, host_nbytes=0)
-        self.arena = None
-        if not self.direct:
-            self.arena = Arena(self.agent, plan.arena, memory, CPU, self.built)
+        memory = MemoryUse(mode=self.mode, device_nbytes=0, host_nbytes=0)
+        self.arena = Arena(self.agent, plan.arena, memory, CPU, self.built)
         names = self.live if self.as_loaded is None else self.as_loaded
         self.session = Session(
             self.agent,
@@ -89,7 +84,6 @@ class Rank:
             memory,
             self.arena,
             {name: self.live[name] for name in names},
-            CPU,
             self.built,
         )
         self.address()
@@ -103,26 +97,21 @@ class Rank:
         slot: int,
         submit: Submit,
         *,
-        land: bool = True,
         limit: Limit | None = None,
         cycle: Cycle | None = None,
     ) -> np.ndarray:
-        if self.arena is not None:
-            self.arena.begin(())
+        self.arena.begin(())
         limit = limit or Limit(time.monotonic() + 60, lambda: False)
-        return self.session.pull(slot, limit, submit, cycle or Cycle(), land=land)
+        return self.session.pull(slot, limit, submit, cycle or Cycle())
 
     @property
     def staged(self) -> dict[str, torch.Tensor]:
-        """Where the last version went: the shadow, or in direct staging what is
-        live."""
-        if self.arena is None:
-            return self.live
+        """Where the last version went."""
         return self.arena.shadows[self.arena.target].by_name
 
     def loaded(self, full: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         """What ``staged`` should be after a pull of ``full``."""
-        expected = self.layout.loaded(full, before=OLD if self.direct else 0)
+        expected = self.layout.loaded(full)
         return {name: values.tobytes() for name, values in expected.items()}
 
     def install(self) -> None:

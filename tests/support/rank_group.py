@@ -227,7 +227,7 @@ class Conversation:
 
     def install(self) -> None:
         """Make the staged version live on every rank."""
-        replies = self._finish(Install(version=self._version, seconds=STAGE_SECONDS))
+        replies = self._finish(Install(version=self._version))
         assert all(isinstance(reply, Installed) for reply in replies), replies
 
     def verify(self) -> int:

@@ -157,7 +157,6 @@ class Replica:
             slot=slot,
             weights=version_fingerprint(published),
             stage_seconds=60,
-            commit_seconds=60,
             keep_seconds=60,
         )
         vote = await self.agent.answer(prepare)

@@ -105,8 +105,8 @@ class Worker:
     version: int | None = None
     weights: str = ""
     admitted: bool = False
-    #: Installs straight from its source, and holds nothing for others.
-    direct: bool = False
+    #: Has no way back from an install.
+    no_undo: bool = False
     #: Does not say its status.
     silent: bool = False
     phase: WorkerPhase = "serving"
@@ -181,7 +181,7 @@ class Worker:
         if not fleet.can_read(source, action.ready):
             return refused("SourceLost", self.number)
         self.staged, self.source, self.phase = action.ready, source, "staged"
-        mode = "direct" if self.direct else "device"
+        mode = "host-no-undo" if self.no_undo else "device"
         return voted(self.number, action.ready, mode=mode).reply
 
     def _serve(self, ready: WeightVersionReady, fleet: SimulatedFleet) -> Reply:
@@ -194,7 +194,7 @@ class Worker:
     def holds(self, ready: WeightVersionReady) -> bool:
         what = ready.version, ready.weights
         held = [(self.version, self.weights)]
-        if self.staged is not None and not self.direct:
+        if self.staged is not None:
             held.append((self.staged.version, self.staged.weights))
         return self.phase != "fenced" and what in held
 
@@ -214,7 +214,7 @@ class Worker:
         if self.phase == "staged":
             if action.step in ("install", "resume"):
                 return refused("NothingStaged", self.number)
-            assert not (self.direct and action.step == "pause"), "cannot go back"
+            assert not (self.no_undo and action.step == "pause"), "cannot go back"
             self.phase = "committing"
             if action.step == "pause":
                 self.until = now + fleet.hold_seconds
@@ -235,9 +235,6 @@ class Worker:
         """Of one that it takes to the end alone."""
         if self.phase != "committing" or self.staged is None:
             return refused("NothingStaged", self.number)
-        if self.direct and not fleet.can_read(self.source, self.staged):
-            self._drop()
-            return refused("SourceLost", self.number)
         return self._finish()
 
     def _finish(self) -> Committed:
@@ -267,10 +264,10 @@ class SimulatedFleet:
         self._numbers = itertools.count(1)
         self._known: dict[int, FleetMember] = {}
 
-    def join(self, *, direct: bool = False) -> Worker:
+    def join(self, *, no_undo: bool = False) -> Worker:
         """A worker with the weights it starts with, which routers do not see."""
         number = next(self._numbers)
-        self.workers[number] = Worker(number, direct=direct)
+        self.workers[number] = Worker(number, no_undo=no_undo)
         return self.workers[number]
 
     def seen(self) -> FleetSeen:

@@ -777,7 +777,7 @@ async def test_a_rank_that_plans_the_same_layout_anew_may_read_in_another_order(
     [
         (("device", "device"), "device"),
         (("device", "host"), "host"),
-        (("direct", "host"), "direct"),
+        (("host-no-undo", "host"), "host-no-undo"),
     ],
 )
 async def test_all_ranks_stage_in_the_mode_that_each_has_room_for(
@@ -801,59 +801,13 @@ async def test_a_rank_without_room_fails_the_start_with_its_numbers() -> None:
     assert (caught.value.failure.kind, caught.value.failure.rank) == ("MemoryShort", 1)
 
 
-@pytest.mark.parametrize("direct", [(True, True), (False, True), (True, False)])
-async def test_an_install_that_takes_time_is_polled_inside_the_pause(
-    bench: Bench, direct: tuple[bool, bool]
+async def test_an_install_that_fails_for_good_without_a_way_back_fences(
+    bench: Bench,
 ) -> None:
-    for rank, mode in zip(bench.engine.ranks, direct, strict=True):
-        rank.direct = mode
-    bench.engine.hold("install")
-    await bench.staged(5, commit_seconds=60.0)
-    polls = len(bench.engine.asked(Poll))
-    task = asyncio.create_task(bench.agent.answer(commit(5)))
-    await until(lambda: len(bench.engine.asked(Poll)) > polls + 3)
-    assert bench.engine.steps == ["pause", "install"]
-    assert bench.engine.paused
-    assert bench.agent.status().phase == "committing"
-    [install] = bench.engine.asked(Install)
-    # Half of the time that the coordinator waits, so that there is a second try.
-    assert install == Install(version=5, seconds=30.0)
-
-    bench.engine.let("install")
-    reply = await task
-    assert isinstance(reply, Committed)
-    assert reply.timings.install_retries == 0
-    assert bench.engine.steps == COMMIT_STEPS
-    bench.assert_serving(5)
-
-
-async def test_a_direct_install_that_fails_once_is_done_again(bench: Bench) -> None:
-    """Not before every rank has ended: one that works refuses to start."""
-    bench.engine.stage_directly()
-    slow, broken = bench.engine.ranks
-    slow.held.add("install")
-    broken.fail[Install] = [TransferFailed("the source broke off")]
-    await bench.staged(5)
-    task = asyncio.create_task(bench.agent.answer(commit(5)))
-    await until(lambda: broken.started.reply is not None)
-    for _ in range(50):
-        await asyncio.sleep(0.001)
-    assert len(bench.engine.asked(Install)) == 1
-    assert bench.engine.paused
-
-    slow.held.clear()
-    reply = await task
-    assert isinstance(reply, Committed)
-    assert reply.timings.install_retries == 1
-    assert bench.engine.steps == ["pause", "install", *COMMIT_STEPS[1:]]
-    bench.assert_serving(5)
-
-
-async def test_a_direct_install_that_fails_for_good_fences(bench: Bench) -> None:
     """Some parameters are written, and there is no copy of what they were."""
+    bench.engine.keep_no_way_back()
     await bench.committed(4)
     bench.engine.steps.clear()
-    bench.engine.stage_directly()
     bench.engine.ranks[1].fail[Install] = [
         TransferFailed("1st"),
         FingerprintMismatch("2nd"),
@@ -870,15 +824,15 @@ async def test_a_direct_install_that_fails_for_good_fences(bench: Bench) -> None
     assert refitted == [4]
 
 
-async def test_answers_out_of_step_while_an_install_is_polled_fence(
+async def test_answers_out_of_step_while_the_check_is_polled_fence(
     bench: Bench,
 ) -> None:
-    bench.engine.stage_directly()
     await bench.staged(5)
     bench.engine.fail["Poll"] = OutOfStep("answered call 3 when asked call 4")
     refusal(await bench.agent.answer(commit(5)))
     bench.assert_fenced(5, "OutOfStep")
-    assert "resume" not in bench.engine.steps
+    assert bench.engine.paused
+    assert bench.engine.steps[-2:] == ["verify", "pause"]
 
 
 # --- what is live -------------------------------------------------------------

@@ -54,12 +54,12 @@ def _version(staged: list[torch.Tensor]) -> int:
 class Engine:
     """What a rank's stager does with an arena, on the host, without a transfer."""
 
-    def __init__(self, *processed: str) -> None:
+    def __init__(self, *processed: str, mode: StagingMode = "host") -> None:
         manifest = one_slice((4,), whole((4,))).manifest
         self.agent = FakeNixlAgent(manifest)
         self.live = FakeLive(frozenset(processed))
         self.cycle = Cycle()
-        memory = MemoryUse(mode="host", device_nbytes=0, host_nbytes=0)
+        memory = MemoryUse(mode=mode, device_nbytes=0, host_nbytes=0)
         device = torch.device("cpu")
         self.arena = Arena(self.agent, LAYOUT, memory, device, self.cycle)
 
@@ -89,6 +89,21 @@ def test_two_shadows_are_all_that_is_allocated_and_both_are_registered() -> None
     ]
     engine.arena.close()
     assert engine.agent.registered == {}
+
+
+@pytest.mark.parametrize("processed", [(), ("packed",)])
+def test_without_a_way_back_one_shadow_is_all_there_is(processed: tuple[str]) -> None:
+    engine = Engine(*processed, mode="host-no-undo")
+    assert engine.cycle.counters() == CacheCounters(allocations=1, registrations=1)
+    for version in range(1, 4):
+        # Whoever reads the live version must have ended.
+        assert engine.arena.expendable == {0}
+        engine.stage(version)
+        assert (engine.arena.old, engine.arena.live) == (None, None)
+        assert _version(engine.arena.staged) == version
+        engine.install()
+        assert (engine.live.version, engine.arena.live) == (version, 0)
+        assert engine.arena.old is None
 
 
 def test_a_shadow_has_its_parameters_in_order_and_begins_with_zeros() -> None:

@@ -125,16 +125,17 @@ def prefill(worker: int) -> FleetMember:
 
 
 def test_who_prefills_is_no_stand_in_for_who_decodes() -> None:
-    """2 is the only one that decodes: it stays in routing while it installs."""
-    reconciler = new(prefill(1), 2, prefill(3))
-    reconciler.handle(V5, 1.0)
-    reconciler.handle(leased(V5), 1.0)
+    """2 is the only one left that decodes: it stays in routing while it installs."""
+    reconciler = new(prefill(1), 2, prefill(3), 4)
+    reconciler.handle(DRAIN5, 1.0)
+    reconciler.handle(leased(DRAIN5), 1.0)
+    reconciler.handle(fleet(prefill(1), 2, prefill(3)), 1.5)
     for worker in (1, 3):
-        reconciler.handle(voted(worker, V5), 2.0)
-    actions = reconciler.handle(voted(2, V5, mode="direct"), 2.0)
+        reconciler.handle(voted(worker, DRAIN5), 2.0)
+    actions = reconciler.handle(voted(2, DRAIN5), 2.0)
     assert withdrawn(actions) == {1: True}
-    assert withdrawn(reconciler.handle(committed(1, V5), 3.0)) == {3: True}
-    assert withdrawn(reconciler.handle(committed(3, V5), 4.0)) == {2: False}
+    assert withdrawn(reconciler.handle(committed(1, DRAIN5), 3.0)) == {3: True}
+    assert withdrawn(reconciler.handle(committed(3, DRAIN5), 4.0)) == {2: False}
 
 
 def test_of_each_component_somebody_is_left() -> None:
@@ -147,21 +148,12 @@ def test_of_each_component_somebody_is_left() -> None:
     assert withdrawn(reconciler.handle(voted(4, DRAIN5), 2.0)) == {1: True, 2: True}
 
 
-@pytest.mark.parametrize("policy", [POLICY, BARRIER])
-def test_direct_installs_withdraw_whatever_the_policy(policy: Policy) -> None:
-    """Their pause is long, and they cannot go back from a barrier."""
-    reconciler = preparing(V5, 1, 2, policy=policy)
+def test_who_cannot_undo_an_install_takes_part_in_no_barrier() -> None:
+    """The failure of one would fence all of them. They go at once, and serve."""
+    reconciler = preparing(V5, 1, 2, policy=BARRIER)
     reconciler.handle(voted(1, V5), 2.0)
-    actions = reconciler.handle(voted(2, V5, mode="direct"), 2.0)
-    assert actions == [SendCommit(1, V5, "continue", "all", withdraw=True)]
-    actions = reconciler.handle(committed(1, V5), 3.0)
-    assert actions == [SendCommit(2, V5, "continue", "all", withdraw=True)]
-
-
-def test_a_direct_install_of_the_only_worker_is_not_withdrawn() -> None:
-    reconciler = preparing(V5, 1)
-    actions = reconciler.handle(voted(1, V5, mode="direct"), 2.0)
-    assert actions == commits(V5, 1)
+    actions = reconciler.handle(voted(2, V5, mode="host-no-undo"), 2.0)
+    assert actions == commits(V5, 1, 2)
 
 
 # --- drain ----------------------------------------------------------------------

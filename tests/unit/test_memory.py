@@ -32,12 +32,12 @@ SCRATCH = GIB // 4
 ON_GPU = {
     "device": (ARENA + SCRATCH, ARENA),
     "host": (0, 2 * ARENA + SCRATCH),
-    "direct": (SCRATCH, 0),
+    "host-no-undo": (0, ARENA + SCRATCH),
 }
 ON_CPU = {
     "device": (0, 2 * ARENA + SCRATCH),
     "host": (0, 2 * ARENA + SCRATCH),
-    "direct": (0, SCRATCH),
+    "host-no-undo": (0, ARENA + SCRATCH),
 }
 MODES = list(ON_GPU)
 
@@ -97,9 +97,8 @@ def test_a_mode_that_is_asked_for_is_not_replaced() -> None:
         # No room for the shadow on the device, or for the copy beside it.
         (ARENA + SCRATCH - 1, 2 * ARENA + SCRATCH, "host"),
         (0, 2 * ARENA + SCRATCH, "host"),
-        (1000 * GIB, ARENA - 1, "direct"),
-        (ARENA, 2 * ARENA + SCRATCH - 1, "direct"),
-        (SCRATCH, 0, "direct"),
+        (ARENA, 2 * ARENA + SCRATCH - 1, "host-no-undo"),
+        (0, ARENA + SCRATCH, "host-no-undo"),
     ],
 )
 def test_auto_takes_the_first_that_fits_on_a_gpu(
@@ -112,8 +111,8 @@ def test_auto_takes_the_first_that_fits_on_a_gpu(
     ("host", "mode"),
     [
         (2 * ARENA + SCRATCH, "device"),
-        (2 * ARENA + SCRATCH - 1, "direct"),
-        (SCRATCH, "direct"),
+        (2 * ARENA + SCRATCH - 1, "host-no-undo"),
+        (ARENA + SCRATCH, "host-no-undo"),
     ],
 )
 def test_auto_takes_the_first_that_fits_on_a_cpu(host: int, mode: StagingMode) -> None:
@@ -126,7 +125,7 @@ def test_where_nothing_fits_every_mode_is_told_with_its_numbers() -> None:
     assert str(caught.value) == (
         "device takes 8.25 GiB of device and 8.00 GiB of host memory; "
         "host takes 0.00 GiB of device and 16.25 GiB of host memory; "
-        "direct takes 0.25 GiB of device and 0.00 GiB of host memory; "
+        "host-no-undo takes 0.00 GiB of device and 8.25 GiB of host memory; "
         "0.25 GiB of device and 2.00 GiB of host memory are free: give vLLM less KV "
         "cache or the host more memory"
     )
@@ -138,7 +137,7 @@ def test_on_a_cpu_nothing_is_said_of_a_device_s_free_memory() -> None:
     assert str(caught.value) == (
         "device takes 0.00 GiB of device and 16.25 GiB of host memory; "
         "host takes 0.00 GiB of device and 16.25 GiB of host memory; "
-        "direct takes 0.00 GiB of device and 0.25 GiB of host memory; "
+        "host-no-undo takes 0.00 GiB of device and 8.25 GiB of host memory; "
         "0.00 GiB of host memory are free: give vLLM less KV cache or the host more "
         "memory"
     )
@@ -170,14 +169,14 @@ def test_a_pinned_buffer_takes_a_power_of_two(arena: int, pinned: int) -> None:
     scratch, rounded = 3 * GIB // 8, GIB // 2
     assert taken("device", arena, scratch, on_gpu=True) == (arena + scratch, pinned)
     assert taken("host", arena, scratch, on_gpu=True) == (0, 2 * pinned + rounded)
-    assert taken("direct", arena, scratch, on_gpu=True) == (scratch, 0)
+    assert taken("host-no-undo", arena, scratch, on_gpu=True) == (0, pinned + rounded)
 
 
 @pytest.mark.parametrize("mode", ["device", "host"])
 def test_on_a_cpu_nothing_is_rounded(mode: StagingMode) -> None:
     arena, scratch = 9 * GIB, 3 * GIB // 8
     assert taken(mode, arena, scratch, on_gpu=False) == (0, 2 * arena + scratch)
-    assert taken("direct", arena, scratch, on_gpu=False) == (0, scratch)
+    assert taken("host-no-undo", arena, scratch, on_gpu=False) == (0, arena + scratch)
 
 
 def test_a_backup_that_fits_only_unrounded_is_refused_with_what_it_takes() -> None:
@@ -196,7 +195,7 @@ def test_a_backup_that_fits_only_unrounded_is_refused_with_what_it_takes() -> No
 @pytest.mark.parametrize("mode", MODES)
 def test_an_arena_that_is_held_needs_no_room_again(mode: StagingMode) -> None:
     """Scratch does: the session before keeps its own for now."""
-    on_host = mode == "host"
+    on_host = mode != "device"
     device, host = (0, SCRATCH) if on_host else (SCRATCH, 0)
     assert chosen(mode, device, host, held=use(mode)) == use(mode)
     with pytest.raises(MemoryShort):
@@ -259,7 +258,7 @@ def test_what_is_chosen_fits_and_is_the_first_that_does(
     assert taken.host_nbytes <= host
     assert taken.device_nbytes <= (device or 0)
     total = taken.device_nbytes + taken.host_nbytes
-    needed = scratch + (0 if taken.mode == "direct" else 2 * arena)
+    needed = scratch + (1 if taken.mode == "host-no-undo" else 2) * arena
     assert total == needed if device is None else needed <= total <= 2 * needed
 
 
@@ -406,8 +405,8 @@ def room(available: int, wanted: str) -> int:
     [
         ("auto", ARENA + SCRATCH + HEADROOM),
         ("device", ARENA + SCRATCH + HEADROOM),
-        ("direct", SCRATCH + HEADROOM),
         ("host", 0),
+        ("host-no-undo", 0),
     ],
 )
 def test_the_cache_gets_what_staging_leaves(wanted: str, staging: int) -> None:

@@ -1,8 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
 """Plans executed on bytes: whatever the sharding, the slices and the costs, the
-arena, or in direct staging the live parameters, hold exactly what the engine's
-loader would have put there."""
+arena holds exactly what the engine's loader would have put there."""
 
 from __future__ import annotations
 
@@ -84,28 +83,6 @@ def test_every_plan_stages_the_bytes_that_the_loader_would(
     assert contiguous.descriptors <= exact.descriptors
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    layout=layouts(),
-    rank=st.integers(0, 3),
-    limits=_some_limits(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_every_direct_plan_leaves_what_the_loader_would_in_the_live_parameters(
-    layout: Layout, rank: int, limits: Limits, seed: int
-) -> None:
-    tensors = layout.random_tensors(seed)
-    transport = FakeTransport(layout.manifest, [tensors, tensors])
-    expected = layout.loaded(tensors, before=OLD)
-    for costs in COSTS:
-        plan = layout.plan(costs=costs, limits=limits, rank=rank, direct=True)
-        check_plan(plan, layout, limits, rank)
-        live = {p.name: np.full(p.nbytes, OLD, np.uint8) for p in layout.parameters}
-        transport.install_direct(plan, 1, live)
-        for name, values in expected.items():
-            np.testing.assert_array_equal(live[name], values, err_msg=name)
-
-
 @settings(max_examples=100, deadline=None)
 @given(layout=layouts(), limits=_some_limits())
 def test_ranks_that_read_the_same_boxes_read_the_same_blocks(
@@ -113,8 +90,8 @@ def test_ranks_that_read_the_same_boxes_read_the_same_blocks(
 ) -> None:
     """However they read them: a proof over ranks compares block with block."""
     plans = [
-        layout.plan(costs=costs, limits=limits, rank=rank, direct=direct)
-        for rank, costs, direct in itertools.product(range(3), COSTS, (False, True))
+        layout.plan(costs=costs, limits=limits, rank=rank)
+        for rank, costs in itertools.product(range(3), COSTS)
     ]
 
     assert all(boxes_of(plan) == boxes_of(plans[0]) for plan in plans)
@@ -313,7 +290,7 @@ def test_a_slice_that_is_one_run_is_never_cut_out_locally(
     assert plan.wire_nbytes == plan.nbytes == 32 * 16 * 2
 
 
-# Conversions and direct staging.
+# Conversions.
 
 
 def test_what_is_converted_comes_through_scratch_however_it_lies() -> None:
@@ -328,16 +305,16 @@ def test_what_is_converted_comes_through_scratch_however_it_lies() -> None:
     assert plan.arena.nbytes == align(4 * 8 * 2)
 
 
-def test_exact_runs_are_packed_where_there_is_no_arena() -> None:
-    """Four runs of 8 bytes, of rows of 16."""
-    layout = one_slice((4, 8), ((0, 4), (4, 8)))
-    plan = layout.plan(costs=ALWAYS_EXACT, direct=True)
+def test_exact_runs_of_what_is_converted_are_packed() -> None:
+    """Four runs of 16 bytes, of rows of 32."""
+    layout = one_slice((4, 8), ((0, 4), (4, 8)), dtype="float32", held="bfloat16")
+    plan = layout.plan(costs=ALWAYS_EXACT)
 
     (wave,) = plan.waves
     (piece,) = wave.pieces
     assert piece.scratch == Scratch(start=0, strides=(4, 1))
-    assert wave.segments[0].local.tolist() == [0, 8, 16, 24]
-    assert plan.wire_nbytes == plan.nbytes == 32
+    assert wave.segments[0].local.tolist() == [0, 16, 32, 48]
+    assert plan.wire_nbytes == plan.nbytes == 64
 
 
 # Waves and their limits.

@@ -529,10 +529,10 @@ def test_a_fenced_worker_is_left_alone() -> None:
 @pytest.mark.parametrize("stage_seconds", [0.5, 3600.0])
 @pytest.mark.parametrize("commit_seconds", [0.5, 600.0])
 @pytest.mark.parametrize("max_unavailable", [0, 1, 2])
-def test_a_lease_outlives_the_last_commit_that_may_read(
+def test_a_lease_outlives_the_last_commit(
     commit: Any, stage_seconds: float, commit_seconds: float, max_unavailable: int
 ) -> None:
-    """In ``direct`` staging a worker reads once more, in its commit."""
+    """The trainer hears how the version ended before its lease expires."""
     policy = Policy(
         stage_seconds,
         commit_seconds,
@@ -550,7 +550,7 @@ def test_a_lease_outlives_the_last_commit_that_may_read(
     actions = [
         action
         for worker in (1, 2, 3)
-        for action in reconciler.handle(voted(worker, V5, mode="direct"), now)
+        for action in reconciler.handle(voted(worker, V5), now)
     ]
     waiting, sent = of_type(actions, SendCommit), 0
     while waiting:

@@ -195,9 +195,9 @@ class AnyOrder(RuleBasedStateMachine):
     # --- what happens to the fleet --------------------------------------------
 
     @precondition(lambda self: len(self.fleet.workers) < 5)
-    @rule(direct=st.sampled_from([False, False, True]))
-    def join_and_be_seen(self, direct: bool) -> None:
-        self.fleet.join(direct=direct)
+    @rule(no_undo=st.sampled_from([False, False, True]))
+    def join_and_be_seen(self, no_undo: bool) -> None:
+        self.fleet.join(no_undo=no_undo)
         self.look(now=True)
 
     @precondition(lambda self: self.fleet.workers)

@@ -69,7 +69,6 @@ PREPARE = Prepare(
     manifest="0123abcd",
     slot=1,
     stage_seconds=300.0,
-    commit_seconds=0.5,
     keep_seconds=0.5,
 )
 

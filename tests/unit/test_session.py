@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dynamo.refit.errors import FingerprintMismatch
 from dynamo.refit.fingerprint import add_up
-from dynamo.refit.protocol import CacheCounters
+from dynamo.refit.protocol import CacheCounters, StagingMode
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.plan import Limits, TransferCost
@@ -117,7 +117,7 @@ def test_progress_grows_to_all_bytes_wave_by_wave(follower: Submit) -> None:
     number=st.integers(0, 3),
     limits=st.sampled_from([ROOMY, Limits(0, 1), Limits(300, 24), Limits(40)]),
     costs=st.sampled_from([ALWAYS_EXACT, ALWAYS_CONTIGUOUS]),
-    direct=st.booleans(),
+    mode=st.sampled_from(["host", "host-no-undo"]),
     late=st.integers(0, 2),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -126,12 +126,12 @@ def test_whatever_the_layout_every_part_is_that_of_its_block(
     number: int,
     limits: Limits,
     costs: dict[str, TransferCost],
-    direct: bool,
+    mode: StagingMode,
     late: int,
     seed: int,
 ) -> None:
     trainers = FakeTrainers(layout)
-    rank = Rank(layout, trainers, number, limits, costs, direct)
+    rank = Rank(layout, trainers, number, limits, costs, mode)
     rank.agent.late = late
     full = layout.random_tensors(seed)
     trainers.write(1, full)
@@ -142,8 +142,7 @@ def test_whatever_the_layout_every_part_is_that_of_its_block(
     tensors = trainers.manifest.tensors
     expected = [part_of(tensors[of], full, box) for of, box in rank.session.reads]
     assert parts.tolist() == expected
-    if not direct:
-        rank.install()
+    rank.install()
     rank.session.live_parts.check(rank.session.landed, rank=number)
 
 
@@ -209,7 +208,7 @@ def test_waves_into_the_arena_are_all_under_way_together(follower: Submit) -> No
 
 
 def test_two_waves_through_scratch_are_under_way_at_a_time(follower: Submit) -> None:
-    rank = layer(direct=True)
+    rank = layer("float32")
     rank.agent.late = 50
     rank.pull(0, follower)
 
@@ -276,36 +275,6 @@ def test_parameters_in_another_layout_are_not_compared(follower: Submit) -> None
     # qkv, gate_up, down and embed.
     assert rank.session.live_parts.unchecked == 4
     rank.session.live_parts.check(rank.session.landed, rank=0)
-
-
-# Direct staging.
-
-
-@pytest.mark.parametrize("costs", [ALWAYS_EXACT, ALWAYS_CONTIGUOUS])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_direct_staging_writes_nothing_before_it_is_told_to(
-    costs: dict[str, TransferCost], dtype: str, follower: Submit
-) -> None:
-    rank = layer(dtype, costs=costs, direct=True)
-    full = rank.layout.random_tensors(seed=7)
-    rank.trainers.write(1, full)
-    before = bytes_of(rank.live)
-    voted = rank.pull(1, follower, land=False)
-
-    assert bytes_of(rank.live) == before
-    tensors = rank.trainers.manifest.tensors
-    expected = [part_of(tensors[of], full, box) for of, box in rank.session.reads]
-    assert voted.tolist() == expected
-
-    installed = rank.pull(1, follower, land=True)
-    assert installed.tolist() == voted.tolist()
-    assert bytes_of(rank.live) == rank.loaded(full)
-    assert rank.session.live_parts.unchecked == 0
-    rank.session.live_parts.check(rank.session.landed, rank=0)
-    rank.live["o"].view(torch.int16)[3, 2] ^= 1
-    with pytest.raises(FingerprintMismatch) as caught:
-        rank.session.live_parts.check(rank.session.landed, rank=0)
-    assert caught.value.tensor == "o"
 
 
 # What is built.

@@ -13,13 +13,14 @@ import torch
 
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.fingerprint import Batch
+from dynamo.refit.protocol import StagingMode
 from dynamo.refit.rank import session
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions, Session
 from tests.support.fake_nixl import NEVER
 from tests.support.layouts import ALWAYS_EXACT, ROOMY
-from tests.support.rank import CPU, Rank, bytes_of, layer
+from tests.support.rank import Rank, bytes_of, layer
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -58,12 +59,11 @@ def test_a_refused_source_leaves_nothing_behind(follower: Submit) -> None:
 
 
 @pytest.mark.parametrize("nth", [1, 2, 4], ids=["live", "first", "later"])
-@pytest.mark.parametrize("direct", [False, True])
 def test_a_session_that_finds_no_memory_leaves_nothing_registered(
-    monkeypatch: pytest.MonkeyPatch, direct: bool, nth: int
+    monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     """But for the arena, which the next one uses."""
-    rank = layer(direct=direct)
+    rank = layer()
     before = dict(rank.agent.registered)
     made = []
 
@@ -81,7 +81,6 @@ def test_a_session_that_finds_no_memory_leaves_nothing_registered(
             rank.session.memory,
             rank.arena,
             rank.live,
-            CPU,
             Cycle(),
         )
 
@@ -97,17 +96,17 @@ def test_a_session_that_finds_no_memory_leaves_nothing_registered(
 
 
 @pytest.mark.parametrize("late", [0, 2])
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("mode", ["host", "host-no-undo"])
 def test_a_read_that_breaks_off_ends_the_pull_and_the_next_one_is_whole(
-    late: int, direct: bool, follower: Submit
+    late: int, mode: StagingMode, follower: Submit
 ) -> None:
-    rank = layer(direct=direct)
+    rank = layer(mode=mode)
     full = rank.layout.random_tensors(seed=10)
     rank.trainers.write(0, full)
     rank.agent.late = late
     rank.agent.broken.add("trainer-1")
     with pytest.raises(TransferFailed, match="the read from 'trainer-1' broke off"):
-        rank.pull(0, follower, land=not direct)
+        rank.pull(0, follower)
 
     # Those of the other source may be under way still, and end with the polls.
     deadline = time.monotonic() + 10
@@ -249,17 +248,6 @@ def test_an_abandoned_arena_that_others_read_is_kept(follower: Submit) -> None:
     assert len(rank.agent.registered) == 3
 
     abandoned.sweep(lambda arena: arena is None)
-    assert len(abandoned) == 0
-    assert rank.agent.registered == {}
-
-
-def test_an_abandoned_session_without_an_arena_is_freed_too(follower: Submit) -> None:
-    rank, abandoned = layer(direct=True), AbandonedSessions()
-    _give_up(rank, follower)
-    abandoned.add(rank.session)
-    rank.agent.late = 0
-    abandoned.sweep()
-
     assert len(abandoned) == 0
     assert rank.agent.registered == {}
 

@@ -30,7 +30,6 @@ from tests.support.fleet import (
     V6,
     aborts,
     commits,
-    committed,
     events,
     failure,
     fleet,
@@ -121,30 +120,6 @@ def test_no_source_has_more_readers_than_it_may(trainer: int, peer: int) -> None
         assert rounds < 60
     # Those that hold it multiply: it is not one after the other.
     assert rounds <= 16
-
-
-def test_a_worker_that_installs_straight_holds_nothing_for_others() -> None:
-    reconciler = new(1, 2, 3, policy=TREE)
-    reconciler.handle(V5, 0.0)
-    reconciler.handle(leased(V5), 1.0)
-    actions = reconciler.handle(voted(1, V5, mode="direct"), 2.0)
-    assert actions == prepares(V5, 2)
-
-
-def test_who_installs_straight_from_a_peer_reads_it_again_in_the_commit() -> None:
-    """Its peer must keep it until then."""
-    reconciler = new(1, 2, 3, policy=TREE)
-    reconciler.handle(V5, 0.0)
-    reconciler.handle(leased(V5), 1.0)
-    reconciler.handle(voted(1, V5), 2.0)
-    reconciler.handle(serves(1, 3, V5), 3.0)
-    assert reconciler.handle(voted(3, V5, mode="direct"), 4.0) == []
-    actions = reconciler.handle(voted(2, V5), 5.0)
-    assert [a.worker for a in of_type(actions, SendCommit)] == [1, 2]
-    assert released(actions) == []
-    reconciler.handle(committed(1, V5), 6.0)
-    reconciler.handle(committed(2, V5), 6.0)
-    assert released(reconciler.handle(committed(3, V5), 7.0)) == [(1, "at 1 for 3")]
 
 
 # --- when a source does not work -------------------------------------------------

@@ -92,9 +92,7 @@ async def test_no_pause_and_no_resume(bench: Bench) -> None:
     before = bench.engine.kv_epoch
     reply = await bench.committed(5)
     assert bench.engine.steps == IN_STEP
-    assert bench.engine.asked(Install) == [
-        Install(version=5, seconds=0.0, in_step=True)
-    ]
+    assert bench.engine.asked(Install) == [Install(version=5, in_step=True)]
     assert bench.engine.declared == 5
     assert reply.kv_epoch == bench.engine.kv_epoch != before
     bench.assert_serving(5)
@@ -148,9 +146,11 @@ async def test_recompute_pauses(bench: Bench) -> None:
     bench.assert_serving(5)
 
 
-async def test_an_install_that_takes_long_pauses(bench: Bench) -> None:
-    """In ``direct`` staging it is the transfer."""
-    bench.engine.stage_directly()
+async def test_an_install_that_cannot_be_undone_pauses() -> None:
+    """Between two steps, all ranks have the new weights or all the old ones."""
+    bench = Bench()
+    bench.engine.keep_no_way_back()
+    await bench.agent.start()
     await bench.staged(5)
     assert isinstance(await bench.agent.answer(commit(5)), Committed)
     assert bench.engine.steps[:2] == ["pause", "install"]

@@ -65,8 +65,8 @@ def test_an_argument_wins_over_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DYN_REFIT_ADMISSION", "immediate")
-    monkeypatch.setenv("DYN_REFIT_STAGING", "direct")
-    assert take(monkeypatch) == Options(staging="direct", admission="immediate")
+    monkeypatch.setenv("DYN_REFIT_STAGING", "host-no-undo")
+    assert take(monkeypatch) == Options(staging="host-no-undo", admission="immediate")
     chosen = take(monkeypatch, "--refit-admission", "coordinator")
     assert chosen.admission == "coordinator"
 

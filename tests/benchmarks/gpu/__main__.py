@@ -53,11 +53,8 @@ from tests.benchmarks.gpu.source import Publishers
 from tests.benchmarks.gpu.streams import Streams, greedy
 from tests.support.replica import Replica
 
-#: Refits from a source that is slow, or with a pull in the pause.
+#: Refits from a source that is slow.
 FEW = 5
-
-#: Versions for the replica that stages in another mode: above all others.
-DIRECT_VERSIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -219,12 +216,6 @@ class Bench:
         if options.uncached and full:
             name = "continue, uncached"
             await self._note(name, replica, published, trainer, count, 3, forget=True)
-        if options.direct and (full or trainer.slow):
-            direct = Replica(replica.llm, staging="direct")
-            direct.version = DIRECT_VERSIONS * (1 + len(self.results["runs"]))
-            await direct.agent.start()
-            name = "pull in the pause"
-            await self._note(name, direct, published, trainer, count, FEW)
 
     async def _note(
         self,
@@ -282,7 +273,6 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--from-disk", action="store_true")
     parser.add_argument("--uncached", action="store_true")
-    parser.add_argument("--direct", action="store_true")
     parser.add_argument("--golden", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -92,7 +92,7 @@ def _pull(
     )
     agent, cycle = NixlAgent(f"figures-{uuid.uuid4().hex[:12]}"), Cycle()
     arena = Arena(agent, layout, memory, device, cycle)
-    session = Session(agent, "-", plan, memory, arena, {}, device, cycle)
+    session = Session(agent, "-", plan, memory, arena, {}, cycle)
     session.address(manifest, "-", cycle)
     limit = Limit(math.inf, lambda: False)
 
@@ -106,7 +106,7 @@ def _pull(
         for _ in range(REPEATS):
             cycle = Cycle()
             began = time.perf_counter()
-            parts = session.pull(0, limit, follower.submit, cycle, land=True)
+            parts = session.pull(0, limit, follower.submit, cycle)
             seconds.append(time.perf_counter() - began)
             wires.append(cycle.ms["wire"] / 1e3)
     if columns == LENT_ROWS:

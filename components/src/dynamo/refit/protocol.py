@@ -42,10 +42,10 @@ MAX_VERSION = 2**63 - 1
 
 Version = Annotated[int, msgspec.Meta(ge=0, le=MAX_VERSION)]
 
-StagingMode = Literal["device", "host", "direct"]
+StagingMode = Literal["device", "host", "host-no-undo"]
 """Where a version waits for its commit; see :mod:`dynamo.refit.rank.memory`."""
 
-StagingChoice = Literal["auto", "device", "host", "direct"]
+StagingChoice = Literal["auto", "device", "host", "host-no-undo"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -87,6 +87,11 @@ class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
     device_nbytes: int
     host_nbytes: int
 
+    @property
+    def can_undo(self) -> bool:
+        """The old weights are kept, so that an install that fails can be undone."""
+        return self.mode != "host-no-undo"
+
 
 class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds of one rank's stage, and when it ran (Unix seconds).
@@ -110,11 +115,7 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankVote(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank holds the version: bytes read, what it cost, what was cached.
-
-    In ``direct`` mode it holds nothing, but has read the version once, found it right,
-    and can read it again.
-    """
+    """One rank holds the version: bytes read, what it cost, what was cached."""
 
     rank: int
     nbytes: int
@@ -179,10 +180,9 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
 
     The worker reads the manifest with fingerprint ``manifest`` from instance
     ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
-    ``weights``. ``stage_seconds`` bounds the staging, ``commit_seconds`` the install;
-    ``keep_seconds`` is how long after the stage's bound the worker keeps the version
-    for a commit before it gives it up by itself. ``traceparent`` (W3C) is the caller's
-    span, here and in :class:`Commit`.
+    ``weights``. ``stage_seconds`` bounds the staging; ``keep_seconds`` is how long
+    after that bound the worker keeps the version for a commit before it gives it up by
+    itself. ``traceparent`` (W3C) is the caller's span, here and in :class:`Commit`.
     """
 
     version: int
@@ -193,7 +193,6 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
     slot: int
     weights: str
     stage_seconds: float
-    commit_seconds: float
     keep_seconds: float
     traceparent: str | None = None
 
@@ -651,13 +650,11 @@ class Poll(Message, frozen=True, kw_only=True, tag=True):
 class Install(Message, frozen=True, kw_only=True, tag=True):
     """Put the staged ``version`` into the live parameters. Repeating it is safe.
 
-    ``seconds`` bounds a ``direct`` install, which is started and polled. With
-    ``in_step`` the model is not paused, and the ranks agree within the call: it
+    With ``in_step`` the model is not paused, and the ranks agree within the call: it
     succeeds on all of them, or all have their old weights when it returns.
     """
 
     version: int
-    seconds: float
     in_step: bool = False
 
 

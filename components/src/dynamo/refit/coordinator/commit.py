@@ -50,8 +50,8 @@ class CommitRound:
         ready: the version.
         workers: that hold it.
         policy: the order.
-        direct: some install straight from their source: they cannot be undone, so
-            there is no barrier, and their pause is long.
+        can_undo: every worker can undo an install; without it there is no barrier,
+            since one that fails would fence all that cannot.
         catch_up: the fleet serves it already: each goes alone, and there is no way
             back from the start.
     """
@@ -62,7 +62,7 @@ class CommitRound:
         workers: Iterable[int],
         policy: Policy,
         *,
-        direct: bool,
+        can_undo: bool,
         catch_up: bool = False,
     ) -> None:
         self.changed: set[int] = set()
@@ -81,9 +81,9 @@ class CommitRound:
         self._withdrawn: set[int] = set()
         self._in_flight = ready.in_flight or policy.in_flight
         barrier = policy.commit == "barrier" and len(self._members) > 1
-        barrier = barrier and not direct and not catch_up
+        barrier = barrier and can_undo and not catch_up
         self._step: CommitStep = "pause" if barrier else "all"
-        self._withdraw = direct or (self._in_flight == "drain" and not barrier)
+        self._withdraw = self._in_flight == "drain" and not barrier
 
     @property
     def ended(self) -> bool:

@@ -418,7 +418,6 @@ class Coordinator:
             manifest=source.manifest,
             slot=source.slot,
             stage_seconds=policy.stage_seconds,
-            commit_seconds=policy.commit_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
         )
         seconds = policy.stage_seconds + GRACE_SECONDS
@@ -433,7 +432,6 @@ class Coordinator:
             ServeWeights,
             version=ready.version,
             weights=ready.weights,
-            # A direct install reads once more.
             seconds=self._config.policy.lease_seconds(len(self._reconciler.fleet)),
         )
         reply = await self._ask(

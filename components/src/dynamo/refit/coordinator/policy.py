@@ -56,8 +56,8 @@ class Policy:
     settle_seconds: float = 2.0
 
     def lease_seconds(self, workers: int) -> float:
-        """The bytes are read until every worker has voted or given up; in ``direct``
-        staging once more, in the commit."""
+        """Until every worker has committed or given up: then the trainer hears how it
+        ended."""
         return self.stage_seconds + self.keep_seconds(workers) + 3 * GRACE_SECONDS
 
     def needed(self, workers: int) -> int:

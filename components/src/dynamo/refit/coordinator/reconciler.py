@@ -515,7 +515,7 @@ class Reconciler:
             transaction.ready,
             transaction.staging.readers,
             self.policy,
-            direct=transaction.staging.direct,
+            can_undo=transaction.staging.can_undo,
             catch_up=transaction.catch_up,
         )
         return self._advance_commit(now)
@@ -533,7 +533,6 @@ class Reconciler:
         actions = transaction.commit.advance(now, routable)
         if not transaction.commit.ended:
             return actions
-        actions += transaction.staging.release_all()
         if transaction.commit.changed:
             return [*actions, *self._finish(now)]
         transaction.failure = next(iter(_unchanged(transaction).values()))

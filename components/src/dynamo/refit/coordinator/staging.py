@@ -40,7 +40,7 @@ class Reader:
 
     ``peer`` is where it reads, ``None`` the trainer, and ``lease`` what that peer calls
     it. ``refused`` is why it could not read from its last peer, ``unserved`` why a peer
-    did not let it. A ``direct`` one holds nothing: it reads again in its commit.
+    did not let it; ``can_undo`` is whether its install can be undone.
     """
 
     state: Literal["waiting", "asking", "reading", "staged"] = "waiting"
@@ -48,7 +48,7 @@ class Reader:
     lease: str | None = None
     refused: Failure | None = None
     unserved: Failure | None = None
-    direct: bool = False
+    can_undo: bool = True
 
 
 class Staging:
@@ -86,9 +86,9 @@ class Staging:
         return all(reader.state == "staged" for reader in self.readers.values())
 
     @property
-    def direct(self) -> bool:
-        """A worker installs straight from its source, and has no way back."""
-        return any(reader.direct for reader in self.readers.values())
+    def can_undo(self) -> bool:
+        """Every worker can undo an install."""
+        return all(reader.can_undo for reader in self.readers.values())
 
     def assign(self) -> list[Action]:
         """Send every waiting reader to a source that has room for it."""
@@ -128,7 +128,6 @@ class Staging:
         if self.from_trainer:
             room[None] = self._policy.direct_readers or math.inf
         hold = {w for w, r in self.readers.items() if r.state == "staged"}
-        hold -= {w for w in hold if self.readers[w].direct}
         for peer in sorted((self.holders | hold) - self._bad):
             room[peer] = self._policy.peer_readers or math.inf
         busy = Counter(r.peer for r in readers if r.state in ("asking", "reading"))
@@ -173,8 +172,8 @@ class Staging:
             return []
         if isinstance(reply, Vote):
             reader.state = "staged"
-            reader.direct = any(rank.memory.mode == "direct" for rank in reply.ranks)
-            return [] if reader.direct else self._release(reader)
+            reader.can_undo = all(rank.memory.can_undo for rank in reply.ranks)
+            return self._release(reader)
         released = self._release(reader)
         if reader.peer is None:
             self.fail(worker, reply.failure)

@@ -54,7 +54,8 @@ class Arena:
 
     In host memory two shadows take turns: while a version comes into one, the live one
     is still in the other, and nothing has to be copied for the way back. On a device
-    there is one shadow, and the live version is copied to host memory.
+    there is one shadow, and the live version is copied to host memory. Where memory is
+    short there is one shadow in host memory, and no way back.
 
     It depends on the parameters alone, so it outlives the layouts of trainers.
 
@@ -83,13 +84,14 @@ class Arena:
         self._old: int | None = None
         self._backup: list[torch.Tensor] | None = None
         self._backup_is_whole = False
-        on_host = memory.mode == "host" or device.type == "cpu"
-        where = torch.device("cpu") if on_host else device
+        on_host = memory.mode != "device" or device.type == "cpu"
+        #: Where the shadows are.
+        self.device = torch.device("cpu") if on_host else device
         # What is short of memory gives back what it has registered: torch would hand
         # out memory that NIXL still knows.
         with ExitStack() as undo:
-            for _ in range(2 if on_host else 1):
-                buffer = RegisteredBuffer(agent, layout.nbytes, where, cycle)
+            for _ in range(2 if on_host and memory.can_undo else 1):
+                buffer = RegisteredBuffer(agent, layout.nbytes, self.device, cycle)
                 undo.callback(buffer.close)
                 self.shadows.append(Shadow(buffer, layout))
             if not on_host:
@@ -113,11 +115,11 @@ class Arena:
     def expendable(self) -> frozenset[int]:
         """The shadows that the next version may overwrite."""
         every = frozenset(range(len(self.shadows)))
-        return every if self._backup is not None else every - {self._live}
+        return every - {self._live} if len(every) > 1 else every
 
     @property
     def old(self) -> list[torch.Tensor] | None:
-        """What was live when the last version came; ``None``: nobody has it."""
+        """What was live when the last version came; ``None``: there is no way back."""
         if self._backup is not None:
             return self._backup if self._backup_is_whole else None
         return None if self._old is None else self.shadows[self._old].staged
@@ -128,7 +130,7 @@ class Arena:
         A shadow that is live and will be overwritten is the only place that has the
         loaded bytes of ``processed`` parameters: they are copied to the backup.
         """
-        if self._backup is None:
+        if len(self.shadows) > 1:
             self._old = self._live
             self.target = 0 if self._live is None else 1 - self._live
             if self.target == 1 and self._copied_out:
@@ -137,7 +139,7 @@ class Arena:
                     self.staged[number].zero_()
                 self._copied_out = False
             return
-        if self._live is not None:
+        if self._live is not None and self._backup is not None:
             names = list(self.shadows[0].by_name)
             numbers = [names.index(name) for name in processed]
             copy_out(
@@ -151,7 +153,7 @@ class Arena:
         if self._backup is not None:
             live.copy_to(self._backup)
             self._backup_is_whole |= live.can_copy_out
-        elif self._old is None and live.can_copy_out:
+        elif len(self.shadows) > 1 and self._old is None and live.can_copy_out:
             live.copy_to(self.shadows[1].staged)
             self._live = self._old = 1
             self._copied_out = True

@@ -160,11 +160,9 @@ class RefitRank:
         version = request.version
         if request.in_step:
             return self._install_in_step(version)
-        if self._stager.direct:
-            install = functools.partial(self._install_now, version)
-            return self._start("install", version, request.seconds, install)
         self._require_idle()
-        return self._install_now(version, _forever())
+        self._stager.install(version)
+        return Installed(rank=self.rank)
 
     def _install_in_step(self, version: int) -> RankReply:
         """Install between two steps: no step may see some ranks new and others old.
@@ -175,7 +173,7 @@ class RefitRank:
         if not self._all_ranks(failure is None):
             # Nobody has written anything.
             raise failure or InstallUndone(f"another rank cannot install {version}")
-        failure = _failure_of(self._stager.install, version, _forever())
+        failure = _failure_of(self._stager.install, version)
         if self._all_ranks(failure is None):
             return Installed(rank=self.rank)
         stuck = _failure_of(self._stager.restore, version)
@@ -202,10 +200,6 @@ class RefitRank:
                 logger.exception("dynamo-refit: the ranks cannot agree")
                 _end_process()
         return bool(flag.item())
-
-    def _install_now(self, version: int, limit: Limit) -> RankReply:
-        self._stager.install(version, limit)
-        return Installed(rank=self.rank)
 
     def _verify(self, version: int) -> RankReply:
         checked = self._stager.verify(version)
@@ -303,10 +297,6 @@ def _failure_of(work: Callable[..., object], *arguments: object) -> Exception | 
         logger.exception("dynamo-refit: an install between two steps failed")
         return error
     return None
-
-
-def _forever() -> Limit:
-    return Limit(math.inf, lambda: False)
 
 
 class RefitWorkerExtension:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a rank stages, and whether that fits: decided before a byte is allocated.
 
-    device   a shadow of the rank's parameters beside them: the shortest pause
-    host     the shadow in (pinned) host memory: the pause holds one upload
-    direct   no shadow: the pause holds the transfer, and there is no way back
+    device        a shadow of the rank's parameters beside them: the shortest pause
+    host          the shadow in (pinned) host memory: the pause holds one upload
+    host-no-undo  as ``host``, in half of its memory: an install that fails fences
 
 ``device`` and ``host`` also keep a copy of the live parameters in host memory, which
 undoes an install that fails on some rank. Pure, but for :func:`free_memory`.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
@@ -75,7 +76,7 @@ def choose(
         MemoryShort: the mode, or in ``auto`` every mode, needs more than there is.
     """
     modes: tuple[StagingMode, ...] = (
-        ("device", "host", "direct") if wanted == "auto" else (wanted,)
+        get_args(StagingMode) if wanted == "auto" else (wanted,)
     )
     on_host = free.device is None
     device_again = host_again = 0
@@ -134,14 +135,15 @@ def room_for_cache(
 
 def _use(mode: StagingMode, arena: int, scratch: int, on_host: bool) -> MemoryUse:
     """What ``mode`` takes: shadow, backup (in host memory always) and scratch."""
-    shadow = 0 if mode == "direct" else arena
+    images = 1 if mode == "host-no-undo" else 2
     if on_host:
-        return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=2 * shadow + scratch)
-    backup = _pinned_nbytes(shadow)
-    if mode == "host":
-        host = 2 * backup + _pinned_nbytes(scratch)
+        host = images * arena + scratch
         return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
-    return MemoryUse(mode=mode, device_nbytes=shadow + scratch, host_nbytes=backup)
+    image = _pinned_nbytes(arena)
+    if mode == "device":
+        return MemoryUse(mode=mode, device_nbytes=arena + scratch, host_nbytes=image)
+    host = images * image + _pinned_nbytes(scratch)
+    return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
 
 
 def _pinned_nbytes(nbytes: int) -> int:

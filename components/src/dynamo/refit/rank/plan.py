@@ -6,8 +6,7 @@ Pure: numpy and data. A rank's parameters lie one after another in a staging are
 every slice that the engine's loader reads is intersected with the published shards.
 What comes of it is a *piece*: read as exact byte runs straight into the arena, or,
 where it falls into many short runs (row-parallel weights) or has another dtype, as
-one contiguous span into scratch, from where it is copied locally. In ``direct``
-staging there is no arena: every piece goes through scratch into the live parameters.
+one contiguous span into scratch, from where it is copied locally.
 """
 
 from __future__ import annotations
@@ -142,11 +141,10 @@ class Plan:
     """Everything a rank does to stage a version of one layout.
 
     ``nbytes`` are the bytes that the loader takes, ``wire_nbytes`` those that are
-    read for it. ``direct``: there is no arena, all waves go through scratch.
+    read for it.
     """
 
     arena: ArenaLayout
-    direct: bool
     scratch_nbytes: int
     waves: tuple[Wave, ...]
     nbytes: int
@@ -173,7 +171,6 @@ def make_plan(
     *,
     rank: int,
     limits: Limits,
-    direct: bool = False,
     arena: ArenaLayout | None = None,
     costs: dict[str, TransferCost] | None = None,
 ) -> Plan:
@@ -191,7 +188,7 @@ def make_plan(
     tensors = {tensor.name: (i, tensor) for i, tensor in enumerate(manifest.tensors)}
     shards = _number_shards(manifest)
     arena = arena or ArenaLayout(parameters)
-    planner = _Planner(manifest, arena, limits, direct, costs or COST)
+    planner = _Planner(manifest, arena, limits, costs or COST)
     for piece in slices:
         index, tensor = tensors[piece.tensor]
         for number, shard in _pick_replicas(shards[tensor.name], rank):
@@ -233,14 +230,12 @@ class _Planner:
         manifest: Manifest,
         arena: ArenaLayout,
         limits: Limits,
-        direct: bool,
         costs: dict[str, TransferCost],
     ) -> None:
         self._manifest = manifest
         self._arena = arena
         self._dtypes = {p.name: p.dtype for p in arena.parameters}
         self._limits = limits
-        self._direct = direct
         self._costs = costs
         self._straight: list[_OpenWave] = []
         self._through: list[_OpenWave] = []
@@ -261,7 +256,7 @@ class _Planner:
         size = ITEMSIZE[tensor.dtype]
         converts = tensor.dtype != self._dtypes[piece.parameter]
         exact = self._is_exact(overlap, shard, piece, size)
-        straight = exact and not converts and not self._direct
+        straight = exact and not converts
         # The same blocks whichever way they come, since ranks that read the same box
         # must come to the same parts of its fingerprint.
         room = self._limits.block // size
@@ -329,7 +324,6 @@ class _Planner:
             waves.append(wave.close(number % 2, number % 2 * half))
         return Plan(
             arena=self._arena,
-            direct=self._direct,
             scratch_nbytes=half * min(2, len(self._through)),
             waves=tuple(waves),
             nbytes=self._nbytes,

@@ -24,7 +24,7 @@ class Requests:
         manifest: has the sources and their addresses.
         fingerprint: the manifest's.
         plan: what goes where.
-        shadows: where straight waves land; in ``direct`` staging there are none.
+        shadows: where straight waves land.
         scratch: where the others do.
 
     Raises:
@@ -57,7 +57,7 @@ class Requests:
             self._regions = np.array(
                 [shard.region for t in manifest.tensors for shard in t.shards]
             )
-            for shadow in shadows or [None]:
+            for shadow in shadows:
                 self.waves.append([[] for _ in slots])
                 for shards, waves in zip(slots, self.waves[-1], strict=True):
                     for wave in plan.waves:

@@ -3,7 +3,7 @@
 """What is kept from one cycle to the next: plan, scratch, prepared reads, views.
 
 Built aside and put in place whole; a warm cycle posts its reads again and builds
-nothing. It writes live weights only in ``direct`` staging, when it is told to.
+nothing. It never writes live weights.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Session:
         layout: the manifest's layout fingerprint.
         plan: what goes where.
         memory: the staging mode, and what it takes.
-        arena: where a staged version waits; ``None`` in ``direct`` staging.
+        arena: where a staged version waits; scratch is beside it.
         live: by name, the live parameters that are laid out as they are loaded.
-        device: where scratch is.
     """
 
     def __init__(
@@ -52,9 +51,8 @@ class Session:
         layout: str,
         plan: Plan,
         memory: MemoryUse,
-        arena: Arena | None,
+        arena: Arena,
         live: Mapping[str, torch.Tensor],
-        device: torch.device,
         cycle: Cycle,
     ) -> None:
         self.layout = layout
@@ -62,21 +60,22 @@ class Session:
         self.memory = memory
         self.arena = arena
         self._agent = agent
-        self._device = device
         self._requests: Requests | None = None
         self._former: Requests | None = None
         self._wave_nbytes = [wave.nbytes for wave in plan.waves]
         self.live_parts = LiveParts(plan.pieces, live)
-        targets = [live] if arena is None else [s.by_name for s in arena.shadows]
         # At least a byte: NIXL does not register nothing.
         nbytes = max(plan.scratch_nbytes, 1)
-        self._scratch = RegisteredBuffer(agent, nbytes, device, cycle)
+        self._scratch = RegisteredBuffer(agent, nbytes, arena.device, cycle)
         # As in an arena: memory that torch hands out again must not be registered.
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
             self._works = [
-                [_WaveWork(wave, self._scratch.bytes, target) for wave in plan.waves]
-                for target in targets
+                [
+                    _WaveWork(wave, self._scratch.bytes, shadow.by_name)
+                    for wave in plan.waves
+                ]
+                for shadow in arena.shadows
             ]
             undo.pop_all()
         #: The local work of the shadow that was pulled into last.
@@ -101,27 +100,23 @@ class Session:
             TransferFailed: a source is refused; the session is as it was.
         """
         self._forget_former()
-        shadows = [] if self.arena is None else self.arena.shadows
         requests = Requests(
             self._agent,
             manifest,
             fingerprint,
             self.plan,
-            [shadow.buffer.bytes for shadow in shadows],
+            [shadow.buffer.bytes for shadow in self.arena.shadows],
             self._scratch.bytes,
             cycle,
         )
         self._former, self._requests = self._requests, requests
 
-    def pull(
-        self, slot: int, limit: Limit, submit: Submit, cycle: Cycle, *, land: bool
-    ) -> np.ndarray:
-        """Read every byte of ``slot``; its fingerprint's parts, uint64, as ``reads``.
+    def pull(self, slot: int, limit: Limit, submit: Submit, cycle: Cycle) -> np.ndarray:
+        """Read every byte of ``slot`` into the arena's target; the parts of its
+        fingerprint, uint64, as ``reads``.
 
         Args:
             submit: runs local work in order, on one other thread.
-            land: copy what goes through scratch to where it belongs. Without it (a
-                first look, in ``direct`` staging) it is only fingerprinted.
 
         Raises:
             TransferFailed: a source broke off. StagingCancelled: see ``limit``.
@@ -129,11 +124,11 @@ class Session:
         """
         if self._requests is None:
             raise TransferFailed("the session has no prepared requests")
-        shadow = 0 if self.arena is None else self.arena.target
+        shadow = self.arena.target
         self._current = self._works[shadow]
         limit.progress.nbytes = 0
         limit.progress.total_nbytes = self.plan.wire_nbytes
-        settle = functools.partial(self._settle, land, cycle, limit.progress)
+        settle = functools.partial(self._settle, cycle, limit.progress)
         pipeline = Pipeline(limit, submit, settle)
         try:
             for number, reads in enumerate(self._requests.waves[shadow][slot]):
@@ -147,14 +142,12 @@ class Session:
         self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 
-    def _settle(
-        self, land: bool, cycle: Cycle, progress: Progress, number: int
-    ) -> None:
+    def _settle(self, cycle: Cycle, progress: Progress, number: int) -> None:
         """What follows the arrival of a wave, on the follower's thread."""
         with cycle.time("fingerprint"):
-            self._current[number].run(land)
+            self._current[number].run()
         # The next wave overwrites scratch, outside of any stream.
-        synchronize(self._device)
+        synchronize(self.arena.device)
         progress.nbytes += self._wave_nbytes[number]
 
     @property
@@ -219,10 +212,10 @@ class _WaveWork:
         self.parts = self.landed = np.zeros(len(wave.pieces), dtype=np.uint64)
 
     @torch.inference_mode()
-    def run(self, land: bool) -> None:
-        """Fingerprint what has arrived; with ``land``, copy it from scratch on."""
-        self.parts = self.landed = self._arrived.fold(copy=land)
-        if land and self._converted:
+    def run(self) -> None:
+        """Fingerprint what has arrived, and copy what came through scratch on."""
+        self.parts = self.landed = self._arrived.fold(copy=True)
+        if self._converted:
             self.landed = self.parts.copy()
             self.landed[self._converted] = self._placed.fold()
 
@@ -283,7 +276,7 @@ class AbandonedSessions:
     def add(self, session: Session) -> None:
         self._sessions.append(session)
 
-    def sweep(self, offered: Callable[[Arena | None], bool] = lambda _: False) -> None:
+    def sweep(self, offered: Callable[[Arena], bool] = lambda _: False) -> None:
         """Give back those that have ended, but for an arena that is ``offered``: others
         still read the version before from it.
 
@@ -295,8 +288,7 @@ class AbandonedSessions:
                 continue
             self._sessions.remove(session)
             session.close()
-            if session.arena is not None:
-                session.arena.close()
+            session.arena.close()
         if len(self._sessions) > MAX_ABANDONED:
             raise TransferFailed(
                 f"{len(self._sessions)} earlier pulls were given up and their sources "

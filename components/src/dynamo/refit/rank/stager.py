@@ -21,7 +21,6 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
-    FingerprintMismatch,
     LayoutRefused,
     NothingStaged,
     NoWayBack,
@@ -84,14 +83,7 @@ class _Staged:
     """A version that ``session`` pulled."""
 
     version: int
-    slot: int
-    parts: np.ndarray
     session: Session
-
-    @property
-    def direct(self) -> bool:
-        """It waits nowhere: an install pulls it again."""
-        return self.session.arena is None
 
     @property
     def plan(self) -> Plan:
@@ -246,25 +238,20 @@ class RankStager:
         held = self._arena.memory if self._arena is not None else None
         if held is not None and staging == "auto":
             staging = held.mode
-        memory = choose(
+        return choose(
             staging,
             arena=self._layout.nbytes,
             scratch=2 * self._limits.scratch,
             free=free_memory(self._device, self._ranks),
             held=held,
         )
-        if memory.mode == "direct" and len(self._plain) < len(self.parameters):
-            raise UnsupportedConfiguration(
-                "direct staging writes parameters as they are published, and some are "
-                "kept in another layout here: make room for a shadow of them"
-            )
-        return memory
 
     def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
-        """Bring the version into the arena and keep a copy of what is live.
+        """Bring the version into the arena and, where there is room, keep a copy of
+        what is live.
 
-        In ``direct`` staging, read it and keep nothing. Blocks the calling thread, also
-        while other replicas read what it would overwrite.
+        Blocks the calling thread, also while other replicas read what it would
+        overwrite.
 
         Raises:
             RefitError: whatever went wrong, typed; nothing is staged then, the live
@@ -298,7 +285,7 @@ class RankStager:
             # As vLLM does at its start: what stays is not looked through again and
             # again, while no token can be made.
             gc.freeze()
-        self._staged = _Staged(request.version, request.slot, parts, session)
+        self._staged = _Staged(request.version, session)
         return Staged(
             vote=RankVote(
                 rank=self._rank,
@@ -313,11 +300,6 @@ class RankStager:
             reads=session.reads if request.want_reads or use == "cold" else (),
         )
 
-    @property
-    def direct(self) -> bool:
-        """An install takes as long as the transfer: start it, and poll."""
-        return self._session is not None and self._session.arena is None
-
     def check(self, version: int) -> None:
         """Whether :meth:`install` could begin, without writing anything.
 
@@ -327,7 +309,7 @@ class RankStager:
         self._holding(version)
         self._live.check_addresses()
 
-    def install(self, version: int, limit: Limit) -> None:
+    def install(self, version: int) -> None:
         """Put the staged ``version`` into the live parameters.
 
         Between two steps only; see :meth:`LiveParameters.copy_from` for when it is
@@ -337,15 +319,10 @@ class RankStager:
             NothingStaged: another version, or none, is staged.
             PointerMoved: a live tensor has moved; before the copy nothing was
                 written, after it everything is.
-            RefitError: ``direct`` only: a source broke off, or has other bytes than
-                it had before the vote. Some parameters are written then.
         """
         staged = self._holding(version)
-        if staged.direct:
-            self._install_direct(staged.session, staged, limit)
-        else:
-            self._live.copy_from(self._arena.staged)
-            self._arena.installed()
+        self._live.copy_from(self._arena.staged)
+        self._arena.installed()
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
         self._installed = staged.as_live()
@@ -357,9 +334,13 @@ class RankStager:
         Raises:
             NoWayBack: there is no copy of it.
         """
-        staged, arena = self._holding(version), self._arena
-        if staged.direct:
-            raise NoWayBack("direct staging keeps no copy of the old weights")
+        self._holding(version)
+        arena = self._arena
+        if not arena.memory.can_undo:
+            raise NoWayBack(
+                f"{arena.memory.mode} staging keeps no copy of the old weights: give "
+                "this worker the memory for mode host"
+            )
         if arena.old is None:
             raise NoWayBack(
                 "some layers keep their weights in another layout than they are "
@@ -426,11 +407,6 @@ class RankStager:
 
     def _find_copy(self, request: Offer) -> tuple[Arena, int, Plan]:
         """The shadow with the version, and the plan that says what it holds."""
-        if self.direct:
-            raise PeerUnsuitable(
-                "direct staging keeps no copy that others could read: give this worker "
-                "room for a shadow of its weights, or read from another replica"
-            )
         held: _Staged | _Live | None = self._staged
         arena, plan = self._arena, held and held.plan
         shadow = arena and arena.target
@@ -482,7 +458,6 @@ class RankStager:
                 slices,
                 rank=self._rank,
                 limits=self._limits,
-                direct=memory.mode == "direct",
                 arena=self._layout,
             )
         logger.info(
@@ -495,13 +470,11 @@ class RankStager:
             plan.wire_nbytes,
             plan.descriptors,
         )
-        if memory.mode != "direct" and self._arena is None:
+        if self._arena is None:
             self._arena = Arena(self._agent, self._layout, memory, self._device, cycle)
             self._offers.know(self._arena)
-        arena = None if memory.mode == "direct" else self._arena
-        scratch = torch.device("cpu") if memory.mode == "host" else self._device
         return Session(
-            self._agent, layout, plan, memory, arena, self._plain, scratch, cycle
+            self._agent, layout, plan, memory, self._arena, self._plain, cycle
         )
 
     def _address(
@@ -520,13 +493,11 @@ class RankStager:
     ) -> np.ndarray:
         """The version's bytes in the arena, and a copy of the live ones beside it."""
         submit, arena = self._follower.submit, session.arena
-        if arena is None:
-            return session.pull(slot, limit, submit, cycle, land=False)
         with cycle.time("backup"):
             arena.begin(self._live.processed)
         backup = self._backup.submit(self._preserve, arena, cycle)
         try:
-            parts = session.pull(slot, limit, submit, cycle, land=True)
+            parts = session.pull(slot, limit, submit, cycle)
         finally:
             wait([backup])
         backup.result()
@@ -535,22 +506,6 @@ class RankStager:
     def _preserve(self, arena: Arena, cycle: Cycle) -> None:
         with cycle.time("backup"):
             arena.preserve(self._live)
-
-    def _install_direct(self, session: Session, staged: _Staged, limit: Limit) -> None:
-        _use_stream(self._stream)
-        self._live.check_addresses()
-        submit = self._follower.submit
-        with self._offers.agent_use:
-            parts = session.pull(staged.slot, limit, submit, Cycle(), land=True)
-        wrong = np.flatnonzero(parts != staged.parts)
-        if len(wrong):
-            raise FingerprintMismatch(
-                f"{len(wrong)} blocks are not the ones that were voted for: the "
-                "trainer wrote into a version that is leased",
-                tensor=session.plan.pieces[wrong[0]].parameter,
-                rank=self._rank,
-            )
-        self._live.check_addresses()
 
     def _holding(self, version: int) -> _Staged:
         staged = self._staged

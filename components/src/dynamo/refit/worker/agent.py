@@ -182,7 +182,8 @@ class RefitAgent:
         described = await self._ranks.describe()
         self._size = len(described)
         first = described[0]
-        self._last.staging = first.memory.mode
+        mode = self._last.staging = self._ranks.staging
+        memory = next(d.memory for d in described if d.memory.mode == mode)
         logger.info(
             "refit agent of worker %d: model %s, %d ranks of %.1f MiB of parameters; "
             "staging in mode %s takes %.1f MiB of device and %.1f MiB of host memory "
@@ -191,10 +192,17 @@ class RefitAgent:
             self._model,
             self._size,
             first.nbytes / 2**20,
-            first.memory.mode,
-            first.memory.device_nbytes / 2**20,
-            first.memory.host_nbytes / 2**20,
+            memory.mode,
+            memory.device_nbytes / 2**20,
+            memory.host_nbytes / 2**20,
         )
+        if not memory.can_undo:
+            logger.warning(
+                "mode %s keeps no copy of the old weights, so an install that fails "
+                "fences this worker: mode host, which can undo it, takes about twice "
+                "that host memory",
+                memory.mode,
+            )
 
     async def answer(self, request: WorkerRequest) -> Message:
         """Carry out a request; raises :class:`RefitError` where it is refused."""

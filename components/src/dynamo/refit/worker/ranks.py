@@ -166,15 +166,16 @@ class Ranks:
     ) -> None:
         self._caller = caller
         self._trainers = trainers
-        self._staging = staging
+        #: The mode of all ranks, from :meth:`describe` on.
+        self.staging = staging
         self._manifest: HeldManifest | None = None
         self._ranks_manifest: str | None = None
         self._proven: _Proven | None = None
         self._staged: HeldVersion | None = None
         self._live: HeldVersion | None = None
         self._previous: HeldVersion | None = None
-        #: An install of what was staged last is a transfer, and cannot be undone.
-        self.direct = False
+        #: An install of what was staged last can be undone.
+        self.can_undo = True
         self._quiet_seconds = 0.0
 
     async def describe(self) -> list[Described]:
@@ -183,9 +184,9 @@ class Ranks:
         From here on all ranks stage in one mode, the one that has room on each: a
         version that is undone on some ranks only would be a mixture.
         """
-        described = await self._call(Describe(staging=self._staging))
-        modes = [reply.memory.mode for reply in described]
-        self._staging = max(modes, key=get_args(StagingMode).index)
+        described = await self._call(Describe(staging=self.staging))
+        modes = get_args(StagingMode)
+        self.staging = max((reply.memory.mode for reply in described), key=modes.index)
         return described
 
     async def stage(
@@ -211,7 +212,7 @@ class Ranks:
                 version=request.version,
                 manifest=held.fingerprint,
                 slot=request.slot,
-                staging=self._staging,
+                staging=self.staging,
                 seconds=request.stage_seconds,
                 payload=None if known else held.payload,
                 want_reads=not proven,
@@ -222,7 +223,7 @@ class Ranks:
         source = SourceWatch(self._trainers, request.endpoint, request.instance)
         staged = await self._poll(request.version, report, source)
         self._proven = self._prove(held, staged)
-        self.direct = any(reply.vote.memory.mode == "direct" for reply in staged)
+        self.can_undo = all(reply.vote.memory.can_undo for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
         self._staged = HeldVersion(request.version, request.weights, held, published)
@@ -334,34 +335,17 @@ class Ranks:
                 raise RefitError(f"a rank does not let go of version {version}")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def install(self, version: int, seconds: float) -> int:
-        """Install, and once more if that fails: it may be repeated.
+    async def install(self, version: int, *, in_step: bool = False) -> int:
+        """Install in one call, and once more if that fails: it may be repeated.
 
-        ``seconds`` bounds each try of a ``direct`` install. Returns how often it was
-        repeated.
+        With ``in_step`` while serving, between two steps, on all ranks or none. Returns
+        how often it was repeated.
 
         Raises:
-            RanksFailed: a rank failed twice; every rank has ended.
-            WeightsUnknown: a rank does not end.
+            RanksFailed: a rank failed twice. With ``in_step`` every rank has its old
+                weights.
         """
-        request = Install(version=version, seconds=seconds)
-        try:
-            await self._call_to_the_end(request)
-        except RanksFailed as error:
-            logger.warning("installing version %d again: %s", version, error.failure)
-            await self._call_to_the_end(request)
-            self._now_live()
-            return 1
-        self._now_live()
-        return 0
-
-    async def install_in_step(self, version: int) -> int:
-        """Install while serving: one call, between two steps, on all ranks or none.
-
-        Repeated once if it fails; returns how often it was repeated, and raises
-        :class:`RanksFailed` when every rank has its old weights.
-        """
-        request = Install(version=version, seconds=0.0, in_step=True)
+        request = Install(version=version, in_step=in_step)
         try:
             await self._call(request)
         except RanksFailed as error:
@@ -380,33 +364,30 @@ class Ranks:
         """Compare the live weights of every rank with ``version``, while serving.
 
         Raises:
-            RanksFailed: those of a rank are something else.
+            RanksFailed: those of a rank are something else. WeightsUnknown: the check
+                does not end.
         """
-        verified = await self._call_to_the_end(Verify(version=version))
-        return LiveCheck(
-            unchecked=sum(reply.unchecked for reply in verified),
-            copy_ms=max(reply.copy_ms for reply in verified),
-        )
-
-    async def _call_to_the_end(self, request: Install | Verify) -> list:
-        """As :meth:`_call`, for work that ranks may only have started."""
-        replies = await self._caller.call_ranks(request)
+        replies = await self._caller.call_ranks(Verify(version=version))
         wait = POLL_SECONDS / 16
-        limit = time.monotonic() + getattr(request, "seconds", 0.0) + HANG_SECONDS
+        limit = time.monotonic() + HANG_SECONDS
+        # The ranks may only have started.
         while any(isinstance(reply, Running) for reply in replies):
             if time.monotonic() > limit:
                 raise WeightsUnknown(
-                    f"{type(request).__name__} of version {request.version} does not "
-                    "end on some rank"
+                    f"the check of version {version} does not end on some rank"
                 )
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
-            polled = await self._caller.call_ranks(Poll(version=request.version))
+            polled = await self._caller.call_ranks(Poll(version=version))
             replies = [
                 now if isinstance(before, Running) else before
                 for before, now in zip(replies, polled, strict=True)
             ]
-        return _all_or_raise(replies)
+        verified = _all_or_raise(replies)
+        return LiveCheck(
+            unchecked=sum(reply.unchecked for reply in verified),
+            copy_ms=max(reply.copy_ms for reply in verified),
+        )
 
     async def restore(self, version: int, cause: RanksFailed) -> None:
         """Undo an install that failed on some rank.

@@ -127,13 +127,13 @@ class Switch:
         )
 
     def _may_go_on(self, in_flight: InFlightPolicy) -> bool:
-        """No pause is needed: requests keep their KV, the install is one short call,
-        and it reaches all ranks between the same two steps."""
+        """No pause is needed: requests keep their KV, and the install reaches all ranks
+        between the same two steps and can be undone there."""
         engine = self._engine
         return (
             in_flight != "recompute"
             and engine.installs_in_step
-            and not self._ranks.direct
+            and self._ranks.can_undo
             and not engine.paused_by_user
         )
 
@@ -150,7 +150,7 @@ class Switch:
             raise RanksFailed(failure) from error
         clock.append(clock[0])
         try:
-            retries = await self._ranks.install_in_step(staged.version)
+            retries = await self._ranks.install(staged.version, in_step=True)
             clock.append(time.perf_counter())
             self._serve(staged)
             await self._engine.forget_media()
@@ -200,8 +200,7 @@ class Switch:
             with self._sent_back(version):
                 await barrier.paused()
         try:
-            # Half of the time for each try.
-            retries = await self._ranks.install(version, staged.commit_seconds / 2)
+            retries = await self._ranks.install(version)
             if barrier is not None:
                 with self._sent_back(version):
                     await barrier.installed()

@@ -1,19 +1,19 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Two real replicas without memory for a staging copy: the transfer is the install, so
-each leaves routing for it, and there is no way back."""
+"""Two real replicas without memory for a copy of the old weights: refits go on, each in
+a short pause of its own, and an install that fails fences."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.events import RefitFailed, WorkerFenced, WorkerStaged
+from dynamo.refit.events import WorkerFenced, WorkerStaged
+from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rpc import Caller
 from graphs.client import Client, Load
 from graphs.references import prompts
@@ -32,8 +32,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    directory = tmp_path_factory.mktemp("direct")
-    with live_fleet("file", directory, "--refit-staging=direct") as fleet:
+    directory = tmp_path_factory.mktemp("host-no-undo")
+    with live_fleet("file", directory, "--refit-staging=host-no-undo") as fleet:
         yield fleet
 
 
@@ -75,70 +75,66 @@ async def both_are_routed_to(fleet: Fleet, routed: list[frozenset[int]]) -> None
     )
 
 
-async def test_somebody_is_always_routed_to(
+async def test_it_refits_in_half_of_the_memory(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other leaves, installs and returns; no request fails."""
+    """P instead of 2 P. Both stay routed to, and no request fails or is cut short."""
+    log = (fleet.graph.directory / "worker0.log").read_text()
+    assert "mode host-no-undo keeps no copy of the old weights" in log
     workers = set(await asyncio.to_thread(fleet.members))
+    scratch = 2 * LIMITS["cpu"].scratch
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         async with (
             watch_routing(fleet, monkeypatch) as routed,
             Client(fleet.graph.url, fleet.graph.name) as client,
         ):
             await both_are_routed_to(fleet, routed)
+            del routed[:-1]
             load = Load(client, prompts(count=5, seed=11), streams=4, max_tokens=64)
             load.start()
-            for name in "BCABC":
-                del routed[:-1]
+            for cycle, name in enumerate("BCABC"):
                 done = await asyncio.to_thread(fleet.refit, trainer, name)
                 assert set(done.workers) == workers
                 assert done.excluded == ()
                 staged = await asyncio.to_thread(
                     fleet.events.find_all, WorkerStaged, fleet.version, 2
                 )
-                assert {r.memory.mode for e in staged for r in e.ranks} == {"direct"}
-                first, second = await asyncio.to_thread(fleet.refitted, 2)
-                await both_are_routed_to(fleet, routed)
-                # A look may find the first one back and the second one gone.
-                assert [r for r in routed if r != workers] == [
-                    {second.worker},
-                    {first.worker},
-                ]
+                for vote in (vote for event in staged for vote in event.ranks):
+                    assert vote.memory.mode == "host-no-undo"
+                    assert vote.memory.device_nbytes == 0
+                    arena = vote.memory.host_nbytes - scratch
+                    assert vote.nbytes <= arena < 1.5 * vote.nbytes
+                    # One shadow, and scratch.
+                    assert vote.counters.allocations == (0 if cycle else 2)
+                await asyncio.to_thread(fleet.refitted, 2)
             await load.stop()
         await fleet.assert_serves(name)
+    assert routed == [workers]
     assert load.failed == []
     assert load.truncated == []
     assert len(load.completions) >= 8
 
 
-async def test_one_whose_trainer_dies_under_it_is_fenced(fleet: Fleet) -> None:
-    """What it has read is not known, and there is no copy. The other one has not begun:
-    it serves the old version, and the next one alone, in its pause. The last test."""
+async def test_one_that_cannot_install_is_fenced(fleet: Fleet) -> None:
+    """There is no copy of what it served. The other one serves the new version, and
+    takes the next one alone. The last test."""
     members = await asyncio.to_thread(fleet.members)
-    first, other = sorted(members)
-    index = await asyncio.to_thread(fleet.index_of, first)
-    trainer = Trainer(fleet.graph, fleet.models["A"])
-    fleet.order(index, install={"rank": 0, "seconds": 3.0})
-    version = next(fleet.versions)
-    trainer.publish(version, fleet.models[fleet.other()])
-    await asyncio.to_thread(fleet.wait_until_at, index, "install")
-    trainer.kill()
-    failed = await asyncio.to_thread(
-        fleet.events.wait_for, RefitFailed, lambda e: e.version == version
-    )
-    fenced = await asyncio.to_thread(fleet.events.find, WorkerFenced, version)
-    assert fenced.worker == first
-    for failure in (failed.failure, fenced.failure):
-        assert (failure.kind, failure.worker) == ("WeightsUnknown", first)
-        assert re.search(
-            "TransferFailed: (cannot read|the read) from 'trainer-0-", failure.message
-        )
-        assert "direct staging keeps no copy of the old weights" in failure.message
-    assert failed.serving == ((other, fleet.version),)
-    worker = fleet.graph.processes.pop(f"worker{index}")
-    await asyncio.to_thread(fleet.wait_for_the_end, worker)
-    await fleet.assert_serves(fleet.serving, workers=1)
+    broken, other = sorted(members)
+    index = await asyncio.to_thread(fleet.index_of, broken)
+    fleet.order(index, after_install={"rank": 0, "error": "cannot write"})
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
+        done = await asyncio.to_thread(fleet.refit, trainer, fleet.other())
+        assert done.workers == (other,)
+        (why,) = done.excluded
+        fenced = await asyncio.to_thread(fleet.events.find, WorkerFenced, fleet.version)
+        assert fenced.worker == broken
+        for failure in (why, fenced.failure):
+            assert (failure.kind, failure.worker) == ("WeightsUnknown", broken)
+            assert "cannot write" in failure.message
+            assert "NoWayBack: host-no-undo staging keeps no copy" in failure.message
+        worker = fleet.graph.processes.pop(f"worker{index}")
+        await asyncio.to_thread(fleet.wait_for_the_end, worker)
+        await fleet.assert_serves(fleet.serving, workers=1)
         done = await asyncio.to_thread(fleet.refit, trainer, fleet.other())
     assert done.workers == (other,)
     await fleet.assert_serves(fleet.serving, workers=1)
