@@ -135,9 +135,9 @@ async def measure(replicas: int, directory: Path) -> dict[str, float]:
                     announcement_id=f"a{version}",
                     endpoint=f"{NAMESPACE}.trainer.weights",
                     instance=endpoint.connection_id(),
-                    manifest=trainer.manifest.fingerprint(),
+                    manifest_digest=trainer.manifest.fingerprint(),
                     slot=0,
-                    weights=weights_of(version),
+                    fingerprint=weights_of(version),
                 )
                 workers, row = await one_version(events, bus, ready)
                 row |= await count(agents, trainer)

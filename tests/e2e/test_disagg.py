@@ -73,7 +73,7 @@ async def test_both_kinds_of_workers_change_in_one_version(
                         events.find_all, WorkerRefitted, version, 2
                     )
                     assert {event.worker for event in done} == workers
-                    assert len({event.weights for event in done}) == 1
+                    assert len({event.fingerprint for event in done}) == 1
                     assert trainer.released()["outcome"] == "completed"
                 await load.stop()
         assert load.failed == []

@@ -185,10 +185,10 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
         "worker": refitted.worker,
         "type": "WeightsVerified",
         "version": refitted.version,
-        "weights": fingerprint,
+        "fingerprint": fingerprint,
         "unchecked": 0,
     }
-    assert refitted.weights == fingerprint
+    assert refitted.fingerprint == fingerprint
     status = await asyncio.to_thread(fleet_status, bench.graph)
     (member,) = status["members"]
     assert (status["completed"], status["under_way"]) == (refitted.version, None)

@@ -59,21 +59,21 @@ async def test_old_weights_are_served_again_as_a_new_version(bench: Bench) -> No
             refitted = await asyncio.to_thread(
                 bench.events.find, WorkerRefitted, version
             )
-            assert refitted.weights == old.weights
+            assert refitted.fingerprint == old.fingerprint
             assert refitted.kv_epoch not in (old.kv_epoch, now.kv_epoch)
             completed = await asyncio.to_thread(
                 bench.events.find, RefitCompleted, version
             )
-            assert completed.weights == old.weights
+            assert completed.fingerprint == old.fingerprint
             staged = bench.events.find(WorkerStaged, version)
             for rank in staged.ranks:
                 assert rank.counters.allocations == rank.counters.registrations == 0
             replaced[name] = refitted
             verified = await asyncio.to_thread(ask_cli, bench.graph, "verify")
-            assert (verified["type"], verified["version"], verified["weights"]) == (
+            assert (verified["type"], verified["version"], verified["fingerprint"]) == (
                 "WeightsVerified",
                 version,
-                old.weights,
+                old.fingerprint,
             )
         await load.stop()
     assert load.failed == []

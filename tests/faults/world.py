@@ -186,7 +186,7 @@ class Worker:
         self._check_label(version)
         for rank in self.engine.ranks:
             content = rank.shadows[rank.live_shadow]
-            if version is not None and weights_of(content) != status.weights:
+            if version is not None and weights_of(content) != status.fingerprint:
                 what = f"worker {self.number} serves {content} as version {version}"
                 raise Violated("wrong_version", what)
         if version is None and self.began > self.world.served_since:
@@ -238,9 +238,9 @@ class Trainer:
             announcement_id=publication.announcement_id,
             endpoint=TRAINER,
             instance=self.life,
-            manifest=self.manifest.fingerprint(),
+            manifest_digest=self.manifest.fingerprint(),
             slot=publication.slot,
-            weights=publication.weights,
+            fingerprint=publication.fingerprint,
             in_flight=self.world.in_flight(),
         )
         self.world.announce(event)

@@ -229,9 +229,9 @@ async def test_publish_returns_what_arrives(
                 announcement_id="a" * 32,
                 endpoint="ns.trainer.weights",
                 instance=2**53 - 1,
-                manifest="0123abcd",
+                manifest_digest="0123abcd",
                 slot=1,
-                weights="feedbeef",
+                fingerprint="feedbeef",
                 in_flight="recompute",
             ),
         )

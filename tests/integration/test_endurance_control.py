@@ -162,9 +162,9 @@ async def test_a_coordinator_and_its_agents(
                     announcement_id=f"a{version}",
                     endpoint=path,
                     instance=endpoint.connection_id(),
-                    manifest=trainer.manifest.fingerprint(),
+                    manifest_digest=trainer.manifest.fingerprint(),
                     slot=0,
-                    weights=weights_of(version),
+                    fingerprint=weights_of(version),
                 )
                 workers, _ = await one_version(events, bus, ready)
                 # The first one may find one of them only.

@@ -118,7 +118,7 @@ def test_versions_go_on_from_reader_to_reader_when_the_trainer_is_gone(
 
     (c,) = begin(groups, served, "wide")
     offered = b.serve()
-    assert offered.weights == a.serve().weights
+    assert offered.fingerprint == a.serve().fingerprint
     a.release()
     c.refit(offered)
     b.release()
@@ -377,9 +377,9 @@ def test_a_replica_that_has_another_version_says_which(
     offered = offer(held.write(0, OLD))
     a.stage(offered)
     with pytest.raises(PeerUnsuitable, match="version 1 is staged"):
-        a.ask(version=1, weights="0" * 64)
+        a.ask(version=1, fingerprint="0" * 64)
     with pytest.raises(PeerUnsuitable, match=r"version 7 .* is not held here"):
-        a.ask(version=7, weights=offered.weights)
+        a.ask(version=7, fingerprint=offered.fingerprint)
 
 
 @pytest.mark.faults

@@ -106,12 +106,14 @@ async def test_the_manifest_says_where_the_bytes_are(
 ) -> None:
     weights["a"].fill_(1.5)
     published = publisher.publish(1)
-    reply = await ask(caller, GetManifest(manifest=publisher.manifest.fingerprint()))
+    reply = await ask(
+        caller, GetManifest(manifest_digest=publisher.manifest.fingerprint())
+    )
     manifest = msgspec.msgpack.decode(reply.payload, type=Manifest)
     assert manifest == publisher.manifest
     address = manifest.shard_addresses(published.slot)[0]
     assert ctypes.string_at(address, 128) == weights["a"].numpy().tobytes()
-    other = await ask(caller, GetManifest(manifest="of another life"))
+    other = await ask(caller, GetManifest(manifest_digest="of another life"))
     assert other.failure.kind == "SourceLost"
 
 
@@ -134,7 +136,7 @@ async def test_what_is_announced_is_what_was_there(
         caller, GetFingerprints(announcement_id=published.announcement_id)
     )
     assert np.frombuffer(reply.payload, "<u8").tolist() == expected
-    assert event.weights == version_fingerprint(np.array(expected, np.uint64))
+    assert event.fingerprint == version_fingerprint(np.array(expected, np.uint64))
 
 
 async def test_an_announcement_carries_the_span_the_trainer_is_in(
@@ -277,7 +279,7 @@ async def test_it_announces_until_the_version_has_ended(
                 break
         assert {event.announcement_id for event in heard} == {published.announcement_id}
         assert heard[0].sequence < heard[1].sequence
-        assert heard[0].manifest == publisher.manifest.fingerprint()
+        assert heard[0].manifest_digest == publisher.manifest.fingerprint()
         name = published.announcement_id
         done = ReleaseLease(
             model="tiny", epoch=1, announcement_id=name, outcome="refused", detail="no"

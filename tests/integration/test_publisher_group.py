@@ -132,7 +132,9 @@ class Fleet:
         return await self.ask(ready, request)
 
     async def manifest(self, ready: WeightVersionReady) -> Manifest:
-        reply = await self.ask(ready, GetManifest(manifest=ready.manifest))
+        reply = await self.ask(
+            ready, GetManifest(manifest_digest=ready.manifest_digest)
+        )
         return msgspec.msgpack.decode(reply.payload, type=Manifest)
 
     async def assert_holds(self, ready: WeightVersionReady, manifest: Manifest) -> None:
@@ -185,7 +187,7 @@ class Fleet:
             full = values(tensor.name, ready.version)
             expected.append(Part(full, whole, tensor.shape).fold())
         assert np.frombuffer(reply.payload, "<u8").tolist() == expected
-        assert ready.weights == version_fingerprint(np.array(expected, np.uint64))
+        assert ready.fingerprint == version_fingerprint(np.array(expected, np.uint64))
 
 
 @pytest.fixture
@@ -206,9 +208,9 @@ async def test_fsdp_ranks_publish_what_each_of_them_has(
         ready = await fleet.announced(version)
         assert slots == [ready.slot] * 2 == [(version - 1) % 2] * 2
         assert await fleet.lease(ready) == Done()
-        if ready.manifest not in manifests:
+        if ready.manifest_digest not in manifests:
             manifest = await fleet.manifest(ready)
-            manifests.add(ready.manifest)
+            manifests.add(ready.manifest_digest)
         await fleet.assert_holds(ready, manifest)
         assert await fleet.release(ready) == Done()
         for rank in ranks:
@@ -294,7 +296,7 @@ async def test_a_rank_that_restarts(fleet: Fleet, start: Start) -> None:
     assert (await fleet.lease(before)).failure.kind == "SourceLost"
     await published(2, *ranks)
     ready = await fleet.announced(2)
-    assert ready.manifest != before.manifest
+    assert ready.manifest_digest != before.manifest_digest
     await fleet.assert_holds(ready, await fleet.manifest(ready))
     ranks[0].order("counters")
     assert (await hear(ranks[0], "counters"))["manifests_built"] == 2

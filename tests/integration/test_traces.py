@@ -53,9 +53,9 @@ READY = WeightVersionReady(
     announcement_id="a7",
     endpoint="dynamo.trainer.weights",
     instance=1,
-    manifest="",
+    manifest_digest="",
     slot=0,
-    weights="",
+    fingerprint="",
     traceparent=f"00-{TRACE}-{PARENT}-01",
 )
 

@@ -47,7 +47,7 @@ class Offer:
 
     announced: str
     slot: int
-    weights: str
+    fingerprint: str
     manifest: bytes
     fingerprints: bytes
 
@@ -66,7 +66,7 @@ def offer(
     return Offer(
         announced=manifest.fingerprint(),
         slot=version.slot if slot is None else slot,
-        weights=version_fingerprint(fingerprints),
+        fingerprint=version_fingerprint(fingerprints),
         manifest=msgspec.msgpack.encode(manifest),
         fingerprints=fingerprints.astype("<u8").tobytes(),
     )
@@ -149,9 +149,9 @@ class AgentHalf:
             announcement_id=f"a{self._version}",
             endpoint="-",
             instance=0,
-            manifest=offered.announced,
+            manifest_digest=offered.announced,
             slot=offered.slot,
-            weights=offered.weights,
+            fingerprint=offered.fingerprint,
             stage_seconds=seconds,
             keep_seconds=STAGE_SECONDS,
         )

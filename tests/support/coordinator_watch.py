@@ -76,6 +76,8 @@ class Open:
     ready: WeightVersionReady | None = None
     #: Asked to stage, and not answered; what those that have answered said.
     asked: set[int] = field(default_factory=set)
+    #: Let down by the last peer, and not sent to another source since.
+    unserved: set[int] = field(default_factory=set)
     votes: dict[int, bool] = field(default_factory=dict)
     #: Told to change, and those of them that have not answered: what and when.
     told: set[int] = field(default_factory=set)
@@ -93,7 +95,7 @@ class Open:
     ) -> None:
         if worker not in self.told & self.members:
             return
-        if isinstance(reply, Committed) and reply.weights == self.ready.weights:
+        if isinstance(reply, Committed) and reply.fingerprint == self.ready.fingerprint:
             self.has_changed(worker)
         elif isinstance(reply, Unanswered) or worker not in self.busy:
             return
@@ -149,6 +151,8 @@ class Watch:
                 self.silent = what.silent
                 fenced = {m.worker for m in what.members if _is_fenced(m)}
                 self._fleet_seen({m.worker for m in what.members}, fenced)
+            case ServeAnswered(reply=Refused()) if what.announcement_id == name:
+                self.open.unserved.add(what.reader)
             case ServeAnswered(reply=WeightsServed(announcement_id=lease)):
                 if (what.peer, lease) not in self.peer_leases:
                     self.peer_leases[what.peer, lease] = 1
@@ -156,7 +160,7 @@ class Watch:
                 if worker in self.open.asked:
                     self.open.asked.remove(worker)
                     yes = isinstance(what.reply, Vote)
-                    yes = yes and what.reply.weights == self.open.ready.weights
+                    yes = yes and what.reply.fingerprint == self.open.ready.fingerprint
                     self.open.votes[worker] = yes
                     # Who can vote is not in a commit any more.
                     self.withdrawn.discard(worker)
@@ -188,16 +192,16 @@ class Watch:
         ready = self.open.ready
         for worker in self.open.told & self.open.members:
             waited_for = worker in self.open.busy or worker in self.open.refused
-            if waited_for and self._shows(worker, ready.version, ready.weights):
+            if waited_for and self._shows(worker, ready.version, ready.fingerprint):
                 self.open.has_changed(worker)
                 self.withdrawn.discard(worker)
 
-    def _shows(self, worker: int, version: int, weights: str) -> bool:
+    def _shows(self, worker: int, version: int, fingerprint: str) -> bool:
         if worker not in self.reconciler.fleet:
             return False
         status = self.reconciler.fleet[worker].status
-        what = status.version, status.weights
-        return what == (version, weights) and status.phase not in (
+        what = status.version, status.fingerprint
+        return what == (version, fingerprint) and status.phase not in (
             "committing",
             "fenced",
         )
@@ -231,6 +235,7 @@ class Watch:
                 self._may_be_told(action.peer)
                 assert action.reader in self.open.members
                 assert action.peer != action.reader
+                self.open.unserved.discard(action.reader)
             case SendPrepare():
                 self._prepare_sent(action)
             case SendCommit():
@@ -240,7 +245,7 @@ class Watch:
                 self._admitted(worker)
             case SendFence(worker=worker):
                 assert worker in self.present
-                self.told_to_go[worker] = action.version, action.weights
+                self.told_to_go[worker] = action.version, action.fingerprint
             case SendAbort(worker=worker):
                 assert worker in self.present
             case ReleasePeer(peer=peer, announcement_id=lease):
@@ -270,6 +275,7 @@ class Watch:
         assert action.worker in self.open.members
         assert not self.open.told, "staged during the commit"
         self.open.asked.add(action.worker)
+        self.open.unserved.discard(action.worker)
         if action.served is None:
             assert self.leases[action.ready.announcement_id] > 0, "nobody keeps it"
         else:
@@ -320,7 +326,9 @@ class Watch:
     def _enough_votes(self, now: float) -> None:
         current = self.open
         yes = {w for w in current.members if current.votes.get(w)}
-        silent = {w for w in current.members if w not in current.votes} | current.asked
+        # One that no source is left for will not vote.
+        waited_for = current.members - current.votes.keys() - current.unserved
+        silent = waited_for | current.asked
         late = now > current.began + self.policy.stage_seconds + GRACE_SECONDS
         assert not silent or late, "somebody had not voted yet"
         if not current.catch_up:
@@ -369,7 +377,7 @@ class Watch:
                 fleet = self.reconciler.fleet
                 for worker in event.workers:
                     assert fleet[worker].status.version == event.version
-                    assert fleet[worker].status.weights == event.weights
+                    assert fleet[worker].status.fingerprint == event.fingerprint
                 if not event.catch_up:
                     self._ended(event, after)
             case RefitFailed():

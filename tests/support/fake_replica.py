@@ -536,10 +536,12 @@ class FakeTrainer:
             if isinstance(sent, Failure):
                 return Refused(failure=sent)
             return FingerprintsReply(payload=sent)
-        if request.manifest not in self.payloads:
-            why = SourceLost(f"no manifest {request.manifest[:12]} is served here")
+        if request.manifest_digest not in self.payloads:
+            why = SourceLost(
+                f"no manifest {request.manifest_digest[:12]} is served here"
+            )
             return Refused(failure=failure_from(why, stage="trainer"))
-        return ManifestReply(payload=self.payloads[request.manifest])
+        return ManifestReply(payload=self.payloads[request.manifest_digest])
 
     def asked(self, kind: type) -> list[Any]:
         return [request for _, _, request in self.requests if isinstance(request, kind)]
@@ -578,9 +580,9 @@ class Bench:
             "announcement_id": f"a{version}",
             "endpoint": "ns.trainer.weights",
             "instance": 99,
-            "manifest": self.manifest.fingerprint(),
+            "manifest_digest": self.manifest.fingerprint(),
             "slot": 0,
-            "weights": weights_of(version),
+            "fingerprint": weights_of(version),
             "stage_seconds": 60.0,
             "keep_seconds": 60.0,
         }

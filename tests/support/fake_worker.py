@@ -73,7 +73,7 @@ class FakeWorker:
         self.model = model
         self.release = RELEASE
         self.version: int | None = None
-        self.weights = ""
+        self.fingerprint = ""
         self.live: Bytes = {}
         self.served: dict[int, Bytes] = {}
         self.in_flight: list[InFlightPolicy] = []
@@ -114,7 +114,7 @@ class FakeWorker:
             model=self.model,
             phase="serving",
             version=self.version,
-            weights=self.weights,
+            fingerprint=self.fingerprint,
             pending=None,
             epoch=self._epoch,
             kv_epoch="",
@@ -133,7 +133,7 @@ class FakeWorker:
         reply = await self._caller.call(
             request.endpoint,
             request.instance,
-            GetManifest(manifest=request.manifest),
+            GetManifest(manifest_digest=request.manifest_digest),
             ManifestReply | Refused,
             10,
         )
@@ -144,18 +144,18 @@ class FakeWorker:
         self.regions = [len(source.slots[0]) for source in manifest.sources]
         held = await asyncio.to_thread(self._read, manifest, request.slot)
         weights = _fingerprint(manifest, held)
-        if weights != request.weights:
-            raise FingerprintMismatch(f"{weights} was read, not {request.weights}")
+        if weights != request.fingerprint:
+            raise FingerprintMismatch(f"{weights} was read, not {request.fingerprint}")
         self._staged[request.version] = (weights, held)
         votes = (_vote(manifest.nbytes, began),)
         self.events.publish(
             WorkerStaged(worker=self.worker, version=request.version, ranks=votes)
         )
-        return Vote(version=request.version, weights=weights, ranks=votes)
+        return Vote(version=request.version, fingerprint=weights, ranks=votes)
 
     def _commit(self, request: Commit) -> Message:
         weights, held = self._staged.pop(request.version)
-        self.version, self.weights, self.live = request.version, weights, held
+        self.version, self.fingerprint, self.live = request.version, weights, held
         self.served[request.version] = held
         self.in_flight.append(request.in_flight)
         timings = CommitTimings(
@@ -169,7 +169,7 @@ class FakeWorker:
         )
         committed = Committed(
             version=request.version,
-            weights=weights,
+            fingerprint=weights,
             unchecked=0,
             kv_epoch=f"v{request.version}",
             timings=timings,
@@ -178,7 +178,7 @@ class FakeWorker:
             WorkerRefitted(
                 worker=self.worker,
                 version=request.version,
-                weights=weights,
+                fingerprint=weights,
                 unchecked=0,
                 kv_epoch=committed.kv_epoch,
                 in_flight=request.in_flight,

@@ -84,8 +84,8 @@ def ready(
     trainer = {
         "endpoint": "ns.trainer.weights",
         "instance": 99,
-        "manifest": "0123abcd",
-        "weights": f"weights-{version}",
+        "manifest_digest": "0123abcd",
+        "fingerprint": f"weights-{version}",
     }
     return WeightVersionReady(
         model=model,
@@ -108,17 +108,17 @@ def member(
     phase: WorkerPhase = "serving",
     pending: int | None = None,
     model: str = "tiny",
-    weights: str | None = None,
+    fingerprint: str | None = None,
     admitted: bool = True,
     component: str = "backend",
 ) -> FleetMember:
-    if weights is None:
-        weights = "" if version is None else f"weights-{version}"
+    if fingerprint is None:
+        fingerprint = "" if version is None else f"weights-{version}"
     status = WorkerStatus(
         model=model,
         phase=phase,
         version=version,
-        weights=weights,
+        fingerprint=fingerprint,
         pending=pending,
         epoch=1,
         kv_epoch="",
@@ -154,7 +154,7 @@ def not_leased(announced: WeightVersionReady) -> LeaseTaken:
 
 def serves(peer: int, reader: int, announced: WeightVersionReady) -> ServeAnswered:
     reply = WeightsServed(
-        announcement_id=f"at {peer} for {reader}", manifest="of a peer", slot=1
+        announcement_id=f"at {peer} for {reader}", manifest_digest="of a peer", slot=1
     )
     return ServeAnswered(peer, reader, announced.announcement_id, reply)
 
@@ -169,12 +169,12 @@ def serves_not(peer: int, reader: int, announced: WeightVersionReady) -> ServeAn
 def voted(
     worker: int,
     announced: WeightVersionReady,
-    weights: str | None = None,
+    fingerprint: str | None = None,
     mode: StagingMode = "device",
 ) -> PrepareAnswered:
     vote = Vote(
         version=announced.version,
-        weights=weights or announced.weights,
+        fingerprint=fingerprint or announced.fingerprint,
         ranks=(_rank_vote(mode),),
     )
     return PrepareAnswered(worker, announced.announcement_id, vote)
@@ -193,7 +193,7 @@ def _rank_vote(mode: StagingMode) -> RankVote:
 
 
 def voted_for_others(worker: int, announced: WeightVersionReady) -> PrepareAnswered:
-    return voted(worker, announced, weights="of another version")
+    return voted(worker, announced, fingerprint="of another version")
 
 
 def vote_refused(
@@ -204,11 +204,11 @@ def vote_refused(
 
 
 def committed(
-    worker: int, announced: WeightVersionReady, weights: str | None = None
+    worker: int, announced: WeightVersionReady, fingerprint: str | None = None
 ) -> CommitAnswered:
     reply = Committed(
         version=announced.version,
-        weights=weights or announced.weights,
+        fingerprint=fingerprint or announced.fingerprint,
         unchecked=0,
         kv_epoch=f"{announced.version}-x",
         timings=TIMINGS,
@@ -250,7 +250,7 @@ def completed(
         model="tiny",
         version=announced.version,
         announcement_id=announced.announcement_id,
-        weights=announced.weights,
+        fingerprint=announced.fingerprint,
         workers=workers,
         seconds=seconds,
         excluded=excluded,

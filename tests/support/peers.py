@@ -65,7 +65,7 @@ class PeerHalf(AgentHalf):
         return self._version
 
     def stage(self, offered: Offer, seconds: float = STAGE_SECONDS) -> list[RankVote]:
-        self._weights[self._version + 1] = offered.weights
+        self._weights[self._version + 1] = offered.fingerprint
         return super().stage(offered, seconds)
 
     def serve(
@@ -75,11 +75,13 @@ class PeerHalf(AgentHalf):
         version = self._version if version is None else version
         served = self.ask(version, self._weights[version], seconds)
         self.announcements.append(served.announcement_id)
-        manifest = self.peer.manifest(GetManifest(manifest=served.manifest))
+        manifest = self.peer.manifest(
+            GetManifest(manifest_digest=served.manifest_digest)
+        )
         return Offer(
-            announced=served.manifest,
+            announced=served.manifest_digest,
             slot=served.slot,
-            weights=self._weights[version],
+            fingerprint=self._weights[version],
             manifest=manifest.payload,
             fingerprints=self.fingerprints(served.announcement_id),
         )
@@ -88,7 +90,7 @@ class PeerHalf(AgentHalf):
         self, version: int, weights: str, seconds: float = LEASE_SECONDS
     ) -> WeightsServed:
         request = ServeWeights(
-            model="tiny", version=version, weights=weights, epoch=1, seconds=seconds
+            model="tiny", version=version, fingerprint=weights, epoch=1, seconds=seconds
         )
         return self._runner.run(self.peer.serve(request))
 

@@ -153,15 +153,15 @@ class Replica:
             announcement_id=announcement_id,
             endpoint="-",
             instance=0,
-            manifest=manifest.fingerprint(),
+            manifest_digest=manifest.fingerprint(),
             slot=slot,
-            weights=version_fingerprint(published),
+            fingerprint=version_fingerprint(published),
             stage_seconds=60,
             keep_seconds=60,
         )
         vote = await self.agent.answer(prepare)
         assert isinstance(vote, Vote), vote
-        assert vote.weights == prepare.weights
+        assert vote.fingerprint == prepare.fingerprint
         return vote.ranks
 
     def _slot(self, manifest: Manifest, slot: int) -> SlotInMemory:

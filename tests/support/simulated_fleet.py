@@ -103,7 +103,7 @@ class Worker:
 
     number: int
     version: int | None = None
-    weights: str = ""
+    fingerprint: str = ""
     admitted: bool = False
     #: Has no way back from an install.
     no_undo: bool = False
@@ -126,7 +126,7 @@ class Worker:
             self.version,
             self.phase,
             pending=self.staged.version if self.staged else None,
-            weights=self.weights,
+            fingerprint=self.fingerprint,
             admitted=self.admitted,
             component="prefill" if self.number % 3 == 0 else "backend",
         )
@@ -163,8 +163,8 @@ class Worker:
             case SendAdmit():
                 self.admitted = True
             case SendFence():
-                served = self.version, self.weights
-                ordered = action.version, action.weights
+                served = self.version, self.fingerprint
+                ordered = action.version, action.fingerprint
                 if self.phase != "committing" and served != ordered:
                     self.phase = "fenced"
         return None
@@ -189,13 +189,13 @@ class Worker:
             return refused("PeerUnsuitable", self.number)
         name = f"lease {next(fleet.names)}"
         self.leases.add(name)
-        return WeightsServed(announcement_id=name, manifest="of a peer", slot=0)
+        return WeightsServed(announcement_id=name, manifest_digest="of a peer", slot=0)
 
     def holds(self, ready: WeightVersionReady) -> bool:
-        what = ready.version, ready.weights
-        held = [(self.version, self.weights)]
+        what = ready.version, ready.fingerprint
+        held = [(self.version, self.fingerprint)]
         if self.staged is not None:
-            held.append((self.staged.version, self.staged.weights))
+            held.append((self.staged.version, self.staged.fingerprint))
         return self.phase != "fenced" and what in held
 
     def _abort(self, version: int) -> None:
@@ -240,7 +240,11 @@ class Worker:
     def _finish(self) -> Committed:
         ready = self.staged
         assert ready.version >= (self.version or 0), "taken back"
-        self.version, self.weights, self.admitted = ready.version, ready.weights, True
+        self.version, self.fingerprint, self.admitted = (
+            ready.version,
+            ready.fingerprint,
+            True,
+        )
         self.last_commit = self.epoch, ready.version
         self._drop()
         return self._committed(ready)

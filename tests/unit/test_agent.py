@@ -112,7 +112,7 @@ async def test_before_the_first_refit(bench: Bench) -> None:
         model="tiny",
         phase="serving",
         version=None,
-        weights="",
+        fingerprint="",
         pending=None,
         epoch=0,
         kv_epoch="",
@@ -194,12 +194,12 @@ async def test_progress_is_told_a_few_times_a_second(bench: Bench) -> None:
 
 async def test_prepare_gives_the_votes_of_all_ranks(bench: Bench) -> None:
     vote = await bench.agent.answer(bench.prepare(5, slot=1))
-    assert vote == Vote(version=5, weights=weights_of(5), ranks=VOTES)
+    assert vote == Vote(version=5, fingerprint=weights_of(5), ranks=VOTES)
     assert bench.events == [WorkerStaged(worker=WORKER, version=5, ranks=VOTES)]
 
     fingerprint = bench.manifest.fingerprint()
     assert bench.trainer.requests == [
-        ("ns.trainer.weights", 99, GetManifest(manifest=fingerprint)),
+        ("ns.trainer.weights", 99, GetManifest(manifest_digest=fingerprint)),
         ("ns.trainer.weights", 99, GetFingerprints(announcement_id="a5")),
     ]
     [stage] = bench.engine.asked(Stage)
@@ -245,7 +245,7 @@ async def test_a_known_manifest_is_neither_fetched_nor_sent_again(
         True,
     ]
     other = bench.other_manifest.fingerprint()
-    await bench.committed(7, manifest=other)
+    await bench.committed(7, manifest_digest=other)
     assert len(bench.trainer.asked(GetManifest)) == 2
     assert bench.engine.asked(Stage)[-1].payload is not None
 
@@ -395,7 +395,7 @@ async def test_commit_steps_in_order(bench: Bench) -> None:
         WorkerRefitted(
             worker=WORKER,
             version=5,
-            weights=weights_of(5),
+            fingerprint=weights_of(5),
             unchecked=0,
             kv_epoch=reply.kv_epoch,
             in_flight="continue",
@@ -701,7 +701,7 @@ async def test_other_fingerprints_than_announced_are_refused(
 
 async def test_a_vote_is_for_the_announced_weights_only(bench: Bench) -> None:
     """The trainer is consistent, but what was announced was something else."""
-    request = bench.prepare(5, weights=weights_of(6))
+    request = bench.prepare(5, fingerprint=weights_of(6))
     assert refusal(await bench.agent.answer(request)).kind == "FingerprintMismatch"
     bench.assert_serving(None)
 
@@ -732,7 +732,7 @@ async def test_ranks_say_what_they_read_once_per_layout(bench: Bench) -> None:
     await bench.committed(5)
     await bench.committed(6)
     # A trainer that restarted: other addresses, the same layout.
-    await bench.committed(7, manifest=bench.other_manifest.fingerprint())
+    await bench.committed(7, manifest_digest=bench.other_manifest.fingerprint())
     stages = bench.engine.asked(Stage)
     assert [stage.want_reads for stage in stages] == [True, False, False]
 
@@ -741,7 +741,7 @@ async def test_ranks_say_what_they_read_once_per_layout(bench: Bench) -> None:
         bench.manifest, tensors=bench.manifest.tensors[::-1]
     )
     bench.trainer.payloads[swapped.fingerprint()] = msgspec.msgpack.encode(swapped)
-    request = bench.prepare(8, manifest=swapped.fingerprint())
+    request = bench.prepare(8, manifest_digest=swapped.fingerprint())
     assert refusal(await bench.agent.answer(request)).kind == "LayoutRefused"
     # What is known of the other layout still holds.
     await bench.committed(9)
@@ -882,10 +882,10 @@ async def test_what_ranks_could_not_compare_adds_up(bench: Bench) -> None:
     for rank, unchecked in zip(bench.engine.ranks, (2, 3), strict=True):
         rank.unchecked = unchecked
     reply = await bench.committed(5)
-    assert (reply.unchecked, reply.weights) == (5, weights_of(5))
+    assert (reply.unchecked, reply.fingerprint) == (5, weights_of(5))
     assert bench.events[-1].unchecked == 5
     assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-        version=5, weights=weights_of(5), unchecked=5
+        version=5, fingerprint=weights_of(5), unchecked=5
     )
 
 
@@ -907,7 +907,7 @@ async def test_a_check_on_request_disturbs_nothing(bench: Bench) -> None:
     events = list(bench.events)
     for _ in range(2):
         assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-            version=5, weights=weights_of(5), unchecked=0
+            version=5, fingerprint=weights_of(5), unchecked=0
         )
     assert bench.engine.steps == ["verify", "verify"]
     assert bench.events == events
@@ -922,7 +922,7 @@ async def test_checks_that_come_at_once_are_made_one_after_the_other(
     await bench.committed(5)
     checks = [bench.agent.answer(VerifyWeights()) for _ in range(3)]
     replies = await asyncio.gather(*checks)
-    expected = WeightsVerified(version=5, weights=weights_of(5), unchecked=0)
+    expected = WeightsVerified(version=5, fingerprint=weights_of(5), unchecked=0)
     assert replies == [expected] * 3
 
 
@@ -963,7 +963,7 @@ async def test_after_a_restore_the_old_version_is_what_is_checked(
     await bench.staged(6)
     refusal(await bench.agent.answer(commit(6)))
     assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-        version=5, weights=weights_of(5), unchecked=0
+        version=5, fingerprint=weights_of(5), unchecked=0
     )
 
 
@@ -985,7 +985,7 @@ async def test_a_prepare_waits_for_a_check_on_request(
     assert (status.phase, status.pending) == ("staging", 6)
 
     bench.engine.let("verify")
-    assert await prepare == Vote(version=6, weights=weights_of(6), ranks=VOTES)
+    assert await prepare == Vote(version=6, fingerprint=weights_of(6), ranks=VOTES)
     if not caller_goes:
         assert isinstance(await check, WeightsVerified)
     assert isinstance(await bench.agent.answer(commit(6)), Committed)
@@ -1124,7 +1124,7 @@ async def test_a_prepare_after_an_abort_waits_until_the_ranks_let_go(
 
     assert refusal(await old).kind == "StagingCancelled"
     assert await aborting == Aborted(version=5)
-    assert reply == Vote(version=6, weights=weights_of(6), ranks=VOTES)
+    assert reply == Vote(version=6, fingerprint=weights_of(6), ranks=VOTES)
     assert bench.agent.status().pending == 6
     assert isinstance(await bench.agent.answer(commit(6)), Committed)
     bench.assert_serving(6)
@@ -1143,7 +1143,7 @@ async def test_two_newer_prepares_while_the_ranks_let_go(bench: Bench) -> None:
     replies = await asyncio.gather(oldest, older, newest, return_exceptions=True)
     assert refusal(replies[0]).kind == "StagingCancelled"
     assert isinstance(replies[1], Refused | RefitError | Vote)
-    assert replies[2] == Vote(version=7, weights=weights_of(7), ranks=VOTES)
+    assert replies[2] == Vote(version=7, fingerprint=weights_of(7), ranks=VOTES)
     assert bench.agent.status().pending == 7
     assert isinstance(await bench.agent.answer(commit(7)), Committed)
     bench.assert_serving(7)
@@ -1160,7 +1160,7 @@ async def test_a_version_that_is_announced_anew_while_the_ranks_let_go(
     await until(lambda: len(bench.engine.asked(Discard)) > 0)
     bench.engine.let("stage")
     fingerprint = bench.other_manifest.fingerprint()
-    reply = await bench.agent.answer(bench.prepare(5, manifest=fingerprint))
+    reply = await bench.agent.answer(bench.prepare(5, manifest_digest=fingerprint))
 
     assert refusal(await old).kind == "StagingCancelled"
     assert await aborting == Aborted(version=5)

@@ -363,12 +363,12 @@ async def test_the_coordinator_admits_start_up_weights() -> None:
         await bench.agent.answer(Admit(model="tiny", epoch=EPOCH - 1))
 
 
-def fence(version: int, reason: str = "-", weights: str | None = None) -> Fence:
+def fence(version: int, reason: str = "-", fingerprint: str | None = None) -> Fence:
     return Fence(
         model="tiny",
         epoch=EPOCH,
         version=version,
-        weights=weights or weights_of(version),
+        fingerprint=fingerprint or weights_of(version),
         reason=reason,
     )
 
@@ -382,7 +382,7 @@ async def test_a_worker_is_not_fenced_for_the_version_that_it_serves(
         await bench.agent.answer(fence(5))
     bench.assert_serving(5)
     # What it has is not what the fleet serves under that number.
-    assert await bench.agent.answer(fence(5, weights="others")) == Done()
+    assert await bench.agent.answer(fence(5, fingerprint="others")) == Done()
     assert bench.agent.status().phase == "fenced"
 
 
@@ -427,8 +427,8 @@ async def test_other_weights_under_the_number_that_is_served_are_installed(
     await bench.committed(5)
     for rank in bench.engine.ranks:
         rank.content = 6
-    await bench.staged(5, weights=weights_of(6), announcement_id="a6")
+    await bench.staged(5, fingerprint=weights_of(6), announcement_id="a6")
     reply = await bench.agent.answer(commit(5))
-    assert isinstance(reply, Committed) and reply.weights == weights_of(6)
+    assert isinstance(reply, Committed) and reply.fingerprint == weights_of(6)
     status = bench.agent.status()
-    assert (status.version, status.weights) == (5, weights_of(6))
+    assert (status.version, status.fingerprint) == (5, weights_of(6))

@@ -96,7 +96,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
         RefitStarted(model="tiny", version=5, workers=(2,), catch_up=True)
     )
     what = catch_up(reconciler)
-    assert (what.version, what.weights) == (5, "weights-5")
+    assert (what.version, what.fingerprint) == (5, "weights-5")
     assert what.announcement_id != "a5"
     assert asked == SendServe(1, 2, what)
 
@@ -113,7 +113,7 @@ def test_a_joiner_is_brought_to_the_served_version_by_a_worker() -> None:
                 model="tiny",
                 version=5,
                 announcement_id=what.announcement_id,
-                weights="weights-5",
+                fingerprint="weights-5",
                 workers=(1, 2),
                 seconds=3.5,
                 catch_up=True,
@@ -440,12 +440,12 @@ def test_the_same_number_with_other_weights_is_behind() -> None:
     reconciler = committing(V5, 1, 2, policy=one_at_a_time)
     reconciler.handle(commit_refused(1, V5), 3.0)
     reconciler.handle(fleet(2), 4.0)
-    again = ready(5, "again", weights="weights-5b")
+    again = ready(5, "again", fingerprint="weights-5b")
     reconciler.handle(again, 5.0)
     reconciler.handle(leased(again), 5.1)
     reconciler.handle(voted(2, again), 6.0)
     assert events(reconciler.handle(committed(2, again), 7.0), RefitCompleted)
-    mixed = fleet(member(1, 5), member(2, 5, weights="weights-5b"))
+    mixed = fleet(member(1, 5), member(2, 5, fingerprint="weights-5b"))
     actions = reconciler.handle(mixed, 8.0)
     [started] = events(actions, RefitStarted)
     assert (started.version, started.workers, started.catch_up) == (5, (1,), True)
@@ -455,10 +455,10 @@ def test_the_same_number_with_other_weights_is_behind() -> None:
 
 
 def test_a_new_coordinator_takes_what_more_workers_have_under_one_number() -> None:
-    other = member(1, 5, weights="others")
+    other = member(1, 5, fingerprint="others")
     reconciler = Reconciler("tiny", POLICY)
     actions = reconciler.handle(fleet(other, member(2, 5), member(3, 5)), 0.0)
     [started] = events(actions, RefitStarted)
     assert (started.workers, started.catch_up) == ((1,), True)
     [serve] = of_type(actions, SendServe)
-    assert (serve.reader, serve.ready.weights) == (1, "weights-5")
+    assert (serve.reader, serve.ready.fingerprint) == (1, "weights-5")

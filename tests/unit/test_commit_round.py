@@ -72,7 +72,7 @@ def test_a_refusal_after_another_worker_has_changed_fences_who_refused() -> None
     assert reconciler.handle(committed(1, V5), 3.0) == []
     assert reconciler.handle(commit_refused(2, V5), 4.0) == []
     fence, *end = reconciler.handle(committed(3, V5), 5.0)
-    assert fence == SendFence(2, 5, V5.weights, str(failure(2)))
+    assert fence == SendFence(2, 5, V5.fingerprint, str(failure(2)))
     assert end == completed(V5, 1, 3, seconds=5.0, excluded=(failure(2),))
     assert reconciler.completed == 5
 
@@ -119,7 +119,7 @@ def test_a_worker_that_answers_late_but_before_the_end_is_kept() -> None:
 def test_a_commit_of_other_weights_fences_the_worker() -> None:
     """It is not one of those that serve the version."""
     reconciler = committing(V5, 1, 2)
-    assert reconciler.handle(committed(1, V5, weights="weights-4"), 3.0) == []
+    assert reconciler.handle(committed(1, V5, fingerprint="weights-4"), 3.0) == []
     actions = reconciler.handle(committed(2, V5), 4.0)
     assert fences(actions) == {1: 5}
     [event] = events(actions)
@@ -497,7 +497,7 @@ def test_a_fence_goes_on_for_one_that_shows_other_weights_of_that_number() -> No
     reconciler = committing(V5, 1, 2)
     reconciler.handle(committed(1, V5), 3.0)
     reconciler.handle(Tick(), 3.0 + COMMIT_DEADLINE)
-    other = fleet(member(1, 5), member(2, 5, weights="others"))
+    other = fleet(member(1, 5), member(2, 5, fingerprint="others"))
     assert fences(reconciler.handle(other, 50.0)) == {2: 5}
 
 

@@ -264,9 +264,9 @@ class Namespace:
             announcement_id=self.published.announcement_id,
             endpoint=prepare.endpoint,
             instance=prepare.instance,
-            manifest=prepare.manifest,
+            manifest_digest=prepare.manifest_digest,
             slot=0,
-            weights=self.published.weights,
+            fingerprint=self.published.fingerprint,
         )
 
     async def call(

@@ -237,7 +237,7 @@ def test_enough_workers_go_on_without_the_one_that_cannot_stage() -> None:
     # Nobody is fenced before the version is there.
     assert reconciler.handle(committed(1, V5), 5.0) == []
     fence, *rest = reconciler.handle(committed(3, V5), 6.0)
-    assert fence == SendFence(2, 5, V5.weights, str(failure(2)))
+    assert fence == SendFence(2, 5, V5.fingerprint, str(failure(2)))
     assert rest == completed(V5, 1, 3, seconds=6.0, excluded=(failure(2),))
 
 

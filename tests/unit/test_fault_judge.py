@@ -47,7 +47,7 @@ def refitted(worker: int, at: float = 100.0) -> WorkerRefitted:
     return WorkerRefitted(
         worker=worker,
         version=5,
-        weights="w",
+        fingerprint="w",
         unchecked=0,
         kv_epoch="5-x",
         in_flight="continue",
@@ -159,7 +159,7 @@ def test_how_far_a_refit_had_come() -> None:
             model="tiny",
             version=5,
             announcement_id="a5",
-            weights="w",
+            fingerprint="w",
             workers=(1, 2),
             seconds=50.0,
             at=60.0,

@@ -127,7 +127,7 @@ def test_a_catch_up_changes_no_record() -> None:
         model="tiny",
         version=5,
         announcement_id="a5",
-        weights=V5.weights,
+        fingerprint=V5.fingerprint,
         workers=(1, 2),
         seconds=1.0,
         catch_up=True,

@@ -81,7 +81,7 @@ def refitted(version: int = 1, **changes: Any) -> WorkerRefitted:
     fields = {
         "worker": 7,
         "version": version,
-        "weights": "w",
+        "fingerprint": "w",
         "unchecked": 0,
         "kv_epoch": "1-x",
         "in_flight": "continue",
@@ -191,7 +191,7 @@ def completed(version: int = 1, **changes: Any) -> RefitCompleted:
         "model": "tiny",
         "version": version,
         "announcement_id": f"a{version}",
-        "weights": "w",
+        "fingerprint": "w",
         "workers": (7,),
         "seconds": 0.8,
     }

@@ -193,9 +193,9 @@ def command_of(kind: type, model: str, bench: Bench) -> Any:
         case "Abort":
             return Abort(**fields, version=6, reason="-")
         case "Fence":
-            return Fence(**fields, version=6, weights="-", reason="-")
+            return Fence(**fields, version=6, fingerprint="-", reason="-")
         case "ServeWeights":
-            return ServeWeights(**fields, version=5, weights="-", seconds=1.0)
+            return ServeWeights(**fields, version=5, fingerprint="-", seconds=1.0)
     return Admit(**fields)
 
 

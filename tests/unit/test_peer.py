@@ -89,12 +89,12 @@ class FakeRanks:
         weights = version_fingerprint(tensors)
         self.versions.append(HeldVersion(version, weights, encoded, tensors))
         return ServeWeights(
-            model="tiny", version=version, weights=weights, epoch=1, seconds=30.0
+            model="tiny", version=version, fingerprint=weights, epoch=1, seconds=30.0
         )
 
     def held(self, version: int, weights: str) -> HeldVersion:
         for held in self.versions:
-            if (held.version, held.weights) == (version, weights):
+            if (held.version, held.fingerprint) == (version, weights):
                 return held
         raise PeerUnsuitable("not held here")
 
@@ -130,9 +130,9 @@ def there(ranks: FakeRanks) -> PeerSource:
 
 
 def manifest_of(there: PeerSource, served: WeightsServed) -> Manifest:
-    reply = there.manifest(GetManifest(manifest=served.manifest))
+    reply = there.manifest(GetManifest(manifest_digest=served.manifest_digest))
     manifest = decode_manifest(reply.payload)
-    assert manifest.fingerprint() == served.manifest
+    assert manifest.fingerprint() == served.manifest_digest
     manifest.validate()
     return manifest
 
@@ -165,7 +165,7 @@ async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> Non
     assert served.slot == 0
     reply = there.fingerprints(GetFingerprints(announcement_id=served.announcement_id))
     parts = np.frombuffer(reply.payload, dtype="<u8")
-    assert version_fingerprint(parts) == request.weights
+    assert version_fingerprint(parts) == request.fingerprint
 
 
 async def test_versions_take_turns_in_one_manifest(
@@ -177,7 +177,7 @@ async def test_versions_take_turns_in_one_manifest(
         ranks.slot = [version % 2] * 2
         seen.append(await there.serve(ranks.hold(version)))
     assert [served.slot for served in seen] == [0, 1, 0, 1]
-    assert len({served.manifest for served in seen}) == 1
+    assert len({served.manifest_digest for served in seen}) == 1
     assert ranks.asked == [True, False, False, False]
 
 
@@ -195,7 +195,7 @@ async def test_ranks_that_are_a_turn_apart(
             source(0).slots[turn],
             source(1).slots[1 - turn],
         ]
-        manifests.add(served.manifest)
+        manifests.add(served.manifest_digest)
     assert len(manifests) == 1
 
 
@@ -216,7 +216,7 @@ async def test_new_memory_is_another_manifest(
     before = await there.serve(ranks.hold(1))
     ranks.address = 1 << 16
     after = await there.serve(ranks.hold(2))
-    assert before.manifest != after.manifest
+    assert before.manifest_digest != after.manifest_digest
     assert manifest_of(there, before).sources[0] == source(0)
     assert manifest_of(there, after).sources[0] == source(0, 1 << 16)
     assert ranks.asked == [True, False, True]
@@ -231,7 +231,7 @@ async def test_a_trainer_that_is_cut_otherwise_does_not_show(
     other = make_manifest(split, both, memory=memory)
     before = await there.serve(ranks.hold(1))
     after = await there.serve(ranks.hold(2, other))
-    assert before.manifest == after.manifest
+    assert before.manifest_digest == after.manifest_digest
 
 
 MISSING = {
@@ -321,7 +321,7 @@ async def test_a_version_that_was_given_up(ranks: FakeRanks, there: PeerSource) 
 
 async def test_what_nobody_was_promised(ranks: FakeRanks, there: PeerSource) -> None:
     with pytest.raises(SourceLost, match="no manifest abc is served here"):
-        there.manifest(GetManifest(manifest="abc"))
+        there.manifest(GetManifest(manifest_digest="abc"))
     with pytest.raises(SourceLost):
         there.fingerprints(GetFingerprints(announcement_id="never"))
     done = await there.release(

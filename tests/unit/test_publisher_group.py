@@ -422,7 +422,7 @@ def test_a_version_is_ready_when_all_ranks_have_written(job: Job) -> None:
     (ready,) = job.group.log.to_announce()
     totals = np.array([5], dtype="<u8")
     assert (ready.version, ready.announcement_id) == (7, name)
-    assert ready.weights == version_fingerprint(totals)
+    assert ready.fingerprint == version_fingerprint(totals)
     assert job.group.log.readable(name).fingerprints == totals.tobytes()
     assert ready.in_flight == "continue"  # rank 0's, though rank 1 came first
     job.wrote(0, name, 1)

@@ -151,7 +151,7 @@ def test_the_time_that_is_told_begins_with_the_announcement() -> None:
 def test_a_number_that_is_served_with_other_weights_is_refused() -> None:
     reconciler = Reconciler("tiny", POLICY)
     reconciler.handle(fleet(member(1, version=5), member(2)), 0.0)
-    other = ready(5, announcement_id="again", weights="others")
+    other = ready(5, announcement_id="again", fingerprint="others")
     refused, release = reconciler.handle(other, 1.0)
     assert isinstance(refused, Publish) and isinstance(refused.event, RefitRefused)
     assert refused.event.reason == "stale"
@@ -163,7 +163,7 @@ def test_a_vote_for_other_weights_fails_the_version_and_aborts_all() -> None:
     """One worker read other bytes than the others: nothing may be committed."""
     reconciler = preparing(V5, 1, member(2, 4))
     assert reconciler.handle(voted(1, V5), 2.0) == []
-    actions = reconciler.handle(voted(2, V5, weights="weights-4"), 3.0)
+    actions = reconciler.handle(voted(2, V5, fingerprint="weights-4"), 3.0)
     assert aborts(actions) == {1: 5, 2: 5}
     [event] = events(actions)
     assert isinstance(event, RefitFailed)
@@ -179,7 +179,7 @@ def test_a_vote_for_other_weights_fails_the_version_and_aborts_all() -> None:
 
 def test_two_versions_may_have_the_same_weights() -> None:
     reconciler = done(V5, 1)
-    same = ready(6, "same", weights=V5.weights)
+    same = ready(6, "same", fingerprint=V5.fingerprint)
     reconciler.handle(same, 4.0)
     reconciler.handle(leased(same), 5.0)
     assert reconciler.handle(voted(1, same), 6.0) == [SendCommit(1, same, "continue")]
@@ -312,7 +312,7 @@ def test_a_failed_number_may_be_used_again_with_other_weights() -> None:
     reconciler = new(member(1, 5))
     reconciler.handle(V6, 1.0)
     reconciler.handle(not_leased(V6), 2.0)
-    again = ready(6, "again", weights="others")
+    again = ready(6, "again", fingerprint="others")
     assert reconciler.handle(again, 3.0) == started(again, 1)
 
 

@@ -85,7 +85,7 @@ class AnyOrder(RuleBasedStateMachine):
             worker = self.fleet.join()
             worker.admitted = True
             if served:
-                worker.version, worker.weights = 1, "weights-1"
+                worker.version, worker.fingerprint = 1, "weights-1"
         self._feed(self.fleet.seen())
 
     # --- what the coordinator hears -------------------------------------------
@@ -241,7 +241,10 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.watch.outcomes[last.announcement_id] == "completed"
         for worker in self.fleet.workers.values():
             assert worker.phase == "serving"
-            assert (worker.version, worker.weights) == (last.version, last.weights)
+            assert (worker.version, worker.fingerprint) == (
+                last.version,
+                last.fingerprint,
+            )
             assert worker.admitted
             assert worker.staged is None and worker.until is None
 

@@ -63,7 +63,7 @@ def test_every_event_and_all_of_its_fields_are_on_the_page() -> None:
             model="m",
             version=3,
             announcement_id="a",
-            weights="w",
+            fingerprint="w",
             workers=(7, 8),
             seconds=None,
             excluded=(FAILURE,),

@@ -76,7 +76,7 @@ def refitted(worker: int) -> WorkerRefitted:
     return WorkerRefitted(
         worker=worker,
         version=8,
-        weights="9f",
+        fingerprint="9f",
         unchecked=0,
         kv_epoch="8-x",
         in_flight="continue",
@@ -89,7 +89,7 @@ COMPLETED = RefitCompleted(
     model="tiny",
     version=8,
     announcement_id="a8",
-    weights="9f",
+    fingerprint="9f",
     workers=(A, B),
     seconds=3.25,
 )

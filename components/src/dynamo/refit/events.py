@@ -62,8 +62,8 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
 
     ``announcement_id`` names one call of ``publish()``: repeats of the event carry
     the same one. ``endpoint`` and ``instance`` say where the manifest with the
-    fingerprint ``manifest`` is served; ``slot`` is where in it the version lies.
-    ``weights`` is the version's fingerprint: what every worker's bytes must show.
+    digest ``manifest_digest`` is served; ``slot`` is where in it the version lies.
+    ``fingerprint`` is what every worker's bytes must show.
     ``source_version`` is what the version is called where it comes from, if it has a
     name there: a ModelExpress uid, for instance. ``traceparent`` (W3C) is the trainer's
     span, if it traces.
@@ -74,9 +74,9 @@ class WeightVersionReady(Event, frozen=True, kw_only=True, tag=True):
     announcement_id: Identifier
     endpoint: Name
     instance: int
-    manifest: Identifier
+    manifest_digest: Identifier
     slot: int
-    weights: Identifier
+    fingerprint: Identifier
     in_flight: InFlightPolicy | None = None
     source_version: Identifier = ""
     traceparent: Identifier | None = None
@@ -113,14 +113,14 @@ class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
 class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
     """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys.
 
-    ``weights`` is the fingerprint that its live weights were found to have; see
+    ``fingerprint`` is what its live weights were found to have; see
     :class:`dynamo.refit.protocol.Committed` for ``unchecked``. ``carried_over``
     requests outlasted the bound of ``drain``.
     """
 
     worker: int
     version: int
-    weights: str
+    fingerprint: str
     unchecked: int
     kv_epoch: str
     in_flight: InFlightPolicy
@@ -129,7 +129,7 @@ class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
 
 
 class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
-    """Every worker serves ``version``, whose fingerprint is ``weights``.
+    """Every worker serves ``version``, whose fingerprint is ``fingerprint``.
 
     All but those in ``excluded``, which could not take it and were fenced, or are
     gone: a failure for each, with worker, rank and cause. ``catch_up``: some were
@@ -140,7 +140,7 @@ class RefitCompleted(Event, frozen=True, kw_only=True, tag=True):
 
     version: int
     announcement_id: str
-    weights: str
+    fingerprint: str
     workers: tuple[int, ...]
     seconds: float | None
     excluded: tuple[Failure, ...] = ()

@@ -178,9 +178,9 @@ class Command(Message, frozen=True, kw_only=True):
 class Prepare(Command, frozen=True, kw_only=True, tag=True):
     """Stage ``version`` while serving and vote on it.
 
-    The worker reads the manifest with fingerprint ``manifest`` from instance
-    ``instance`` of ``endpoint``, and votes only for bytes that have the fingerprint
-    ``weights``. ``stage_seconds`` bounds the staging; ``keep_seconds`` is how long
+    The worker reads the manifest with the digest ``manifest_digest`` from instance
+    ``instance`` of ``endpoint``, and votes only for bytes that have this
+    ``fingerprint``. ``stage_seconds`` bounds the staging; ``keep_seconds`` is how long
     after that bound the worker keeps the version for a commit before it gives it up by
     itself. ``traceparent`` (W3C) is the caller's span, here and in :class:`Commit`.
     """
@@ -189,9 +189,9 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
     announcement_id: str
     endpoint: str
     instance: int
-    manifest: str
+    manifest_digest: str
     slot: int
-    weights: str
+    fingerprint: str
     stage_seconds: float
     keep_seconds: float
     traceparent: str | None = None
@@ -232,24 +232,24 @@ class Admit(Command, frozen=True, kw_only=True, tag=True):
 
 
 class Fence(Command, frozen=True, kw_only=True, tag=True):
-    """Leave for good: the fleet serves a version, with the fingerprint ``weights``,
+    """Leave for good: the fleet serves a version, with this ``fingerprint``,
     that this worker could not take. A worker that serves it refuses."""
 
     version: int
-    weights: str
+    fingerprint: str
     reason: str
 
 
 class ServeWeights(Command, frozen=True, kw_only=True, tag=True):
     """Let others read ``version``, staged or live here, for at most ``seconds``.
 
-    ``weights`` is its fingerprint. A ``ReleaseLease`` for the announcement that is
+    It has this ``fingerprint``. A ``ReleaseLease`` for the announcement that is
     answered with ends it. Meanwhile the worker can be asked as a trainer is:
     ``GetManifest``, ``GetFingerprints``.
     """
 
     version: int
-    weights: str
+    fingerprint: str
     seconds: float
 
 
@@ -263,23 +263,23 @@ class VerifyWeights(Message, frozen=True, kw_only=True, tag=True):
 
 class Vote(Message, frozen=True, kw_only=True, tag=True):
     """Yes: the ranks of the worker hold ``version``, and the parts that they hold add
-    up to the fingerprint ``weights``."""
+    up to the fingerprint ``fingerprint``."""
 
     version: int
-    weights: str
+    fingerprint: str
     ranks: tuple[RankVote, ...]
 
 
 class Committed(Message, frozen=True, kw_only=True, tag=True):
     """The worker serves ``version``, and its live weights were found to be the ones
-    with the fingerprint ``weights``.
+    with this ``fingerprint``.
 
     ``unchecked`` parameters are kept in another layout than they are loaded in
     (quantized, packed); for them the proof ends with the staged bytes.
     """
 
     version: int
-    weights: str
+    fingerprint: str
     unchecked: int
     kv_epoch: str
     timings: CommitTimings
@@ -296,7 +296,7 @@ class WeightsServed(Message, frozen=True, kw_only=True, tag=True):
     """Where the version can be read: as in ``WeightVersionReady``."""
 
     announcement_id: str
-    manifest: str
+    manifest_digest: str
     slot: int
 
 
@@ -310,7 +310,7 @@ class WeightsVerified(Message, frozen=True, kw_only=True, tag=True):
     """The live weights are those of ``version``, as for :class:`Committed`."""
 
     version: int
-    weights: str
+    fingerprint: str
     unchecked: int
 
 
@@ -321,7 +321,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     """A worker's own view.
 
     ``version`` is what it serves (``None``: the weights it started with) and
-    ``weights`` its fingerprint, ``pending`` what it stages, holds or commits,
+    ``fingerprint`` its fingerprint, ``pending`` what it stages, holds or commits,
     ``epoch`` the highest seen. One that is not ``admitted`` is unknown to routers, and
     serves nobody. ``since`` (Unix seconds) it serves that version, which cost it
     ``stall_ms``; ``staging`` and ``cache`` are the last stage's. ``release`` and
@@ -332,7 +332,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     model: str
     phase: WorkerPhase
     version: int | None
-    weights: str
+    fingerprint: str
     pending: int | None
     epoch: int
     kv_epoch: str
@@ -352,7 +352,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
 class GetManifest(Message, frozen=True, kw_only=True, tag=True):
     """Send the manifest, as msgpack of :class:`dynamo.refit.manifest.Manifest`."""
 
-    manifest: str
+    manifest_digest: str
 
 
 class ManifestReply(Message, frozen=True, kw_only=True, tag=True):

@@ -44,7 +44,7 @@ def verify(
             unchecked = f", {reply.unchecked} parameters cannot be compared"
             print(
                 f"worker {worker} serves version {reply.version}, fingerprint "
-                f"{reply.weights}{unchecked if reply.unchecked else ''}"
+                f"{reply.fingerprint}{unchecked if reply.unchecked else ''}"
             )
     return int(any(isinstance(reply, Refused) for reply in replies.values()))
 

@@ -162,11 +162,11 @@ class SendAdmit:
 
 @dataclass(frozen=True)
 class SendFence:
-    """The worker has to leave, unless it serves the version with these weights."""
+    """The worker has to leave, unless it serves the version with this fingerprint."""
 
     worker: int
     version: int
-    weights: str
+    fingerprint: str
     reason: str
 
 

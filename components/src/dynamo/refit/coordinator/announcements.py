@@ -104,7 +104,10 @@ class Announcements:
             )
         for member in members:
             status = member.status
-            if status.version == ready.version and status.weights != ready.weights:
+            if (
+                status.version == ready.version
+                and status.fingerprint != ready.fingerprint
+            ):
                 return (
                     "stale",
                     f"worker {member.worker} serves other weights as version "

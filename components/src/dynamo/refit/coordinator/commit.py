@@ -195,7 +195,10 @@ class CommitRound:
     def answered(
         self, worker: int, reply: Committed | Stepped | Refused | Unanswered
     ) -> None:
-        if isinstance(reply, Committed) and reply.weights == self._ready.weights:
+        if (
+            isinstance(reply, Committed)
+            and reply.fingerprint == self._ready.fingerprint
+        ):
             self.serves(worker)
         elif worker not in self._busy:
             return
@@ -205,8 +208,8 @@ class CommitRound:
             self._refuse(worker, reply.failure)
         elif isinstance(reply, Committed):
             error = FingerprintMismatch(
-                f"the worker speaks of weights {reply.weights}, announced were "
-                f"{self._ready.weights}"
+                f"the worker speaks of weights {reply.fingerprint}, announced were "
+                f"{self._ready.fingerprint}"
             )
             self._refuse(worker, error)
         elif reply.step == self._step:

@@ -334,7 +334,7 @@ class Coordinator:
                 request = self._command(
                     Fence,
                     version=action.version,
-                    weights=action.weights,
+                    fingerprint=action.fingerprint,
                     reason=action.reason,
                 )
                 self._spawn(self._tell(worker, request))
@@ -412,10 +412,10 @@ class Coordinator:
             Prepare,
             version=ready.version,
             announcement_id=source.announcement_id,
-            weights=ready.weights,
+            fingerprint=ready.fingerprint,
             endpoint=ready.endpoint if served is None else self._path(action.peer),
             instance=ready.instance if served is None else action.peer,
-            manifest=source.manifest,
+            manifest_digest=source.manifest_digest,
             slot=source.slot,
             stage_seconds=policy.stage_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
@@ -431,7 +431,7 @@ class Coordinator:
         request = self._command(
             ServeWeights,
             version=ready.version,
-            weights=ready.weights,
+            fingerprint=ready.fingerprint,
             seconds=self._config.policy.lease_seconds(len(self._reconciler.fleet)),
         )
         reply = await self._ask(

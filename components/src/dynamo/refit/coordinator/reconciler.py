@@ -254,7 +254,7 @@ class Reconciler:
             return
         ready = transaction.ready
         for worker, member in self.fleet.items():
-            if shows(member, ready.version, ready.weights):
+            if shows(member, ready.version, ready.fingerprint):
                 transaction.commit.serves(worker)
 
     def _lease_taken(self, lease: LeaseTaken) -> list[Action]:
@@ -291,10 +291,10 @@ class Reconciler:
         if transaction is None:
             return []
         reply, ready = answer.reply, transaction.ready
-        if isinstance(reply, Vote) and reply.weights != ready.weights:
+        if isinstance(reply, Vote) and reply.fingerprint != ready.fingerprint:
             error = FingerprintMismatch(
-                f"the worker speaks of weights {reply.weights}, announced were "
-                f"{ready.weights}"
+                f"the worker speaks of weights {reply.fingerprint}, announced were "
+                f"{ready.fingerprint}"
             )
             reply = Refused(failure=self._failure(error, answer.worker))
         return transaction.staging.answered(answer.worker, reply)
@@ -326,7 +326,7 @@ class Reconciler:
             member.status,
             phase="serving",
             version=committed.version,
-            weights=committed.weights,
+            fingerprint=committed.fingerprint,
             pending=None,
             kv_epoch=committed.kv_epoch,
             admitted=True,
@@ -439,18 +439,18 @@ class Reconciler:
         had."""
         last = self._last
         statuses = [m.status for m in able.values() if m.status.version is not None]
-        count = Counter(status.weights for status in statuses)
+        count = Counter(status.fingerprint for status in statuses)
         # Of two with one number, what more workers have.
         newest = max(
             statuses,
-            key=lambda status: (status.version, count[status.weights]),
+            key=lambda status: (status.version, count[status.fingerprint]),
             default=None,
         )
         if newest is None or (last is not None and newest.version <= last.version):
             return last
         desired = self.desired
-        what = (newest.version, newest.weights)
-        if desired is not None and (desired.version, desired.weights) == what:
+        what = (newest.version, newest.fingerprint)
+        if desired is not None and (desired.version, desired.fingerprint) == what:
             return desired
         # Its trainer is not known.
         return WeightVersionReady(
@@ -459,9 +459,9 @@ class Reconciler:
             announcement_id="",
             endpoint="",
             instance=0,
-            manifest="",
+            manifest_digest="",
             slot=0,
-            weights=newest.weights,
+            fingerprint=newest.fingerprint,
         )
 
     def _begin(
@@ -477,7 +477,7 @@ class Reconciler:
             worker
             for worker, member in able.items()
             if member.status.version == ready.version
-            and member.status.weights == ready.weights
+            and member.status.fingerprint == ready.fingerprint
         }
         lease = bool(ready.announcement_id)
         if catch_up:
@@ -586,16 +586,16 @@ class Reconciler:
         *,
         catch_up: bool = False,
     ) -> RefitCompleted:
-        what = (ready.version, ready.weights)
+        what = (ready.version, ready.fingerprint)
         return RefitCompleted(
             model=ready.model,
             version=ready.version,
             announcement_id=ready.announcement_id,
-            weights=ready.weights,
+            fingerprint=ready.fingerprint,
             workers=tuple(
                 worker
                 for worker, member in sorted(self._upkeep.able(self.fleet).items())
-                if (member.status.version, member.status.weights) == what
+                if (member.status.version, member.status.fingerprint) == what
             ),
             excluded=excluded,
             seconds=seconds,
@@ -666,7 +666,7 @@ def _is_behind(member: FleetMember, ready: WeightVersionReady) -> bool:
     """Other weights under the same number are behind, too."""
     status = member.status
     if status.version == ready.version:
-        return status.weights != ready.weights
+        return status.fingerprint != ready.fingerprint
     return status.version is None or status.version < ready.version
 
 

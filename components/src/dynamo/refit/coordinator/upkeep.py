@@ -110,14 +110,14 @@ class Upkeep:
         self, worker: int, ready: WeightVersionReady, failure: Failure, now: float
     ) -> list[Action]:
         """The worker has to leave, now and until it does, or shows the version."""
-        action = SendFence(worker, ready.version, ready.weights, str(failure))
+        action = SendFence(worker, ready.version, ready.fingerprint, str(failure))
         self._fences[worker] = action, now + SAY_AGAIN_SECONDS
         return [action]
 
     def pardon(self, fleet: Mapping[int, FleetMember]) -> None:
         """Those that serve what they were to be fenced for stay: a reply was lost."""
         for worker, (action, _) in list(self._fences.items()):
-            if shows(fleet[worker], action.version, action.weights):
+            if shows(fleet[worker], action.version, action.fingerprint):
                 del self._fences[worker]
 
     def fence_again(self, fleet: Mapping[int, FleetMember], now: float) -> list[Action]:
@@ -156,8 +156,11 @@ class Upkeep:
         return actions
 
 
-def shows(member: FleetMember, version: int, weights: str) -> bool:
+def shows(member: FleetMember, version: int, fingerprint: str) -> bool:
     """The worker's status says that it serves the version, for good."""
     status = member.status
-    what = status.version, status.weights
-    return what == (version, weights) and status.phase not in ("committing", "fenced")
+    what = status.version, status.fingerprint
+    return what == (version, fingerprint) and status.phase not in (
+        "committing",
+        "fenced",
+    )

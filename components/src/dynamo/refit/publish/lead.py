@@ -104,7 +104,7 @@ class Lead:
         self._serving: asyncio.Task | None = None
         self._tasks: list[asyncio.Task] = []
         self._merged: Merged | None = None
-        self._fingerprint = ""
+        self._manifest_digest = ""
         self._payload = b""
 
     async def start(self) -> None:
@@ -150,9 +150,9 @@ class Lead:
             RefitError: the request is refused.
         """
         match request:
-            case GetManifest(manifest=fingerprint):
-                if not fingerprint or fingerprint != self._fingerprint:
-                    raise SourceLost(f"no manifest {fingerprint[:12]} is served here")
+            case GetManifest(manifest_digest=digest):
+                if not digest or digest != self._manifest_digest:
+                    raise SourceLost(f"no manifest {digest[:12]} is served here")
                 self.manifests_sent += 1
                 return ManifestReply(payload=self._payload)
             case GetFingerprints(announcement_id=announcement_id):
@@ -216,7 +216,7 @@ class Lead:
             self._notify()
         if self.group.merged is not self._merged:
             self._merged = self.group.merged
-            self._fingerprint = self._merged.manifest.fingerprint()
+            self._manifest_digest = self._merged.manifest.fingerprint()
             self._payload = msgspec.msgpack.encode(self._merged.manifest)
             self.manifests_built += 1
 
@@ -266,9 +266,9 @@ class Lead:
             announcement_id=publication.announcement_id,
             endpoint=self._path,
             instance=self._endpoint.connection_id(),
-            manifest=self._fingerprint,
+            manifest_digest=self._manifest_digest,
             slot=publication.slot,
-            weights=publication.weights,
+            fingerprint=publication.fingerprint,
             in_flight=publication.in_flight,
             traceparent=self._telemetry.announced(publication.announcement_id),
         )

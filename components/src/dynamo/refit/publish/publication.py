@@ -34,7 +34,7 @@ class Publication:
     """One version, from the first rank that takes its slot.
 
     ``verdict`` is how it ends; it has ``ended`` when nobody can be reading it any more.
-    ``weights`` is its fingerprint once it is ready, ``fingerprints`` the tensors' as
+    ``fingerprint`` is there once it is ready, ``fingerprints`` are the tensors' as
     little-endian uint64. One that is ``refused`` has no slot. ``takers`` are the
     members that take part in it, ``told`` those that know its end. ``leased_until`` is
     by the epoch of the coordinator that holds the lease.
@@ -49,7 +49,7 @@ class Publication:
     in_flight: InFlightPolicy | None = None
     written: dict[int, np.ndarray] = field(default_factory=dict)
     fingerprints: bytes = b""
-    weights: str = ""
+    fingerprint: str = ""
     announced: bool = False
     in_slot: bool = True
     leased_until: dict[int, float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Publication:
     @property
     def ready(self) -> bool:
         """Every rank has written it, and it was or will be announced."""
-        return bool(self.weights)
+        return bool(self.fingerprint)
 
     def leased(self, now: float) -> bool:
         """Somebody may be reading the bytes."""
@@ -70,7 +70,7 @@ class Publication:
     def complete(self, totals: np.ndarray) -> None:
         """Make it ready; ``totals`` has the fingerprint of every tensor."""
         self.fingerprints = totals.astype("<u8").tobytes()
-        self.weights = version_fingerprint(totals)
+        self.fingerprint = version_fingerprint(totals)
         self.written = {}
 
     def decide(self, verdict: Released | RefitError, now: float) -> None:

@@ -161,7 +161,7 @@ class RefitAgent:
         self._worker = worker
         self._size = 0
         self._version: int | None = None
-        self._weights = ""
+        self._fingerprint = ""
         self._last = LastRefit()
         self._epoch = 0
         self._fenced = False
@@ -246,7 +246,7 @@ class RefitAgent:
             model=self._model,
             phase="fenced" if self._fenced else phase,
             version=self._version,
-            weights=self._weights,
+            fingerprint=self._fingerprint,
             pending=transaction.request.version if transaction else None,
             epoch=self._epoch,
             kv_epoch=self._engine.kv_epoch,
@@ -355,7 +355,7 @@ class RefitAgent:
             transaction,
         )
         self._publish(WorkerStaged(worker=self._worker, version=version, ranks=votes))
-        return Vote(version=version, weights=request.weights, ranks=votes)
+        return Vote(version=version, fingerprint=request.fingerprint, ranks=votes)
 
     def _progress(self, version: int, ranks: tuple[RankProgress, ...]) -> None:
         event = StageProgress(worker=self._worker, version=version, ranks=ranks)
@@ -500,7 +500,7 @@ class RefitAgent:
             WorkerRefitted(
                 worker=self._worker,
                 version=version,
-                weights=committed.weights,
+                fingerprint=committed.fingerprint,
                 unchecked=committed.unchecked,
                 kv_epoch=committed.kv_epoch,
                 in_flight=request.in_flight,
@@ -526,7 +526,7 @@ class RefitAgent:
 
     def _now_serving(self, staged: Prepare) -> None:
         """The label follows at once, beside the rest of the commit."""
-        self._version, self._weights = staged.version, staged.weights
+        self._version, self._fingerprint = staged.version, staged.fingerprint
         self._last.since = time.time()
         self._labelling = asyncio.create_task(self._routing.label(staged.version))
 
@@ -538,13 +538,13 @@ class RefitAgent:
             raise RefitError("a refit is under way: it verifies by itself")
         check_awake(self._engine)
         async with self._verifying:
-            version, weights = self._version, self._weights
+            version, fingerprint = self._version, self._fingerprint
             try:
                 checked = await self._ranks.verify(version)
             except RanksFailed as error:
                 return Refused(failure=self._failure(error, "verify", version))
         return WeightsVerified(
-            version=version, weights=weights, unchecked=checked.unchecked
+            version=version, fingerprint=fingerprint, unchecked=checked.unchecked
         )
 
     def _leave(self, request: Fence) -> Message:
@@ -553,7 +553,7 @@ class RefitAgent:
         current = self._transaction
         if current is not None and current.phase == "committing":
             raise RefitError(f"version {current.request.version} is being committed")
-        if (request.version, request.weights) == (self._version, self._weights):
+        if (request.version, request.fingerprint) == (self._version, self._fingerprint):
             # The coordinator has not had the reply to the commit.
             raise RefitError(f"version {request.version} is what is served here")
         self._fenced = True

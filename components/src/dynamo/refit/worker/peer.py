@@ -83,7 +83,7 @@ class PeerSource:
             RanksFailed: a rank says so.
         """
         async with self._turn:
-            held = self._ranks.held(request.version, request.weights)
+            held = self._ranks.held(request.version, request.fingerprint)
             ends = time.monotonic() + request.seconds
             try:
                 served, slot = await self._offer(held, request.seconds)
@@ -93,7 +93,9 @@ class PeerSource:
             announcement_id = f"peer-{uuid.uuid4().hex}"
             self._leases[announcement_id] = _Lease(held, served, ends)
         return WeightsServed(
-            announcement_id=announcement_id, manifest=served.fingerprint, slot=slot
+            announcement_id=announcement_id,
+            manifest_digest=served.fingerprint,
+            slot=slot,
         )
 
     def manifest(self, request: GetManifest) -> ManifestReply:
@@ -102,11 +104,11 @@ class PeerSource:
             SourceLost: nobody may read it now.
         """
         for lease in self._leases.values():
-            if lease.served.fingerprint == request.manifest:
+            if lease.served.fingerprint == request.manifest_digest:
                 return ManifestReply(payload=lease.served.payload)
         raise SourceLost(
-            f"no manifest {request.manifest[:12]} is served here: ask the coordinator "
-            "for a source"
+            f"no manifest {request.manifest_digest[:12]} is served here: ask the "
+            "coordinator for a source"
         )
 
     def fingerprints(self, request: GetFingerprints) -> FingerprintsReply:
@@ -118,7 +120,7 @@ class PeerSource:
         lease = self._leases.get(request.announcement_id)
         if lease is None or time.monotonic() > lease.ends:
             raise SourceLost(f"announcement {request.announcement_id} has ended here")
-        self._ranks.held(lease.held.version, lease.held.weights)
+        self._ranks.held(lease.held.version, lease.held.fingerprint)
         return FingerprintsReply(payload=lease.held.tensors.astype("<u8").tobytes())
 
     async def release(self, request: ReleaseLease) -> Done:

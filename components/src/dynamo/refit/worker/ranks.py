@@ -128,7 +128,7 @@ class HeldVersion:
     the trainer's fingerprint of every tensor, uint64."""
 
     version: int
-    weights: str
+    fingerprint: str
     manifest: HeldManifest
     tensors: np.ndarray
 
@@ -226,7 +226,9 @@ class Ranks:
         self.can_undo = all(reply.vote.memory.can_undo for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
-        self._staged = HeldVersion(request.version, request.weights, held, published)
+        self._staged = HeldVersion(
+            request.version, request.fingerprint, held, published
+        )
         return tuple(reply.vote for reply in staged)
 
     def _prove(self, held: HeldManifest, staged: list[Staged]) -> _Proven:
@@ -244,12 +246,15 @@ class Ranks:
         return _Proven(held.layout, reads, Proof(held.manifest, reads))
 
     async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
-        if self._manifest is None or self._manifest.fingerprint != request.manifest:
-            ask = GetManifest(manifest=request.manifest)
+        if (
+            self._manifest is None
+            or self._manifest.fingerprint != request.manifest_digest
+        ):
+            ask = GetManifest(manifest_digest=request.manifest_digest)
             reply = await self._ask_trainer(request, ask, ManifestReply)
             # The engine's requests go through this loop, too.
             self._manifest = await asyncio.to_thread(
-                _read_manifest, reply.payload, request.manifest
+                _read_manifest, reply.payload, request.manifest_digest
             )
         slots = self._manifest.manifest.slots
         if not 0 <= request.slot < slots:
@@ -271,7 +276,7 @@ class Ranks:
                 f"{len(manifest.tensors)} tensors have {expected}"
             )
         published = np.frombuffer(reply.payload, dtype="<u8")
-        if version_fingerprint(published) != request.weights:
+        if version_fingerprint(published) != request.fingerprint:
             raise FingerprintMismatch(
                 "the trainer's fingerprints are not the ones it announced: it holds "
                 "another version now"
@@ -408,22 +413,25 @@ class Ranks:
 
     # --- what others read ----------------------------------------------------
 
-    def held(self, version: int, weights: str) -> HeldVersion:
-        """The version with the fingerprint ``weights``, live or staged here.
+    def held(self, version: int, fingerprint: str) -> HeldVersion:
+        """The version with this ``fingerprint``, live or staged here.
 
         Raises:
             PeerUnsuitable: it is neither.
         """
         for held in (self._live, self._staged):
-            if held is not None and (held.version, held.weights) == (version, weights):
+            if held is not None and (held.version, held.fingerprint) == (
+                version,
+                fingerprint,
+            ):
                 return held
         here = [
-            f"version {held.version} is {how} ({held.weights})"
+            f"version {held.version} is {how} ({held.fingerprint})"
             for held, how in ((self._live, "live"), (self._staged, "staged"))
             if held is not None
         ]
         raise PeerUnsuitable(
-            f"version {version} with the fingerprint {weights} is not held here: "
+            f"version {version} with the fingerprint {fingerprint} is not held here: "
             f"{' and '.join(here) or 'nothing was staged since the start'}; read from "
             "another replica, or from the trainer"
         )

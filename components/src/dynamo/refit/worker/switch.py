@@ -110,7 +110,7 @@ class Switch:
         )
         return Committed(
             version=version,
-            weights=staged.weights,
+            fingerprint=staged.fingerprint,
             unchecked=checked.unchecked,
             kv_epoch=engine.kv_epoch,
             timings=CommitTimings(
