@@ -105,8 +105,8 @@ def refuse_tensors(reasons: Mapping[str, str]) -> LayoutRefused:
     listed = ", ".join(names[:MOST_NAMES])
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return LayoutRefused(
-        f"{len(names)} tensors of the engine are more than copies of slices of what is "
-        f"published: {listed}{more}; {names[0]}: {_shorten(reasons[names[0]])}",
+        f"not just copies of slices of what is published: {listed}{more}; "
+        f"{names[0]}: {_shorten(reasons[names[0]])}",
         tensor=names[0],
     )
 

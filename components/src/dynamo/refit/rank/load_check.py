@@ -137,8 +137,7 @@ def _made_real(
     """The ``chosen`` parameters of ``twin`` hold zeros in host memory, for a while."""
     names = set(chosen)
     planned = {n: p for n, p in twin.named_parameters() if n in names}
-    with torch.device("cpu"):
-        real = {name: materialize_meta_tensor(p) for name, p in planned.items()}
+    real = {name: materialize_meta_tensor(p) for name, p in planned.items()}
     for parameter in real.values():
         if hasattr(parameter, "weight_loader"):
             parameter.weight_loader = _without_processing(parameter.weight_loader)

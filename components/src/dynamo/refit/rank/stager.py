@@ -8,6 +8,7 @@ background thread while the model serves; install and restore run while it is pa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import uuid
 from collections.abc import Sequence
@@ -182,22 +183,26 @@ class RankStager:
         the model is large.
 
         Where the start checkpoint's names are known, its slices are what a version of
-        these names will use; a made-up start (``--load-format dummy``) without files
-        leaves all of it to the first version.
+        these names will use. A directory whose weights were not loaded
+        (``--load-format dummy``) need not fit the model: what its names cannot show is
+        left to the first version.
 
         Raises:
             UnsupportedConfiguration: names the tensors.
         """
+        checkpoint = StartCheckpoint(config)
         try:
             check_other_tensors(model, self._twin, layers)
-            checkpoint = StartCheckpoint(config)
             entries = checkpoint.entries(self._twin)
             if not entries:
                 return None
+            if not checkpoint.is_live:
+                with contextlib.suppress(LayoutRefused):
+                    return self._check_load(entries)
+                return None
             checked = self._check_load(entries)
-            if checkpoint.is_live:
-                tensors = checkpoint.tensors(self._twin)
-                compare_with_live(tensors, checked.slices, layers)
+            tensors = checkpoint.tensors(self._twin)
+            compare_with_live(tensors, checked.slices, layers)
         except LayoutRefused as error:
             raise UnsupportedConfiguration(
                 f"{type(model).__name__} cannot be refitted by this release: {error}; "

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The meta twin: the engine's model once more, with shapes and without weights.
 
-The engine's own loader runs on the twin and never on the live model. Parameters are on
-the meta device; what the model computes when it is built (rotary tables, scales, maps
-of experts) is real, so that the live model's can be compared with it.
+The engine's own loader runs on the twin and never on the live model. All parameters are
+on the meta device. What the model computes when it is built (rotary tables, scales,
+maps of experts) is real, so that the live model's can be compared with it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -87,12 +88,29 @@ def build_twin(vllm_config: VllmConfig, live: nn.Module) -> nn.Module:
             torch.device("meta"),
             _RealWhereComputed(device),
         ):
-            return initialize_model(config)
+            twin = initialize_model(config)
     except Exception as error:
         raise UnsupportedConfiguration(
             f"{type(live).__name__} cannot be built without memory for its weights, so "
             f"that what its loader does stays unknown: {type(error).__name__}: {error}"
         ) from error
+    _forget_values(twin, live)
+    return twin
+
+
+def _forget_values(twin: nn.Module, live: nn.Module) -> None:
+    """Put the parameters that were made with values (ones, zeros) on the meta device:
+    what a loader computes from them must fail, and not be taken for a constant."""
+    # Layers may be shared with the live model, such as rotary embeddings.
+    kept = {id(parameter) for parameter in live.parameters()}
+    emptied: dict[int, torch.Tensor] = {}
+    for _, table, key, tensor in list(held_tensors(twin)):
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in kept:
+            if id(tensor) not in emptied:
+                emptied[id(tensor)] = (
+                    tensor if tensor.is_meta else to_meta_tensor(tensor)
+                )
+            table[key] = emptied[id(tensor)]
 
 
 def held_tensors(
