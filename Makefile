@@ -8,8 +8,8 @@
 #   make test               make test-unit          make test-integration
 #   make test-e2e           make lint               make format
 #   make bench              make bench-gpu          make faults
-#   make bench-fleet        make bench-scale        make reference
-#   make servers            make prometheus
+#   make bench-fleet        make bench-scale        make survey
+#   make servers            make prometheus         make reference
 #
 # Extra arguments for pytest: make test-unit PYTEST_ARGS="-k tiny -x"
 
@@ -59,7 +59,7 @@ PROMETHEUS := .cache/prometheus/usr/bin/prometheus
 APT := $(CURDIR)/.cache/apt
 
 .PHONY: setup servers prometheus demo test test-unit test-integration test-e2e bench \
-	bench-gpu bench-fleet bench-scale faults reference lint format clean
+	bench-gpu bench-fleet bench-scale faults survey reference lint format clean
 
 setup: $(STAMP)
 
@@ -154,6 +154,10 @@ bench-scale: $(STAMP)
 # About eleven minutes; make faults FAULTS_ARGS="--simulations 100 --real 0".
 faults: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
+
+# MINUTES_HERE; make survey SURVEY_ARGS="qwen3 mamba2" judges these two only.
+survey: $(STAMP)
+	@$(VENV_PYTHON) -m tests.survey $(SURVEY_ARGS)
 
 # The pages in components/docs that are made from the code.
 reference: $(STAMP)

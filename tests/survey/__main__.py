@@ -1,0 +1,80 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``make survey``: every architecture, refitted twice at TP 1 and TP 2, and the page
+that says how it went.
+
+    python -m tests.survey [ARCHITECTURE ...]
+
+With names, judges these and writes no page. The exit code is 0 only if each was
+refitted or refused at its worker's start, or is none that vLLM loads here, and, without
+names, if vLLM loaded at least 50.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from tests.support.architectures import ARCHITECTURES
+from tests.support.survey import Finding, Outcome, Survey
+from tests.survey.page import PAGE, write_page
+
+SIZES = (1, 2)
+
+#: Architectures that the page has to speak of.
+FEWEST = 50
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def survey(size: int, names: list[str], logs: Path) -> list[Finding]:
+    """Judge ``names`` on ``size`` ranks; prints each finding."""
+    findings = []
+    with Survey(size, logs) as judge:
+        for name in names:
+            finding = judge.judge(name)
+            colour = "green" if finding.outcome.good else "red"
+            console.print(f"[{colour}]{name} TP {size}: {finding.outcome}")
+            if not finding.outcome.good:
+                console.print(finding.reason, markup=False)
+            findings.append(finding)
+    return findings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.survey", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="ARCHITECTURE")
+    chosen = parser.parse_args().names
+    if unknown := set(chosen) - ARCHITECTURES.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    names = chosen or list(ARCHITECTURES)
+    with tempfile.TemporaryDirectory(prefix="survey-") as logs:
+        findings = [f for size in SIZES for f in survey(size, names, Path(logs))]
+    bad = [finding for finding in findings if not finding.outcome.good]
+    loaded = {f.architecture for f in findings} - {
+        f.architecture for f in findings if f.outcome is Outcome.NOT_LOADED
+    }
+    console.print(f"{len(loaded)} architectures loaded, {len(bad)} wrong")
+    for finding in bad:
+        console.print(
+            f"{finding.architecture} TP {finding.ranks}: {finding.outcome}: "
+            f"{finding.reason}",
+            markup=False,
+        )
+    if chosen:
+        return 1 if bad else 0
+    write_page(findings)
+    console.print(PAGE)
+    return 1 if bad or len(loaded) < FEWEST else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
