@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from vllm.config import VllmConfig
 
 from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.manifest import Manifest
@@ -55,8 +54,8 @@ class BenchRankProcess(RankProcess):
         self._copy: PlainCopy | None = None
         self._modelexpress: ModelExpressRead | None = None
 
-    def load(self, directory: Path) -> None:
-        super().load(directory)
+    def load(self, directory: Path, load_format: str = "dummy") -> None:
+        super().load(directory, load_format)
         self._version, self._sent = 0, None
         self._call(Describe(staging="auto"))
 
@@ -132,11 +131,6 @@ class BenchRankProcess(RankProcess):
         self._raw.close()
         self._raw = self._copy = self._modelexpress = None
         gc.collect()
-
-    def _make_config(self, directory: Path) -> VllmConfig:
-        config = super()._make_config(directory)
-        config.load_config.load_format = "dummy"
-        return config
 
     @property
     def _stager(self) -> Any:
