@@ -29,7 +29,8 @@ pytestmark = [
 REFUSAL = re.compile(
     r"worker0 ended:\n"
     r"dynamo-refit: UnsupportedConfiguration: NemotronHForCausalLM cannot be refitted "
-    r"by this release: not just copies of slices .*model\.layers\.0\.mixer\.(conv_weights|A)\b.*; "
+    r"by this release: not just copies of slices "
+    r".*model\.layers\.0\.mixer\.(conv_weights|A)\b.*; "
     r"serve it with python -m dynamo\.vllm \(rank 0, "
     r"tensor model\.layers\.0\.mixer\.\w+\)\n"
 )
