@@ -57,7 +57,7 @@ class PeerHalf(AgentHalf):
         super().__init__(group, staging)
         self.peer = PeerSource(self._ranks)
         self.announcements: list[str] = []
-        self._weights: dict[int, str] = {}
+        self._fingerprints: dict[int, str] = {}
 
     @property
     def version(self) -> int:
@@ -65,7 +65,7 @@ class PeerHalf(AgentHalf):
         return self._version
 
     def stage(self, offered: Offer, seconds: float = STAGE_SECONDS) -> list[RankVote]:
-        self._weights[self._version + 1] = offered.fingerprint
+        self._fingerprints[self._version + 1] = offered.fingerprint
         return super().stage(offered, seconds)
 
     def serve(
@@ -73,7 +73,7 @@ class PeerHalf(AgentHalf):
     ) -> Offer:
         """What this replica says of ``version`` (the newest) to somebody who asks."""
         version = self._version if version is None else version
-        served = self.ask(version, self._weights[version], seconds)
+        served = self.ask(version, self._fingerprints[version], seconds)
         self.announcements.append(served.announcement_id)
         manifest = self.peer.manifest(
             GetManifest(manifest_digest=served.manifest_digest)
@@ -81,16 +81,20 @@ class PeerHalf(AgentHalf):
         return Offer(
             announced=served.manifest_digest,
             slot=served.slot,
-            fingerprint=self._weights[version],
+            fingerprint=self._fingerprints[version],
             manifest=manifest.payload,
             fingerprints=self.fingerprints(served.announcement_id),
         )
 
     def ask(
-        self, version: int, weights: str, seconds: float = LEASE_SECONDS
+        self, version: int, fingerprint: str, seconds: float = LEASE_SECONDS
     ) -> WeightsServed:
         request = ServeWeights(
-            model="tiny", version=version, fingerprint=weights, epoch=1, seconds=seconds
+            model="tiny",
+            epoch=1,
+            version=version,
+            fingerprint=fingerprint,
+            seconds=seconds,
         )
         return self._runner.run(self.peer.serve(request))
 
