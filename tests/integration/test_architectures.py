@@ -75,6 +75,20 @@ def test_no_tensor_is_alike_in_two_checkpoints(architecture: str) -> None:
     assert [name for name in one if one[name].equal(two[name])] == []
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "deepseekv3", "qwen3next"])
+def test_the_comparison_sees_every_parameter(survey: Survey, architecture: str) -> None:
+    one, two = (checkpoint(architecture, seed) for seed in (1, 2))
+    ranks = survey.ranks
+    ranks.serve(one)
+    assert ranks.differences(one) == []
+    parameters = {
+        f"{name} of rank {rank}"
+        for rank, digests in enumerate(ranks.digests())
+        for name in digests
+    }
+    assert parameters - set(ranks.differences(two)) == set()
+
+
 def test_the_page_speaks_of_every_architecture() -> None:
     rows = re.findall(r"^\| ([\w-]+) \|", PAGE.read_text(), re.M)
     assert set(rows) - {"architecture"} == set(ARCHITECTURES), "run: make survey"

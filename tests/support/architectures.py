@@ -99,6 +99,12 @@ LINEAR_ATTENTION = {
     "linear_num_value_heads": 4,
     "linear_value_head_dim": 32,
 }
+#: Four wide: vLLM's kernel for a CPU has no other.
+SHORT_CONVOLUTION = {
+    "conv_L_cache": 4,
+    "conv_dim": 128,
+    "layer_types": ["conv", "full_attention"],
+}
 #: Of the models before Llama, whose fields have other names.
 _TOKENS = {key: DENSE[key] for key in ("bos_token_id", "dtype", "eos_token_id")}
 GPT = {
@@ -282,7 +288,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "mellum": _text("Mellum", EXPERTS, **SLIDING),
     "mimov2flash": _text("MiMoV2Flash", ROUTED_EXPERTS, **SLIDING, v_head_dim=32),
-    "minimaxm2": _text("MiniMaxM2", LOCAL_EXPERTS, rotary_dim=16),
+    "minimaxm2": _text(
+        "MiniMaxM2",
+        LOCAL_EXPERTS,
+        rotary_dim=16,
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+    ),
     "mixtral": _text("Mixtral", LOCAL_EXPERTS),
     "olmoe": _text("Olmoe", DENSE, num_experts=4, num_experts_per_tok=2),
     "phimoe": _text("Phimoe", LOCAL_EXPERTS),
@@ -318,11 +330,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         n_shared_experts=1,
         q_lora_rank=None,
     ),
-    "lfm2": _text("Lfm2", DENSE, layer_types=["conv", "full_attention"]),
+    "lfm2": _text("Lfm2", TIED, **SHORT_CONVOLUTION, block_dim=128, block_ff_dim=256),
     "lfm2moe": _text(
         "Lfm2Moe",
-        EXPERTS,
-        layer_types=["conv", "full_attention"],
+        {**EXPERTS, **SHORT_CONVOLUTION, "tie_word_embeddings": True},
         num_dense_layers=1,
     ),
     "mamba": _text("Mamba", STATE_SPACE),

@@ -111,7 +111,7 @@ class Survey:
         """
         start, *versions = (checkpoint(architecture, seed) for seed in SEEDS)
         try:
-            served_as = self._ranks.serve(start)
+            served_as = self.ranks.serve(start)
         except NotLoaded as error:
             self._restart()
             finding = Outcome.NOT_LOADED, str(error)
@@ -125,7 +125,7 @@ class Survey:
         return Finding(architecture, self._size, *finding, served_as=served_as)
 
     def _refit(self, start: Path, versions: list[Path]) -> tuple[Outcome, str]:
-        ranks, outcome = self._ranks, Outcome.REFUSED
+        ranks, outcome = self.ranks, Outcome.REFUSED
         try:
             ranks.talk.start()
             outcome = Outcome.REFUSED_LATE
@@ -145,7 +145,7 @@ class Survey:
         return Outcome.REFITTED, ""
 
     def _start(self) -> None:
-        self._ranks = SurveyedRanks(self._size, self._logs)
+        self.ranks = SurveyedRanks(self._size, self._logs)
         self._sources = RawSources(SOURCES, self._logs)
 
     def _restart(self) -> None:
@@ -153,7 +153,7 @@ class Survey:
         self._start()
 
     def close(self) -> None:
-        self._ranks.close()
+        self.ranks.close()
         self._sources.close()
 
     def __enter__(self) -> Survey:

@@ -37,11 +37,11 @@ INTRODUCTION = """\
 NOT_LOADED = """
 ## Not loaded by vLLM's CPU build
 
-Nothing is known of these; vLLM's own message says why.
+Nothing is known of these, since vLLM {vllm} does not load them here as transformers {transformers} writes them (torchvision is missing, for some).
 
 | architecture | TP | vLLM says |
 |---|---|---|
-"""
+"""  # noqa: E501
 
 NOT_SURVEYED = """
 ## Not surveyed
@@ -66,14 +66,15 @@ def page(by_name: Mapping[str, Mapping[int, Finding]]) -> str:
         if any(f.outcome is not Outcome.NOT_LOADED for f in sizes.values())
     }
     outcomes = [{f.outcome for f in sizes.values()} for sizes in loaded.values()]
+    versions = {name: version(name) for name in ("vllm", "transformers", "torch")}
     text = INTRODUCTION.format(
         loaded=len(loaded),
         refitted=sum(Outcome.REFITTED in found for found in outcomes),
         refused=sum(Outcome.REFUSED in found for found in outcomes),
-        **{name: version(name) for name in ("vllm", "transformers", "torch")},
+        **versions,
     )
     text += "".join(_row(name, sizes) for name, sizes in loaded.items())
-    text += NOT_LOADED
+    text += NOT_LOADED.format(**versions)
     for name, sizes in by_name.items():
         missing = [f for f in sizes.values() if f.outcome is Outcome.NOT_LOADED]
         if missing:
@@ -100,4 +101,4 @@ def _shorten(reason: str) -> str:
     reason = " ".join(reason.split()).replace("|", "\\|")
     if len(reason) > LONGEST_REASON:
         reason = f"{reason[:LONGEST_REASON]}..."
-    return reason.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
+    return reason.replace("<", "&lt;")
