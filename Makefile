@@ -155,7 +155,7 @@ bench-scale: $(STAMP)
 faults: $(STAMP)
 	@DYN_LOG=error $(VENV_PYTHON) -m tests.faults $(FAULTS_ARGS)
 
-# About a quarter of an hour; make survey SURVEY_ARGS="qwen3 mamba2" judges these two only.
+# About eight minutes; make survey SURVEY_ARGS="qwen3 mamba2" judges these two only.
 survey: $(STAMP)
 	@$(VENV_PYTHON) -m tests.survey $(SURVEY_ARGS)
 

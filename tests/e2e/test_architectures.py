@@ -37,7 +37,9 @@ REFUSAL = re.compile(
 
 
 def test_nemotron_h_is_refused_in_one_line(tmp_path: Path) -> None:
-    model = checkpoint("nemotronh", 1, vocab_size=VOCABULARY_SIZE)
+    model = checkpoint(
+        "nemotronh", 1, max_position_embeddings=4096, vocab_size=VOCABULARY_SIZE
+    )
     ended = subprocess.run(
         [sys.executable, "-m", "graphs.agg", "--model", model, "--logs", tmp_path],
         cwd=ROOT,

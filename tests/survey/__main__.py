@@ -5,9 +5,9 @@ that says how it went.
 
     python -m tests.survey [ARCHITECTURE ...]
 
-With names, judges these and writes no page. The exit code is 0 only if each was
-refitted or refused at its worker's start, or is none that vLLM loads here, and, without
-names, if vLLM loaded at least 50.
+The exit code is 0 only if each was refitted or refused at its worker's start, or is
+none that vLLM loads here; only then is the page written. With names, judges these and
+writes no page; without names, vLLM has to load at least 50.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def main() -> int:
             f"{finding.reason}",
             markup=False,
         )
-    if chosen:
+    if bad or chosen:
         return 1 if bad else 0
     write_page(findings)
     console.print(PAGE)
-    return 1 if bad or len(loaded) < FEWEST else 0
+    return 0 if len(loaded) >= FEWEST else 1
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+import torch
+import transformers
+import vllm
 
 from tests.support.survey import Finding, Outcome
 
@@ -51,7 +54,7 @@ Models with images, video or audio need torchvision, of which there is no build 
 
 
 def write_page(findings: Iterable[Finding]) -> None:
-    """Write the page of ``findings``, which have every architecture at each size."""
+    """Write the page of ``findings``, which are good, of every architecture."""
     by_name: dict[str, dict[int, Finding]] = {}
     for finding in findings:
         by_name.setdefault(finding.architecture, {})[finding.ranks] = finding
@@ -59,18 +62,23 @@ def write_page(findings: Iterable[Finding]) -> None:
 
 
 def page(by_name: Mapping[str, Mapping[int, Finding]]) -> str:
-    """The page's text; ``by_name`` has an architecture's findings by size."""
+    """The page's text; ``by_name`` has an architecture's good findings by size."""
     loaded = {
         name: sizes
         for name, sizes in by_name.items()
         if any(f.outcome is not Outcome.NOT_LOADED for f in sizes.values())
     }
-    outcomes = [{f.outcome for f in sizes.values()} for sizes in loaded.values()]
-    versions = {name: version(name) for name in ("vllm", "transformers", "torch")}
+    refused = sum(
+        any(f.outcome is Outcome.REFUSED for f in sizes.values())
+        for sizes in loaded.values()
+    )
+    versions = {
+        library.__name__: library.__version__ for library in (vllm, transformers, torch)
+    }
     text = INTRODUCTION.format(
         loaded=len(loaded),
-        refitted=sum(Outcome.REFITTED in found for found in outcomes),
-        refused=sum(Outcome.REFUSED in found for found in outcomes),
+        refitted=len(loaded) - refused,
+        refused=refused,
         **versions,
     )
     text += "".join(_row(name, sizes) for name, sizes in loaded.items())
