@@ -124,7 +124,7 @@ class Replica:
             self.events.append,
             FakeRouting(),
             self._fence,
-            model="model",
+            model="tiny",
             worker=1,
             staging=staging,
         )
