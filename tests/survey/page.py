@@ -40,7 +40,7 @@ INTRODUCTION = """\
 NOT_LOADED = """
 ## Not loaded by vLLM's CPU build
 
-Nothing is known of these, since vLLM {vllm} does not load them here as transformers {transformers} writes them (torchvision is missing, for some).
+Nothing is known of these: vLLM {vllm} did not load the tiny checkpoint that transformers {transformers} wrote. Some need a package or a kernel that a CPU does not have (Qwen3.5: torchvision), some a field that their published configs have and this one does not, and some are not in vLLM any more, or not with these layers.
 
 | architecture | TP | vLLM says |
 |---|---|---|
