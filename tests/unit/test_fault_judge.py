@@ -48,7 +48,6 @@ def refitted(worker: int, at: float = 100.0) -> WorkerRefitted:
         worker=worker,
         version=5,
         fingerprint="w",
-        unchecked=0,
         kv_epoch="5-x",
         in_flight="continue",
         timings=TIMINGS,

@@ -82,7 +82,6 @@ def refitted(version: int = 1, **changes: Any) -> WorkerRefitted:
         "worker": 7,
         "version": version,
         "fingerprint": "w",
-        "unchecked": 0,
         "kv_epoch": "1-x",
         "in_flight": "continue",
         "timings": TIMINGS,

@@ -25,7 +25,7 @@ from tests.support.fleet import failure, member
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
-GOOD = WeightsVerified(version=5, fingerprint="9f" * 32, unchecked=0)
+GOOD = WeightsVerified(version=5, fingerprint="9f" * 32)
 WRONG = Refused(failure=failure(2, "rank 1 holds other bytes"))
 
 

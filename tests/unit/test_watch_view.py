@@ -77,7 +77,6 @@ def refitted(worker: int) -> WorkerRefitted:
         worker=worker,
         version=8,
         fingerprint="9f",
-        unchecked=0,
         kv_epoch="8-x",
         in_flight="continue",
         timings=TIMINGS,

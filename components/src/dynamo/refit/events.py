@@ -113,15 +113,13 @@ class WorkerStaged(Event, frozen=True, kw_only=True, tag=True):
 class WorkerRefitted(Event, frozen=True, kw_only=True, tag=True):
     """A worker serves ``version``; ``kv_epoch`` is in its prefix-cache keys.
 
-    ``fingerprint`` is what its live weights were found to have; see
-    :class:`dynamo.refit.protocol.Committed` for ``unchecked``. ``carried_over``
+    ``fingerprint`` is what its live weights were found to have. ``carried_over``
     requests outlasted the bound of ``drain``.
     """
 
     worker: int
     version: int
     fingerprint: str
-    unchecked: int
     kv_epoch: str
     in_flight: InFlightPolicy
     timings: CommitTimings

@@ -98,7 +98,9 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``lead_ms`` is from the request's arrival in the rank to its first posted read, and
     ``wire_ms``, a part of ``pull_ms``, from there until all bytes are there.
-    ``fingerprint_ms`` and ``backup_ms`` are work beside the pull, not after it.
+    ``fingerprint_ms`` and ``backup_ms`` are work beside the pull, not after it;
+    ``convert_ms`` is from the last byte's arrival until all is made that is served in
+    another form than it is read.
     """
 
     started_at: float
@@ -112,6 +114,7 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
     wire_ms: float
     fingerprint_ms: float
     backup_ms: float
+    convert_ms: float = 0.0
 
 
 class RankVote(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,15 +275,10 @@ class Vote(Message, frozen=True, kw_only=True, tag=True):
 
 class Committed(Message, frozen=True, kw_only=True, tag=True):
     """The worker serves ``version``, and its live weights were found to be the ones
-    with this ``fingerprint``.
-
-    ``unchecked`` parameters are kept in another layout than they are loaded in
-    (quantized, packed); for them the proof ends with the staged bytes.
-    """
+    with this ``fingerprint``."""
 
     version: int
     fingerprint: str
-    unchecked: int
     kv_epoch: str
     timings: CommitTimings
 
@@ -311,7 +309,6 @@ class WeightsVerified(Message, frozen=True, kw_only=True, tag=True):
 
     version: int
     fingerprint: str
-    unchecked: int
 
 
 WorkerPhase = Literal["serving", "staging", "staged", "committing", "fenced"]
@@ -642,9 +639,14 @@ class Stage(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Poll(Message, frozen=True, kw_only=True, tag=True):
-    """How far is the stage of ``version``?"""
+    """How far is the stage of ``version``?
+
+    Before it answers, a rank carries out its ready conversions up to number
+    ``convert``, exclusive: on the model's thread, and each on all ranks at once.
+    """
 
     version: int
+    convert: int = 0
 
 
 class Install(Message, frozen=True, kw_only=True, tag=True):
@@ -711,11 +713,18 @@ class Running(Message, frozen=True, kw_only=True, tag=True):
     """What was started is under way.
 
     Of a pull ``nbytes`` of ``total_nbytes`` are there and fingerprinted; the total is 0
-    until the rank knows it, and for other work.
+    until the rank knows it, and for other work. Of ``conversions``, if that many are to
+    be made of what is pulled, the first ``ready``
+    have all that they take in, and the first ``converted`` are done; the last ones took
+    ``convert_ms``.
     """
 
     nbytes: int = 0
     total_nbytes: int = 0
+    conversions: int | None = None
+    ready: int = 0
+    converted: int = 0
+    convert_ms: float = 0.0
 
 
 class Staged(Message, frozen=True, kw_only=True, tag=True):
@@ -761,14 +770,12 @@ class Installed(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Verified(Message, frozen=True, kw_only=True, tag=True):
-    """The live parameters are those of the version, but for ``unchecked`` ones whose
-    live layout cannot be compared with what was published.
+    """The live weights are those of the version.
 
     ``copy_ms``: how long the device wrote for the install, or for the undoing of one.
     """
 
     rank: int
-    unchecked: int
     copy_ms: float
 
 

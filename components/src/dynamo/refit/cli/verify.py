@@ -41,10 +41,9 @@ def verify(
         elif isinstance(reply, Refused):
             complain(f"worker {worker}: {reply.failure}")
         else:
-            unchecked = f", {reply.unchecked} parameters cannot be compared"
             print(
                 f"worker {worker} serves version {reply.version}, fingerprint "
-                f"{reply.fingerprint}{unchecked if reply.unchecked else ''}"
+                f"{reply.fingerprint}"
             )
     return int(any(isinstance(reply, Refused) for reply in replies.values()))
 

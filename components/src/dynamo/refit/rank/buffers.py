@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import ExitStack
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
-from dynamo.refit.rank.install import LiveParameters, copy_out, synchronize
-from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.install import LiveModel, synchronize
+from dynamo.refit.rank.slices import ArenaLayout, IntakeLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
 
@@ -37,16 +36,12 @@ class RegisteredBuffer:
 
 
 class Shadow:
-    """An image of the rank's parameters as they are loaded, in one registered buffer.
-
-    ``staged`` has the parameters in the layout's order, ``by_name`` by name.
-    """
+    """An image of what the engine computes with, in one registered buffer: its tensors
+    ``by_name``."""
 
     def __init__(self, buffer: RegisteredBuffer, layout: ArenaLayout) -> None:
         self.buffer = buffer
-        self.staged = _views(buffer.bytes, layout)
-        names = [parameter.name for parameter in layout.parameters]
-        self.by_name = dict(zip(names, self.staged, strict=True))
+        self.by_name = views_of(buffer.bytes, layout)
 
 
 class Arena:
@@ -57,7 +52,7 @@ class Arena:
     there is one shadow, and the live version is copied to host memory. Where memory is
     short there is one shadow in host memory, and no way back.
 
-    It depends on the parameters alone, so it outlives the layouts of trainers.
+    It depends on the model alone, so it outlives the layouts of trainers.
 
     Args:
         layout: what lies where in it.
@@ -78,11 +73,11 @@ class Arena:
         self.shadows: list[Shadow] = []
         #: The shadow that the next version comes into.
         self.target = 0
-        self._padded = [n for n, p in enumerate(layout.parameters) if p.unloaded]
+        self._padded = [p.name for p in layout.parameters if p.unloaded]
         self._copied_out = False
         self._live: int | None = None
         self._old: int | None = None
-        self._backup: list[torch.Tensor] | None = None
+        self._backup: dict[str, torch.Tensor] | None = None
         self._backup_is_whole = False
         on_host = memory.mode != "device" or device.type == "cpu"
         #: Where the shadows are.
@@ -98,17 +93,17 @@ class Arena:
                 with cycle.time("allocate"):
                     pinned = _allocate(layout.nbytes, torch.device("cpu"))
                     cycle.built["allocations"] += 1
-                self._backup = _views(pinned, layout)
+                self._backup = views_of(pinned, layout)
             undo.pop_all()
 
     @property
-    def staged(self) -> list[torch.Tensor]:
-        """The parameters of the version that came last, in the layout's order."""
-        return self.shadows[self.target].staged
+    def staged(self) -> dict[str, torch.Tensor]:
+        """The tensors of the version that came last."""
+        return self.shadows[self.target].by_name
 
     @property
     def live(self) -> int | None:
-        """The shadow that has what is live, as it was loaded; ``None``: none has."""
+        """The shadow that has what is live; ``None``: none has."""
         return self._live
 
     @property
@@ -118,43 +113,32 @@ class Arena:
         return every - {self._live} if len(every) > 1 else every
 
     @property
-    def old(self) -> list[torch.Tensor] | None:
+    def old(self) -> dict[str, torch.Tensor] | None:
         """What was live when the last version came; ``None``: there is no way back."""
         if self._backup is not None:
             return self._backup if self._backup_is_whole else None
-        return None if self._old is None else self.shadows[self._old].staged
+        return None if self._old is None else self.shadows[self._old].by_name
 
-    def begin(self, processed: Collection[str]) -> None:
-        """Before a version comes: choose its shadow.
-
-        A shadow that is live and will be overwritten is the only place that has the
-        loaded bytes of ``processed`` parameters: they are copied to the backup.
-        """
+    def begin(self) -> None:
+        """Before a version comes: choose its shadow."""
         if len(self.shadows) > 1:
             self._old = self._live
             self.target = 0 if self._live is None else 1 - self._live
             if self.target == 1 and self._copied_out:
                 # No version fills the padding: what was live there must not stay.
-                for number in self._padded:
-                    self.staged[number].zero_()
+                for name in self._padded:
+                    self.staged[name].zero_()
                 self._copied_out = False
             return
-        if self._live is not None and self._backup is not None:
-            names = list(self.shadows[0].by_name)
-            numbers = [names.index(name) for name in processed]
-            copy_out(
-                [self.staged[n] for n in numbers], [self._backup[n] for n in numbers]
-            )
-            self._backup_is_whole = True
         self._live = None
 
-    def preserve(self, live: LiveParameters) -> None:
+    def preserve(self, live: LiveModel) -> None:
         """While it comes: see to it that what is live can be put back."""
         if self._backup is not None:
             live.copy_to(self._backup)
-            self._backup_is_whole |= live.can_copy_out
-        elif len(self.shadows) > 1 and self._old is None and live.can_copy_out:
-            live.copy_to(self.shadows[1].staged)
+            self._backup_is_whole = True
+        elif len(self.shadows) > 1 and self._old is None:
+            live.copy_to(self.shadows[1].by_name)
             self._live = self._old = 1
             self._copied_out = True
 
@@ -182,11 +166,14 @@ def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     return buffer
 
 
-def _views(buffer: torch.Tensor, layout: ArenaLayout) -> list[torch.Tensor]:
-    """The parameters of ``layout`` as views of ``buffer``, in order."""
-    views = []
+def views_of(
+    buffer: torch.Tensor, layout: ArenaLayout | IntakeLayout
+) -> dict[str, torch.Tensor]:
+    """The parameters of ``layout`` as views of ``buffer``, by name."""
+    views = {}
     for parameter in layout.parameters:
         start = layout.offsets[parameter.name]
         flat = buffer[start : start + parameter.nbytes]
-        views.append(flat.view(getattr(torch, parameter.dtype)).view(parameter.shape))
+        dtype = getattr(torch, parameter.dtype)
+        views[parameter.name] = flat.view(dtype).view(parameter.shape)
     return views

@@ -4,13 +4,15 @@
 
 ModelExpress's placeholders go through the meta twin's own ``load_weights`` and record
 which slice of which tensor lands where: there is no table per model. Whatever else the
-loader writes is recorded, too: a tensor that is not made of slices alone is refused.
+loader writes is recorded, too. Where it does more than copy slices, it runs once more
+on tensors of the meta device, and it is followed which of them make up what it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from modelexpress.refit.reshard.slice_plan import resolve_slice
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from dynamo.refit.errors import LayoutRefused
@@ -31,6 +35,8 @@ from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank.plan import Parameter, ReadSlice
 from dynamo.refit.rank.runtime_layout import find_layout
 from dynamo.refit.rank.twin import held_tensors
+
+logger = init_logger("vllm.dynamo_refit")
 
 #: Characters of a loader's own message that a refusal repeats: vLLM's may list every
 #: parameter of a module.
@@ -40,6 +46,7 @@ LONGEST_CAUSE = 300
 MOST_NAMES = 8
 
 _ZEROED = "the loader sets a part of it to zero"
+_REPLACED = "the loader puts another tensor in its place"
 
 
 def describe_parameters(twin: nn.Module, live: nn.Module) -> list[Parameter]:
@@ -52,33 +59,41 @@ def describe_parameters(twin: nn.Module, live: nn.Module) -> list[Parameter]:
     placeholders = find_layout(twin, live).placeholders
     unloaded = _vocabulary_padding(twin)
     return [
-        Parameter(
-            name=name,
-            shape=tuple(planned.shape),
-            dtype=str(planned.dtype).removeprefix("torch."),
-            unloaded=unloaded.get(name, 0),
-        )
+        Parameter.of(name, planned, unloaded.get(name, 0))
         for name, planned in twin.named_parameters()
         if name not in placeholders
     ]
 
 
-def capture_slices(twin: nn.Module, tensors: Sequence[TensorEntry]) -> list[ReadSlice]:
-    """Every slice that ``twin``'s loader copies out of ``tensors``.
+@dataclass(frozen=True)
+class LoadGeometry:
+    """What this rank's loader makes of published tensors.
+
+    ``slices`` are the copies of boxes that fill the *sliced* parameters. ``loaded``
+    are the other tensors of the model that the loader writes, parameters and buffers:
+    by name, the published tensors that each of them is made of.
+    """
+
+    slices: tuple[ReadSlice, ...]
+    loaded: Mapping[str, frozenset[str]]
+
+
+def capture_load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometry:
+    """What ``twin``'s loader copies, and what it computes, of ``tensors``.
+
+    A parameter is sliced if all that the loader does to it is to copy boxes of tensors
+    that no loaded tensor is made of.
 
     Raises:
-        LayoutRefused: the loader rejects a tensor, or makes something else of the
-            tensors than copies of boxes of them; names the tensors.
+        LayoutRefused: the loader rejects a tensor, or needs its values to know what
+            to do with it; names the tensors.
     """
     recorder = _LoadRecorder(twin)
-    result = _run_loader(twin, tensors, recorder)
+    copies, unread = _run_with_placeholders(twin, tensors, recorder)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     computed = recorder.computed
-    for name in result.unsupported:
-        reason = result.unsupported_reasons.get(name, "read in an unknown way")
-        computed.setdefault(name, reason)
     slices = []
-    for copy in result.copies:
+    for copy in copies:
         try:
             box, strides = resolve_slice(copy, shapes[copy.src_name])
         except UnsupportedReshard as error:
@@ -94,9 +109,34 @@ def capture_slices(twin: nn.Module, tensors: Sequence[TensorEntry]) -> list[Read
             )
         )
     _forget_padding(computed, recorder.zeroed, _vocabulary_padding(twin))
-    if computed:
-        raise refuse_tensors(computed)
-    return slices
+    if not (computed or unread or recorder.copies_elsewhere):
+        return LoadGeometry(tuple(slices), {})
+    made_of = _trace_sources(twin, tensors)
+    if replaced := {
+        name: reason
+        for name, reason in computed.items()
+        if name not in made_of or reason == _REPLACED
+    }:
+        raise refuse_tensors(replaced)
+    loaded = _close(set(computed), unread, made_of)
+    kept = tuple(piece for piece in slices if piece.parameter not in loaded)
+    return LoadGeometry(kept, {name: made_of[name] for name in sorted(loaded)})
+
+
+def _close(
+    loaded: set[str], sources: set[str], made_of: Mapping[str, frozenset[str]]
+) -> set[str]:
+    """``loaded``, and whatever else is made of the same tensors or of ``sources``: a
+    tensor is read whole or in slices, not both."""
+    sources = sources.union(*(made_of[name] for name in loaded))
+    while more := {
+        name
+        for name, parts in made_of.items()
+        if name not in loaded and not parts.isdisjoint(sources)
+    }:
+        loaded = loaded | more
+        sources = sources.union(*(made_of[name] for name in more))
+    return loaded
 
 
 def refuse_tensors(reasons: Mapping[str, str]) -> LayoutRefused:
@@ -111,36 +151,63 @@ def refuse_tensors(reasons: Mapping[str, str]) -> LayoutRefused:
     )
 
 
-def _run_loader(
+def _run_with_placeholders(
     twin: nn.Module, tensors: Sequence[TensorEntry], recorder: _LoadRecorder
-) -> Any:
-    try:
-        with recorder.recording():
-            return _load(twin, tensors)
-    except Exception as error:
-        # The loaders raise whatever they like (mostly bare assertions), without
-        # the tensor's name: find it by loading one tensor at a time.
-        raise _blame(twin, tensors, error) from error
-
-
-def _load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> Any:
+) -> tuple[Sequence[Any], set[str]]:
+    """The copies of placeholders, and the tensors that the loader does with what a
+    placeholder does not know."""
     lazy = build_lazy_weights(
         [(t.name, getattr(torch, t.dtype), t.shape) for t in tensors]
     )
-    return capture_weights(twin, lazy, default_weight_loader=default_weight_loader)
+    try:
+        with recorder.recording():
+            result = capture_weights(
+                twin, lazy, default_weight_loader=default_weight_loader
+            )
+    except Exception as error:
+        # Of a tensor that the loader rejects, or of a placeholder only: whoever loads
+        # them without placeholders finds out.
+        logger.debug("dynamo-refit: placeholders cannot be loaded: %s", error)
+        return (), {tensor.name for tensor in tensors}
+    return result.copies, set(result.unsupported)
+
+
+def _trace_sources(
+    twin: nn.Module, tensors: Sequence[TensorEntry]
+) -> dict[str, frozenset[str]]:
+    """By name, the ``tensors`` that each tensor of ``twin`` is made of.
+
+    Raises:
+        LayoutRefused: the loader rejects a tensor; names it.
+    """
+    planned = [
+        (t.name, torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta"))
+        for t in tensors
+    ]
+    trace = _Trace(twin, planned)
+    try:
+        with torch.no_grad(), trace:
+            twin.load_weights(iter(planned))
+    except Exception as error:
+        # The loaders raise whatever they like (mostly bare assertions), without the
+        # tensor's name: find it by loading one tensor at a time.
+        raise _blame(twin, planned, error) from error
+    return {name: frozenset(sources) for name, sources in trace.written.items()}
 
 
 def _blame(
-    twin: nn.Module, tensors: Sequence[TensorEntry], cause: Exception
+    twin: nn.Module, planned: Sequence[tuple[str, torch.Tensor]], cause: Exception
 ) -> LayoutRefused:
-    for tensor in tensors:
+    for name, tensor in planned:
         try:
-            _load(twin, [tensor])
+            with torch.no_grad(), _Trace(twin, [(name, tensor)]):
+                twin.load_weights(iter([(name, tensor)]))
         except Exception as error:
+            dtype = str(tensor.dtype).removeprefix("torch.")
             return LayoutRefused(
-                f"published with shape {tensor.shape} as {tensor.dtype}; the engine's "
+                f"published with shape {tuple(tensor.shape)} as {dtype}; the engine's "
                 f"loader rejects it: {type(error).__name__}: {_shorten(str(error))}",
-                tensor=tensor.name,
+                tensor=name,
             )
     return LayoutRefused(
         f"the engine's loader rejects the tensors together: "
@@ -188,12 +255,14 @@ class _LoadRecorder:
     """Sees every write to a tensor of ``twin`` while its loader runs.
 
     ``computed`` are the tensors that were not only copied into, with the reason;
-    ``zeroed`` the numbers of elements that were set to zero, call by call.
+    ``zeroed`` the numbers of elements that were set to zero, call by call. With
+    ``copies_elsewhere`` a placeholder was copied to a tensor that is not the twin's.
     """
 
     def __init__(self, twin: nn.Module) -> None:
         self.computed: dict[str, str] = {}
         self.zeroed: dict[str, tuple[int, ...]] = {}
+        self.copies_elsewhere = False
         self._twin = twin
         # Meta storages have no address: the storage object tells them apart.
         self._names: dict[int, str] = {}
@@ -217,7 +286,7 @@ class _LoadRecorder:
         after = _forms(self._twin)
         for name in before.keys() | after.keys():
             if before.get(name) != after.get(name):
-                self.computed.setdefault(name, "the loader replaces it")
+                self.computed.setdefault(name, _REPLACED)
 
     def parameter_of(self, tensor: torch.Tensor) -> str | None:
         """The parameter that ``tensor`` is a part of, if it is laid out as in a staging
@@ -242,11 +311,12 @@ class _LoadRecorder:
             self.computed[name] = f"the loader computes it with {func}"
 
     def copied_elsewhere(self, source: str, tensor: torch.Tensor) -> None:
-        """A source is copied to something that has no place in a staging buffer."""
-        name = self._names.get(_storage(tensor), source)
-        self.computed.setdefault(
-            name, f"the loader copies {source} to a place that is not a parameter's"
-        )
+        """A source is copied to something that is no parameter by itself."""
+        name = self._names.get(_storage(tensor))
+        if name is None:
+            self.copies_elsewhere = True
+        else:
+            self.computed.setdefault(name, f"the loader copies {source} into it")
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -259,6 +329,19 @@ def _forms(model: nn.Module) -> dict[str, tuple]:
         name: (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
         for name, _, _, tensor in held_tensors(model)
     }
+
+
+#: They take a list of tensors.
+_JOINS = frozenset(
+    {
+        torch.cat,
+        torch.concat,
+        torch.concatenate,
+        torch.stack,
+        torch.hstack,
+        torch.vstack,
+    }
+)
 
 
 class _Copies(TorchFunctionMode):
@@ -278,6 +361,9 @@ class _Copies(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _JOINS and any(isinstance(t, LazyWeight) for t in args[0]):
+            # ModelExpress's placeholders do not look into a list for each other.
+            raise UnsupportedReshard(f"the loader joins tensors with {func.__name__}")
         if func is torch.Tensor.__setitem__ and isinstance(args[2], LazyWeight):
             self._copy(args[0][args[1]], args[2])
             return None
@@ -300,6 +386,20 @@ class _Copies(TorchFunctionMode):
             records.current = stamped
 
 
+def _targets(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[torch.Tensor]:
+    """The tensors among its arguments that operation ``func`` writes into."""
+    if not func._schema.is_mutable:
+        return
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            for target in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(target, torch.Tensor):
+                    yield target
+
+
 class _Writes(TorchDispatchMode):
     """Hands every operation that writes into a tensor to the recorder."""
 
@@ -315,12 +415,60 @@ class _Writes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for place, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is None or not argument.alias_info.is_write:
-                    continue
-                given = args[place] if place < len(args) else kwargs.get(argument.name)
-                for target in given if isinstance(given, list | tuple) else [given]:
-                    if isinstance(target, torch.Tensor):
-                        self._recorder.written(func, target, args)
+        for target in _targets(func, args, kwargs):
+            self._recorder.written(func, target, args)
         return func(*args, **kwargs)
+
+
+class _Trace(TorchDispatchMode):
+    """Follows which of the ``sources``, on the meta device, make up what is written
+    into the tensors of ``twin``: ``written``, by name."""
+
+    def __init__(
+        self, twin: nn.Module, sources: Sequence[tuple[str, torch.Tensor]]
+    ) -> None:
+        super().__init__()
+        self.written: dict[str, set[str]] = {}
+        self._names: dict[int, str] = {}
+        for name, tensor in twin.named_parameters():
+            self._names.setdefault(_storage(tensor), name)
+        for name, _, _, tensor in held_tensors(twin):
+            self._names.setdefault(_storage(tensor), name)
+        self._made_of = {_storage(tensor): {name} for name, tensor in sources}
+        # What is freed meanwhile would give its number to another storage.
+        self._kept: list[torch.UntypedStorage] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        made_of = self._sources_of((args, kwargs))
+        targets = list(_targets(func, args, kwargs))
+        if func is torch.ops.aten.copy_.default and args[1].is_meta:
+            # Its target may be a real buffer, into which nothing can be copied now.
+            result = args[0]
+        else:
+            result = func(*args, **kwargs)
+        if not made_of:
+            return result
+        for tensor in (*targets, *tree_leaves(result)):
+            if isinstance(tensor, torch.Tensor):
+                self._kept.append(tensor.untyped_storage())
+                self._made_of.setdefault(_storage(tensor), set()).update(made_of)
+        for target in targets:
+            if name := self._names.get(_storage(target)):
+                self.written.setdefault(name, set()).update(made_of)
+        return result
+
+    def _sources_of(self, arguments: Any) -> set[str]:
+        return set().union(
+            *(
+                self._made_of.get(_storage(tensor), ())
+                for tensor in tree_leaves(arguments)
+                if isinstance(tensor, torch.Tensor)
+            )
+        )

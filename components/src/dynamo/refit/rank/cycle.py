@@ -24,6 +24,7 @@ STEPS = (
     "wire",
     "fingerprint",
     "backup",
+    "convert",
 )
 
 

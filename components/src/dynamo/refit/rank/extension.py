@@ -59,6 +59,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
 from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.reserve import leave_room_for_staging
 from dynamo.refit.rank.stager import RankStager
 from dynamo.refit.rank.supported import check_settings, settings_of_config
@@ -114,8 +115,8 @@ class RefitRank:
                 return self._describe(request)
             case Stage():
                 return self._stage(request)
-            case Poll(version=version):
-                return self._poll(version)
+            case Poll():
+                return self._poll(request)
             case Install():
                 return self._install(request)
             case Restore(version=version):
@@ -139,7 +140,7 @@ class RefitRank:
         return Described(
             rank=self.rank,
             ranks=self._ranks,
-            parameters=len(self._stager.parameters),
+            parameters=self._stager.parameters,
             nbytes=self._stager.nbytes,
             memory=self._stager.plan_memory(request.staging),
         )
@@ -202,10 +203,7 @@ class RefitRank:
         return bool(flag.item())
 
     def _verify(self, version: int) -> RankReply:
-        checked = self._stager.verify(version)
-        return Verified(
-            rank=self.rank, unchecked=checked.unchecked, copy_ms=checked.copy_ms
-        )
+        return Verified(rank=self.rank, copy_ms=self._stager.verify(version))
 
     def _start(
         self,
@@ -218,10 +216,16 @@ class RefitRank:
         self._job = _Job(doing, version, self.rank, seconds, work)
         return Running()
 
-    def _poll(self, version: int) -> RankReply:
-        if self._job is None or self._job.version != version:
-            raise NothingStaged(f"nothing was started for version {version} here")
-        return self._job.reply or self._job.so_far()
+    def _poll(self, request: Poll) -> RankReply:
+        job = self._job
+        if job is None or job.version != request.version:
+            raise NothingStaged(
+                f"nothing was started for version {request.version} here"
+            )
+        handover = self._stager.handover
+        if job.running and handover is not None and request.convert:
+            handover.run(request.convert)
+        return job.reply or job.so_far(handover)
 
     def _discard(self, version: int) -> RankReply:
         job = self._job
@@ -264,9 +268,18 @@ class _Job:
     def running(self) -> bool:
         return self.reply is None
 
-    def so_far(self) -> Running:
+    def so_far(self, handover: Handover | None) -> Running:
         progress = self._limit.progress
-        return Running(nbytes=progress.nbytes, total_nbytes=progress.total_nbytes)
+        reply = Running(nbytes=progress.nbytes, total_nbytes=progress.total_nbytes)
+        if handover is None:
+            return reply
+        return msgspec.structs.replace(
+            reply,
+            conversions=handover.total,
+            ready=handover.ready,
+            converted=handover.done,
+            convert_ms=handover.ms,
+        )
 
     def cancel(self) -> None:
         self._cancelled.set()

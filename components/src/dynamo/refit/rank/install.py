@@ -1,11 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The live parameters: copied into, copied from, and guarded.
+"""The live model: copied into, copied from, and guarded.
 
 CUDA graphs and compiled code hold the addresses of the tensors they were captured
 with, so an install writes in place and no address may change. The only code that
-writes live weights, itself or through :mod:`layerwise`; it is called between steps,
-on the thread that runs the model.
+writes live weights; it is called between steps, on the thread that runs the model.
 
 On a GPU an install is queued on the model's stream, like a step, and not waited for:
 the step before it ends with the old weights, whatever is queued after it runs on the
@@ -15,14 +14,13 @@ new ones, and the engine gets the next step ready meanwhile.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.errors import PointerMoved
 from dynamo.refit.rank import host_copy
-from dynamo.refit.rank.layerwise import ProcessedLayers
-from dynamo.refit.rank.slices import ArenaLayout, Parameter
 from dynamo.refit.rank.twin import held_tensors
 
 #: From this size on a tensor is copied by a call of its own. One H100 reads and writes
@@ -30,53 +28,23 @@ from dynamo.refit.rank.twin import held_tensors
 LARGE = 8 << 20
 
 
-class LiveParameters:
-    """The parameters of the running model that a version fills, and every address.
-
-    Parameters that the engine holds as they are loaded are copied, all at once. The
-    others go through their layer's processing, layer by layer.
+class LiveModel:
+    """Every tensor of the running model, and the ones of them that a version fills.
 
     Args:
         model: the engine's model. Its tensors must stay where they are from now on.
-        layout: names the parameters, in the order of the arena.
-        layers: the layers of ``model`` that are not laid out as loaded. Only a model
-            that vLLM did not build (a test's) can do without.
-
-    Raises:
-        PackedWeights: without ``layers``, a parameter is not laid out as loaded.
+        filled: the tensors that a version fills, by name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: ArenaLayout,
-        layers: ProcessedLayers | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, filled: Mapping[str, torch.Tensor]) -> None:
         # A look at each place is 100 times quicker than a walk over the modules, and
         # it happens twice in every pause.
         self._places = [
             (name, table, key) for name, table, key, _ in held_tensors(model)
         ]
         self._addresses = [table[key].data_ptr() for _, table, key in self._places]
-        self._device = next(model.parameters()).device
-        self._names = [parameter.name for parameter in layout.parameters]
-        self._layers = layers
-        #: The parameters that :meth:`copy_to` cannot copy out.
-        self.processed = frozenset() if layers is None else layers.names
-        plain = _all_as_loaded(model, layout) if layers is None else layers.plain
-        self._plain = [n for n, name in enumerate(self._names) if name in plain]
-        self._tensors = [plain[self._names[n]].detach() for n in self._plain]
-        self._clock = _clock(self._device)
-
-    @property
-    def can_copy_out(self) -> bool:
-        """Whether :meth:`copy_to` makes a backup that :meth:`copy_from` can restore.
-
-        Where it does not, the engine no longer has the bytes that were loaded: the way
-        back to a version are the staged tensors it was installed from, kept by the
-        caller, and from the first version that is installed there is no way back.
-        """
-        return not self.processed
+        self._clock = _clock(next(model.parameters()).device)
+        self.filled = dict(filled)
 
     def check_addresses(self) -> None:
         """
@@ -94,28 +62,23 @@ class LiveParameters:
                     tensor=name,
                 )
 
-    def copy_from(self, staged: list[torch.Tensor]) -> None:
-        """Overwrite the live parameters with ``staged``, on the current stream.
+    def copy_from(self, staged: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite the live tensors with ``staged``, on the current stream.
 
-        ``staged`` is in the layout's order, and only read; on a GPU it has to stay as
-        it is until :meth:`wait` has returned. The call may be repeated, also after a
-        failure. What a device refuses later ends its process, as in any step.
+        ``staged`` is only read; on a GPU it has to stay as it is until :meth:`wait`
+        has returned. The call may be repeated, also after a failure. What a device
+        refuses later ends its process, as in any step.
 
         Raises:
             PointerMoved: see :meth:`check_addresses`.
-            LayerFailed: the layers before this one are new, all others are old: call
-                again, or with the version before, or stop serving.
         """
         self.check_addresses()
         self._clock.start()
         try:
-            if self._layers is not None:
-                # They may fail, so they come before anything else has changed.
-                self._layers.install(dict(zip(self._names, staged, strict=True)))
             with torch.inference_mode():
-                _copy(self._tensors, [staged[n] for n in self._plain])
-            if self._layers is not None:
-                self._layers.refresh_attention()
+                _copy(
+                    list(self.filled.values()), [staged[name] for name in self.filled]
+                )
         finally:
             # What was queued before a failure reads ``staged``, too.
             self._clock.stop()
@@ -129,20 +92,23 @@ class LiveParameters:
         return self._clock.wait()
 
     @torch.inference_mode()
-    def copy_to(self, backup: list[torch.Tensor]) -> None:
-        """Copy the live parameters out, while they serve; blocks this thread.
-
-        Leaves ``backup`` alone where a parameter is :attr:`processed`.
-        """
-        copy_out(self._tensors, [backup[n] for n in self._plain])
+    def copy_to(self, backup: Mapping[str, torch.Tensor]) -> None:
+        """Copy the live tensors out, while they serve; blocks this thread."""
+        copy_out(list(self.filled.values()), [backup[name] for name in self.filled])
 
 
 def copy_out(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Copy contiguous tensors to host memory while the model serves; blocks."""
-    if sources and sources[0].device.type == "cuda":
-        host_copy.copy_out(sources, targets)
-    elif sources:
-        torch._foreach_copy_(targets, sources)
+    """Copy tensors to host memory while the model serves; blocks."""
+    pairs = list(zip(sources, targets, strict=True))
+    for source, target in pairs:
+        # Few and small: vLLM holds nearly everything without gaps.
+        if not source.is_contiguous():
+            target.copy_(source)
+    whole = [pair for pair in pairs if pair[0].is_contiguous()]
+    if whole and whole[0][0].device.type == "cuda":
+        host_copy.copy_out(*map(list, zip(*whole, strict=True)))
+    elif whole:
+        torch._foreach_copy_([target for _, target in whole], [s for s, _ in whole])
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -156,27 +122,6 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
             target.copy_(source, non_blocking=True)
     if small[0]:
         torch._foreach_copy_(*small, non_blocking=True)
-
-
-def _all_as_loaded(model: nn.Module, layout: ArenaLayout) -> dict[str, nn.Parameter]:
-    current = dict(model.named_parameters())
-    for parameter in layout.parameters:
-        found = current.get(parameter.name)
-        if found is None or not _as_loaded(found, parameter):
-            raise PackedWeights(
-                f"loaded as {parameter.shape} {parameter.dtype}, which is not how the "
-                "model holds it",
-                tensor=parameter.name,
-            )
-    return current
-
-
-def _as_loaded(found: torch.Tensor, parameter: Parameter) -> bool:
-    return (
-        tuple(found.shape) == parameter.shape
-        and found.dtype == getattr(torch, parameter.dtype)
-        and found.is_contiguous()
-    )
 
 
 class _HostClock:

@@ -3,9 +3,9 @@
 """Shows that the plan gives what vLLM's loader gives, before anything rests on it.
 
 Three comparisons, bit for bit: the slices of made-up tensors with what the twin's own
-``load_weights`` makes of them (a module of each kind); the slices of the start
-checkpoint with the live parameters (all of them); and every other tensor of the live
-model with the one that its construction made.
+``load_weights`` makes of them (a module of each kind); what the start checkpoint gives
+with what is live (all of it); and every other tensor of the live model with the one
+that its construction made.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank.capture import refuse_tensors
-from dynamo.refit.rank.layerwise import ProcessedLayers
+from dynamo.refit.rank.conversion import Conversion, RuntimeForm
+from dynamo.refit.rank.plan import whole
 from dynamo.refit.rank.session import piece_view
 from dynamo.refit.rank.slices import Parameter, ReadSlice
-from dynamo.refit.rank.twin import held_tensors, same_bits
+from dynamo.refit.rank.twin import held_tensors, made_real, same_bits
 
 #: Made-up numbers repeat after this many: a prime, so that no two rows are alike.
 PERIOD = 1_000_003
@@ -37,9 +37,6 @@ PERIOD = 1_000_003
 #: Elements that are compared at a time, so that little of a checkpoint is on the
 #: device at once.
 COMPARED = 1 << 24
-
-#: vLLM's name for a loader that processes a layer once it is whole.
-ONLINE_LOADER = "online_process_loader"
 
 #: What vLLM binds the memory of a layer's KV cache to.
 _KV_CACHE = "kv_cache"
@@ -62,7 +59,8 @@ def rehearse(
     """Load made-up ``tensors`` into one module of each kind, by ``slices`` and by the
     loader of ``twin``, in host memory.
 
-    Takes the memory of these modules' parameters twice, and one full tensor at a time.
+    Takes the memory of these modules' ``parameters`` twice, and one full tensor at a
+    time.
 
     Raises:
         LayoutRefused: names the parameters that the loader makes something else of.
@@ -72,10 +70,7 @@ def rehearse(
     for piece in slices:
         if piece.parameter in chosen:
             reads.setdefault(piece.tensor, []).append(piece)
-    expected = {
-        name: torch.zeros(p.shape, dtype=getattr(torch, p.dtype))
-        for name, p in chosen.items()
-    }
+    expected = {name: _zeros(parameter) for name, parameter in chosen.items()}
 
     def made_up() -> Iterator[tuple[str, torch.Tensor]]:
         numbers = _MadeUpNumbers()
@@ -88,7 +83,9 @@ def rehearse(
                     target.copy_(_box_of(piece, values))
                 yield tensor.name, values
 
-    with torch.no_grad(), _made_real(twin, chosen) as loaded:
+    with torch.no_grad(), made_real(twin, chosen, torch.device("cpu")) as loaded:
+        for tensor in loaded.values():
+            tensor.data.zero_()
         try:
             twin.load_weights(made_up())
         except Exception as error:
@@ -96,11 +93,43 @@ def rehearse(
                 "the engine's loader fails on made-up tensors: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        wrong = [name for name in chosen if not same_bits(loaded[name], expected[name])]
+        wrong = [
+            name for name in chosen if not same_bits(loaded[name].data, expected[name])
+        ]
     if wrong:
         raise refuse_tensors(
             dict.fromkeys(wrong, "the loader makes other values than the slices do")
         )
+
+
+def rehearse_conversions(conversions: Iterable[Conversion], form: RuntimeForm) -> None:
+    """Carry out a conversion of each kind on made-up tensors, where the loader takes
+    part: what comes of it must fit what is live.
+
+    Raises:
+        LayoutRefused: names the live tensor that it does not fit.
+        LayerFailed: a conversion does not work.
+    """
+    seen = set()
+    numbers = _MadeUpNumbers()
+    for conversion in conversions:
+        if not conversion.sources or conversion.kind in seen:
+            continue
+        seen.add(conversion.kind)
+        inputs = {
+            parameter.name: numbers.fill(parameter, start=number)
+            for number, parameter in enumerate(conversion.inputs)
+        }
+        made = form.convert(conversion, inputs).tensors
+        live = form.live(conversion.loaded)
+        for name in conversion.outputs:
+            here, new = Parameter.of(name, live[name]), Parameter.of(name, made[name])
+            if here != new:
+                raise LayoutRefused(
+                    f"the loader makes {new.dtype} {new.shape} of it, and the engine "
+                    f"holds {here.dtype} {here.shape}",
+                    tensor=name,
+                )
 
 
 def _one_of_each_kind(
@@ -130,40 +159,6 @@ def _one_of_each_kind(
     return {p.name: p for held in kinds.values() for p in held}
 
 
-@contextmanager
-def _made_real(
-    twin: nn.Module, chosen: Iterable[str]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The ``chosen`` parameters of ``twin`` hold zeros in host memory, for a while."""
-    names = set(chosen)
-    planned = {n: p for n, p in twin.named_parameters() if n in names}
-    real = {name: materialize_meta_tensor(p) for name, p in planned.items()}
-    for parameter in real.values():
-        if hasattr(parameter, "weight_loader"):
-            parameter.weight_loader = _without_processing(parameter.weight_loader)
-    of = {id(parameter): name for name, parameter in planned.items()}
-    places = [
-        (table, key, tensor)
-        for _, table, key, tensor in held_tensors(twin)
-        if id(tensor) in of
-    ]
-    for table, key, tensor in places:
-        table[key] = real[of[id(tensor)]]
-    try:
-        yield {name: parameter.data.zero_() for name, parameter in real.items()}
-    finally:
-        for table, key, tensor in places:
-            table[key] = tensor
-
-
-def _without_processing(loader: Callable) -> Callable:
-    """The loader that vLLM has wrapped where a layer is quantized as soon as its last
-    tensor is loaded."""
-    while getattr(loader, "__name__", "") == ONLINE_LOADER:
-        loader = loader.__wrapped__
-    return loader
-
-
 class _MadeUpNumbers:
     """Tensors in which no row, column or block is like another."""
 
@@ -172,7 +167,7 @@ class _MadeUpNumbers:
         self._floats = torch.rand(PERIOD, generator=generator) + 0.5
         self._integers = torch.randint(0, 100, (PERIOD,), generator=generator)
 
-    def fill(self, tensor: TensorEntry, start: int) -> torch.Tensor:
+    def fill(self, tensor: TensorEntry | Parameter, start: int) -> torch.Tensor:
         """``tensor`` with values; another ``start`` gives it others."""
         dtype = getattr(torch, tensor.dtype)
         numbers = self._floats if dtype.is_floating_point else self._integers
@@ -238,37 +233,43 @@ class StartCheckpoint:
 def compare_with_live(
     tensors: Iterable[tuple[str, torch.Tensor]],
     slices: Sequence[ReadSlice],
-    layers: ProcessedLayers,
+    conversions: Sequence[Conversion],
+    form: RuntimeForm,
 ) -> None:
-    """Show that ``slices`` of ``tensors`` are the live parameters of ``layers``' model.
+    """Show that ``slices`` and ``conversions`` of ``tensors`` are what is live.
 
-    Reads each tensor once; layers that vLLM processes are put together in host memory
-    and processed beside the live ones. Blocks.
+    Reads each tensor once; what a conversion takes in is put together in host memory.
+    Blocks the thread that runs the model.
 
     Raises:
         LayoutRefused: names the live tensors that are something else.
+        LayerFailed: a conversion does not work.
     """
     reads: dict[str, list[ReadSlice]] = {}
     for piece in slices:
         reads.setdefault(piece.tensor, []).append(piece)
-    processed = _LayersInParts(slices, layers)
+    intake = _Intake(slices, conversions)
+    live = form.live(name for each in conversions for name in each.loaded)
     wrong: dict[str, None] = {}
     for name, tensor in tensors:
         for piece in reads.get(name, ()):
-            live = layers.plain.get(piece.parameter)
-            if live is None:
-                wrong |= dict.fromkeys(processed.add(piece, tensor))
-            elif not _same_part(
-                piece_view(piece, live.detach()), _box_of(piece, tensor)
+            if piece.parameter not in intake.names and not _same_part(
+                piece_view(piece, live[piece.parameter]), _box_of(piece, tensor)
             ):
                 wrong[piece.parameter] = None
-    wrong |= dict.fromkeys(layers.find_stale_attention())
+        for conversion, inputs in intake.add(name, tensor, reads.get(name, ())):
+            made = form.convert(conversion, inputs).tensors
+            wrong |= {
+                n: None for n in conversion.outputs if not _same(live[n], made[n])
+            }
     if wrong:
         raise refuse_tensors(
-            dict.fromkeys(
-                wrong, "the start checkpoint's slices are not what the engine has"
-            )
+            dict.fromkeys(wrong, "the start checkpoint does not give what is live")
         )
+
+
+def _same(live: torch.Tensor, made: torch.Tensor) -> bool:
+    return same_bits(live, made.to(live.device))
 
 
 def _same_part(live: torch.Tensor, source: torch.Tensor) -> bool:
@@ -282,60 +283,78 @@ def _same_part(live: torch.Tensor, source: torch.Tensor) -> bool:
     )
 
 
-class _LayersInParts:
-    """Puts the parameters of processed layers together, until a layer is whole."""
+class _Intake:
+    """Puts together what conversions take in, until one has all of it."""
 
-    def __init__(self, slices: Sequence[ReadSlice], layers: ProcessedLayers) -> None:
-        self._layers = layers
-        self._layer_of = {
-            name: layer for layer in layers.layers for name in layer.parameters.values()
-        }
-        self._missing: dict[str, int] = {}
+    def __init__(
+        self, slices: Sequence[ReadSlice], conversions: Sequence[Conversion]
+    ) -> None:
+        self._of: dict[str, Conversion] = {}
+        self._forms: dict[str, Parameter] = {}
+        for conversion in conversions:
+            for parameter in conversion.inputs:
+                self._of[parameter.name] = conversion
+                self._forms[parameter.name] = parameter
+        #: What does not go straight to the live model.
+        self.names = self._of.keys()
+        self._missing: Counter[Conversion] = Counter()
+        for conversion in conversions:
+            self._missing[conversion] += len(conversion.sources)
         for piece in slices:
-            if layer := self._layer_of.get(piece.parameter):
-                self._missing[layer.name] = self._missing.get(layer.name, 0) + 1
-        self._staged: dict[str, dict[str, torch.Tensor]] = {}
+            if piece.parameter in self._of:
+                self._missing[self._of[piece.parameter]] += 1
+        self._inputs: dict[Conversion, dict[str, torch.Tensor]] = {}
 
-    def add(self, piece: ReadSlice, tensor: torch.Tensor) -> list[str]:
-        """The live tensors that are found to differ, now that ``piece`` is there."""
-        layer = self._layer_of[piece.parameter]
-        staged = self._staged.setdefault(layer.name, {})
-        if not staged:
-            for leaf, name in layer.parameters.items():
-                planned = layer.twin._parameters[leaf]
-                staged[name] = torch.zeros(planned.shape, dtype=planned.dtype)
-        piece_view(piece, staged[piece.parameter]).copy_(_box_of(piece, tensor))
-        self._missing[layer.name] -= 1
-        if self._missing[layer.name]:
-            return []
-        return self._layers.find_differences(layer, self._staged.pop(layer.name))
+    def add(
+        self, name: str, tensor: torch.Tensor, pieces: Sequence[ReadSlice]
+    ) -> Iterator[tuple[Conversion, dict[str, torch.Tensor]]]:
+        """What is complete, now that the published ``tensor`` is there."""
+        for piece in pieces:
+            if piece.parameter in self._of:
+                conversion = self._of[piece.parameter]
+                form = self._forms[piece.parameter]
+                target = self._inputs_of(conversion).setdefault(
+                    piece.parameter, _zeros(form)
+                )
+                piece_view(piece, target).copy_(_box_of(piece, tensor))
+                yield from self._take(conversion)
+        if conversion := self._of.get(whole(name)):
+            # A view of a file that may be closed before the rest is there.
+            self._inputs_of(conversion)[whole(name)] = tensor.clone()
+            yield from self._take(conversion)
+
+    def _inputs_of(self, conversion: Conversion) -> dict[str, torch.Tensor]:
+        return self._inputs.setdefault(conversion, {})
+
+    def _take(
+        self, conversion: Conversion
+    ) -> Iterator[tuple[Conversion, dict[str, torch.Tensor]]]:
+        self._missing[conversion] -= 1
+        if not self._missing[conversion]:
+            yield conversion, self._inputs.pop(conversion)
+
+
+def _zeros(parameter: Parameter) -> torch.Tensor:
+    return torch.zeros(parameter.shape, dtype=getattr(torch, parameter.dtype))
 
 
 # What no version fills.
 
 
 def check_other_tensors(
-    live: nn.Module, twin: nn.Module, layers: ProcessedLayers
+    live: nn.Module, twin: nn.Module, filled: Iterable[torch.Tensor]
 ) -> None:
-    """Every tensor that a module of ``live`` holds is one that a refit writes or
-    processes, a view of one, memory of a KV cache, or what the construction of
-    ``twin`` made.
+    """Every tensor that a module of ``live`` holds is one of the ``filled`` ones or a
+    view of one, memory of a KV cache, or what the construction of ``twin`` made.
 
     Raises:
         LayoutRefused: names the others, which would stay as they are under new weights.
     """
-    covered = {id(tensor) for tensor in layers.plain.values()}
-    held = list(held_tensors(live))
-    written = [
-        tensor
-        for name, _, _, tensor in held
-        if id(tensor) in covered or name in layers.derived
-    ]
-    storages = {tensor.untyped_storage().data_ptr() for tensor in written}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in filled}
     planned = {name: tensor for name, _, _, tensor in held_tensors(twin)}
     stale = {
-        name: "it depends on weights in a way that a refit does not follow"
-        for name, _, key, tensor in held
+        name: "no version fills it, and it is not what the model is constructed with"
+        for name, _, key, tensor in held_tensors(live)
         if tensor.numel()
         and key != _KV_CACHE
         and tensor.untyped_storage().data_ptr() not in storages

@@ -79,6 +79,12 @@ def find_blocks(plan: Plan, layout: ArenaLayout) -> tuple[HeldBlock, ...]:
     """
     pieces: dict[int, list[Piece]] = defaultdict(list)
     for piece in plan.pieces:
+        if piece.parameter in plan.intake.offsets:
+            raise PeerUnsuitable(
+                "it is served in another form than it is published in, which is all "
+                "that is kept: read from the trainer",
+                tensor=piece.parameter,
+            )
         pieces[piece.tensor].append(piece)
     return tuple(
         block

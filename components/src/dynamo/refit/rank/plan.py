@@ -14,13 +14,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dynamo.refit.manifest import ITEMSIZE, Box, Manifest, Shard, TensorEntry, align
 from dynamo.refit.rank import boxes
-from dynamo.refit.rank.slices import ArenaLayout, Parameter, ReadSlice, check_slices
+from dynamo.refit.rank.slices import (
+    ArenaLayout,
+    IntakeLayout,
+    Parameter,
+    ReadSlice,
+    check_slices,
+)
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,16 @@ class Piece:
 class Wave:
     """Reads that are in flight together, and the pieces they complete.
 
-    ``half`` is the half of scratch they land in; ``None``: in the arena.
+    ``half`` is the half of scratch they land in; ``None``: in the arena. The first
+    ``after`` conversions must be done before its pieces may be copied on, and the first
+    ``ready`` ones have all that they take in once they are.
     """
 
     segments: tuple[Segments, ...]
     pieces: tuple[Piece, ...]
     half: int | None
+    after: int = 0
+    ready: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -138,13 +148,15 @@ class Wave:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a rank does to stage a version of one layout.
+    """What a rank reads to stage a version of one layout, and where that goes: to the
+    arena, or to the intake of its conversions.
 
     ``nbytes`` are the bytes that the loader takes, ``wire_nbytes`` those that are
     read for it.
     """
 
     arena: ArenaLayout
+    intake: IntakeLayout
     scratch_nbytes: int
     waves: tuple[Wave, ...]
     nbytes: int
@@ -172,12 +184,14 @@ def make_plan(
     rank: int,
     limits: Limits,
     arena: ArenaLayout | None = None,
+    intake: IntakeLayout | None = None,
     costs: dict[str, TransferCost] | None = None,
 ) -> Plan:
     """Plan how ``rank`` stages ``manifest`` for ``parameters``.
 
     Replicated shards are spread over the ranks. ``arena`` says where they are staged;
-    by default in their own order.
+    by default in their own order. What is in ``intake`` goes there: those of
+    ``parameters`` that are named there, and whole tensors under :func:`whole` names.
 
     Raises:
         LayoutRefused: a parameter is not covered exactly, a slice reaches past its
@@ -188,11 +202,29 @@ def make_plan(
     tensors = {tensor.name: (i, tensor) for i, tensor in enumerate(manifest.tensors)}
     shards = _number_shards(manifest)
     arena = arena or ArenaLayout(parameters)
-    planner = _Planner(manifest, arena, limits, costs or COST)
-    for piece in slices:
+    intake = intake or IntakeLayout((), 0)
+    planner = _Planner(manifest, arena, intake, limits, costs or COST)
+
+    def add(piece: ReadSlice) -> None:
         index, tensor = tensors[piece.tensor]
         for number, shard in _pick_replicas(shards[tensor.name], rank):
             planner.add(index, tensor, number, shard, piece)
+
+    taken_in: dict[str, list[ReadSlice]] = {}
+    for piece in slices:
+        if piece.parameter in intake.offsets:
+            taken_in.setdefault(piece.parameter, []).append(piece)
+        else:
+            add(piece)
+    complete = {whole(name): entry for name, (_, entry) in tensors.items()}
+    for number, group in enumerate(intake.groups):
+        planner.begin(intake.after[number])
+        for parameter in group:
+            if entry := complete.get(parameter.name):
+                add(read_whole(entry))
+            for piece in taken_in.get(parameter.name, ()):
+                add(piece)
+        planner.end(number)
     return planner.finish()
 
 
@@ -200,8 +232,10 @@ def make_plan(
 class _OpenWave:
     """A wave under construction; ``used`` bytes of it are taken."""
 
-    runs: dict[int, list[np.ndarray]]
-    pieces: list[Piece]
+    after: int = 0
+    ready: int = 0
+    runs: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
     used: int = 0
 
     def close(self, half: int | None, base: int) -> Wave:
@@ -219,7 +253,7 @@ class _OpenWave:
             else p
             for p in self.pieces
         ]
-        return Wave(tuple(segments), tuple(pieces), half)
+        return Wave(tuple(segments), tuple(pieces), half, self.after, self.ready)
 
 
 class _Planner:
@@ -229,17 +263,34 @@ class _Planner:
         self,
         manifest: Manifest,
         arena: ArenaLayout,
+        intake: IntakeLayout,
         limits: Limits,
         costs: dict[str, TransferCost],
     ) -> None:
         self._manifest = manifest
         self._arena = arena
-        self._dtypes = {p.name: p.dtype for p in arena.parameters}
+        self._intake = intake
+        targets = (*arena.parameters, *intake.parameters)
+        # The intake's come last: a tensor may have one name and two forms.
+        self._dtypes = {p.name: p.dtype for p in targets}
         self._limits = limits
         self._costs = costs
         self._straight: list[_OpenWave] = []
         self._through: list[_OpenWave] = []
+        self._after = 0
         self._nbytes = 0
+
+    def begin(self, after: int) -> None:
+        """What is added from now on may come when ``after`` conversions are done."""
+        if after != self._after:
+            self._through.append(_OpenWave(after))
+        self._after = after
+
+    def end(self, number: int) -> None:
+        """Conversion ``number`` has all that it takes in."""
+        if not self._through:
+            self._through.append(_OpenWave(self._after))
+        self._through[-1].ready = number + 1
 
     def add(
         self,
@@ -256,7 +307,9 @@ class _Planner:
         size = ITEMSIZE[tensor.dtype]
         converts = tensor.dtype != self._dtypes[piece.parameter]
         exact = self._is_exact(overlap, shard, piece, size)
-        straight = exact and not converts
+        straight = (
+            exact and not converts and piece.parameter not in self._intake.offsets
+        )
         # The same blocks whichever way they come, since ranks that read the same box
         # must come to the same parts of its fingerprint.
         room = self._limits.block // size
@@ -294,7 +347,7 @@ class _Planner:
         size = ITEMSIZE[piece.dtype]
         start = self._arena.offsets[piece.parameter] + piece.offset * size
         rows = _runs(piece.box, number, shard, piece.strides, size, start)
-        wave = _room(self._straight, rows[:, 3].sum(), self._limits.arena)
+        wave = _room(self._straight, rows[:, 3].sum(), self._limits.arena, 0)
         wave.runs.setdefault(shard.source, []).append(rows)
         wave.pieces.append(piece)
 
@@ -305,7 +358,7 @@ class _Planner:
         size, sizes = ITEMSIZE[piece.dtype], boxes.extent(piece.box)
         strides = boxes.row_major(sizes if exact else shard.shape)
         span = (boxes.last_element(sizes, strides) + 1) * size
-        wave = _room(self._through, align(span), self._limits.scratch)
+        wave = _room(self._through, align(span), self._limits.scratch, self._after)
         start = wave.used - align(span)
         if exact:
             rows = _runs(piece.box, number, shard, strides, size, start)
@@ -324,6 +377,7 @@ class _Planner:
             waves.append(wave.close(number % 2, number % 2 * half))
         return Plan(
             arena=self._arena,
+            intake=self._intake,
             scratch_nbytes=half * min(2, len(self._through)),
             waves=tuple(waves),
             nbytes=self._nbytes,
@@ -331,10 +385,12 @@ class _Planner:
         )
 
 
-def _room(waves: list[_OpenWave], nbytes: int, limit: int | None) -> _OpenWave:
+def _room(
+    waves: list[_OpenWave], nbytes: int, limit: int | None, after: int
+) -> _OpenWave:
     """The last wave, or a new one if ``nbytes`` more would pass ``limit``."""
     if not waves or (limit is not None and waves[-1].used + nbytes > limit):
-        waves.append(_OpenWave({}, []))
+        waves.append(_OpenWave(after))
     waves[-1].used += int(nbytes)
     return waves[-1]
 
@@ -358,6 +414,22 @@ def _runs(
     rows[:, 2] = boxes.offsets(sizes[:outer], target, 0) * size + start
     rows[:, 3] = run * size
     return rows
+
+
+def whole(tensor: str) -> str:
+    """How an intake names all of a published tensor, as opposed to a parameter."""
+    return f"all of {tensor}"
+
+
+def read_whole(tensor: TensorEntry) -> ReadSlice:
+    """All of ``tensor``, as it is published, into an intake."""
+    return ReadSlice(
+        tensor=tensor.name,
+        box=tuple((0, size) for size in tensor.shape),
+        parameter=whole(tensor.name),
+        offset=0,
+        strides=boxes.row_major(tensor.shape),
+    )
 
 
 def _number_shards(manifest: Manifest) -> dict[str, list[tuple[int, Shard]]]:

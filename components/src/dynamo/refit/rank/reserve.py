@@ -17,10 +17,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from dynamo.refit.rank.capture import describe_parameters
+from dynamo.refit.rank.conversion import RuntimeForm
 from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
 from dynamo.refit.rank.plan import LIMITS
-from dynamo.refit.rank.slices import ArenaLayout
+from dynamo.refit.rank.slices import ArenaLayout, IntakeLayout, Parameter
 from dynamo.refit.rank.start_failure import told_to_worker
 from dynamo.refit.rank.twin import build_twin
 
@@ -49,12 +49,14 @@ def determine_with_staging(worker: Worker) -> int:
     with told_to_worker(worker.rank):
         model = worker.model_runner.get_model()
         twin = build_twin(worker.vllm_config, model)
-        parameters = describe_parameters(twin, model)
+        form = RuntimeForm(model, twin, worker.vllm_config)
+        limit = LIMITS["cuda"].scratch
+        filled = [Parameter.of(name, t) for name, t in form.live().items()]
         left = room_for_cache(
             available,
             os.environ.get(STAGING_VARIABLE, "auto"),
-            arena=ArenaLayout(parameters).nbytes,
-            scratch=2 * LIMITS["cuda"].scratch,
+            arena=ArenaLayout(filled).nbytes,
+            scratch=2 * limit + IntakeLayout(form.taken_in(), limit).nbytes,
         )
     logger.info(
         "dynamo-refit: of %d bytes for the KV cache, %d are left for staging",

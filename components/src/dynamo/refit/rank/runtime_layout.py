@@ -64,12 +64,19 @@ class ProcessedLayer:
         live: the layer that serves.
         twin: the same layer of the meta twin: as it was before the load.
         parameters: which parameter of the plan is loaded under which of its own names.
+        attention: for ``kv_b_proj``, the MLA layer that keeps copies of it, and its
+            path.
+        views: tensors of other modules that are views of this layer's parameters as
+            they are loaded: path, the parameter's own name, and size, stride and offset
+            in it.
     """
 
     name: str
     live: nn.Module
     twin: nn.Module
     parameters: dict[str, str]
+    attention: tuple[str, nn.Module] | None = None
+    views: tuple[tuple[str, str, tuple], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,13 @@ class RuntimeLayout:
 
     Args:
         plain: the live tensors that are laid out as loaded, by parameter.
-        processed: the layers that are not, in the model's order.
-        attention: MLA layers, which keep copies of their ``kv_b_proj``.
+        processed: the layers that are not, or of which others keep copies, in the
+            model's order.
         placeholders: parameters that exist during a load only (scales of a KV cache).
     """
 
     plain: dict[str, nn.Parameter]
     processed: tuple[ProcessedLayer, ...]
-    attention: tuple[tuple[str, nn.Module], ...]
     placeholders: frozenset[str]
 
 
@@ -99,6 +105,11 @@ def find_layout(twin: nn.Module, live: nn.Module) -> RuntimeLayout:
     """
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     there = dict(live.named_modules(remove_duplicate=False))
+    attention = {
+        id(module.kv_b_proj): (name, module)
+        for name, module in _derived_attention(live)
+    }
+    views = _views_by_storage(twin)
     plain: dict[str, nn.Parameter] = {}
     held: dict[str, nn.Parameter | None] = {}
     processed, placeholders = [], set()
@@ -119,20 +130,46 @@ def find_layout(twin: nn.Module, live: nn.Module) -> RuntimeLayout:
             continue
         current = {name: layer._parameters.get(leaf) for leaf, name in own.items()}
         held.update(current)
-        if _is_plain(planned, layer):
+        if _is_plain(planned, layer) and id(layer) not in attention:
             plain.update(current)
         elif method is None:
             raise _packed(planned, layer, own)
         else:
             _check_method(path, method, layer)
-            processed.append(ProcessedLayer(path, layer, planned, own))
+            processed.append(
+                ProcessedLayer(
+                    name=path,
+                    live=layer,
+                    twin=planned,
+                    parameters=own,
+                    attention=attention.get(id(layer)),
+                    views=tuple(
+                        (name, leaf, view)
+                        for leaf in own
+                        for name, view in views.get(_storage(planned, leaf), ())
+                    ),
+                )
+            )
     _check_ties(held)
     return RuntimeLayout(
         plain=plain,
         processed=tuple(processed),
-        attention=tuple(_derived_attention(live)),
         placeholders=frozenset(placeholders),
     )
+
+
+def _storage(module: nn.Module, leaf: str) -> int:
+    return module._parameters[leaf].untyped_storage()._cdata
+
+
+def _views_by_storage(twin: nn.Module) -> dict[int, list[tuple[str, tuple]]]:
+    """The buffers of ``twin``, by the storage that they are in; a parameter's may be
+    among them."""
+    found: dict[int, list[tuple[str, tuple]]] = {}
+    for name, buffer in twin.named_buffers():
+        view = tuple(buffer.shape), buffer.stride(), buffer.storage_offset()
+        found.setdefault(buffer.untyped_storage()._cdata, []).append((name, view))
+    return found
 
 
 def quantization_method(layer: nn.Module) -> QuantizeMethodBase | None:

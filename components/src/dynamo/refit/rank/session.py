@@ -9,7 +9,7 @@ nothing. It never writes live weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -20,14 +20,19 @@ from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import boxes
-from dynamo.refit.rank.buffers import Arena, RegisteredBuffer
-from dynamo.refit.rank.cycle import Cycle, Limit, Progress
+from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, views_of
+from dynamo.refit.rank.conversion import Conversion, Converted, Function
+from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.install import synchronize
 from dynamo.refit.rank.pipeline import Pipeline, Submit
 from dynamo.refit.rank.plan import Piece, Plan, Wave
 from dynamo.refit.rank.requests import Requests
 from dynamo.refit.rank.slices import ReadSlice
 from dynamo.refit.transport.nixl import NixlAgent
+
+#: Makes what a conversion makes of its inputs, by name.
+Convert = Callable[[Conversion, Mapping[str, torch.Tensor]], Converted]
 
 #: Buffers of pulls that were given up but may still be written to.
 MAX_ABANDONED = 2
@@ -41,8 +46,10 @@ class Session:
         layout: the manifest's layout fingerprint.
         plan: what goes where.
         memory: the staging mode, and what it takes.
-        arena: where a staged version waits; scratch is beside it.
-        live: by name, the live parameters that are laid out as they are loaded.
+        arena: where a staged version waits; scratch and intake are beside it.
+        live: by name, the live tensors that a version fills.
+        conversions: what is made of what is read, in the order of the plan's intake.
+        convert: makes it.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class Session:
         arena: Arena,
         live: Mapping[str, torch.Tensor],
         cycle: Cycle,
+        conversions: Sequence[Conversion] = (),
+        convert: Convert | None = None,
     ) -> None:
         self.layout = layout
         self.plan = plan
@@ -63,23 +72,44 @@ class Session:
         self._requests: Requests | None = None
         self._former: Requests | None = None
         self._wave_nbytes = [wave.nbytes for wave in plan.waves]
-        self.live_parts = LiveParts(plan.pieces, live)
+        self._conversions = conversions
+        self._convert = convert
+        read = [p for p in plan.pieces if p.parameter not in plan.intake.offsets]
+        converted = [name for each in conversions for name in each.outputs]
+        self.live_parts = LiveParts(read, converted, live)
+        #: What of the pull's parts are of pieces that are served as they are read.
+        self._read = np.array(
+            [p.parameter not in plan.intake.offsets for p in plan.pieces], dtype=bool
+        )
         # At least a byte: NIXL does not register nothing.
         nbytes = max(plan.scratch_nbytes, 1)
         self._scratch = RegisteredBuffer(agent, nbytes, arena.device, cycle)
         # As in an arena: memory that torch hands out again must not be registered.
         with ExitStack() as undo:
             undo.callback(self._scratch.close)
+            # NIXL does not read into it: it is not registered.
+            intake = torch.empty(
+                plan.intake.nbytes, dtype=torch.uint8, device=arena.device
+            )
+            self._intake = views_of(intake, plan.intake)
             self._works = [
                 [
-                    _WaveWork(wave, self._scratch.bytes, shadow.by_name)
+                    _WaveWork(wave, self._scratch.bytes, shadow.by_name | self._intake)
                     for wave in plan.waves
                 ]
+                for shadow in arena.shadows
+            ]
+            self._converted = [
+                _whole_parts(shadow.by_name[name] for name in converted)
                 for shadow in arena.shadows
             ]
             undo.pop_all()
         #: The local work of the shadow that was pulled into last.
         self._current = self._works[0]
+        self._converted_parts = np.zeros(len(converted), dtype=np.uint64)
+        #: What was converted for it and is no tensor.
+        self.functions: list[Function] = []
+        self._handover: Handover | None = None
 
     @property
     def addressed_to(self) -> str | None:
@@ -111,6 +141,13 @@ class Session:
         )
         self._former, self._requests = self._requests, requests
 
+    def begin(self) -> Handover:
+        """Before a pull: its conversions, for the model's thread."""
+        shadow = self.arena.target
+        self.functions = []
+        self._handover = Handover(len(self._conversions), self._convert_into(shadow))
+        return self._handover
+
     def pull(self, slot: int, limit: Limit, submit: Submit, cycle: Cycle) -> np.ndarray:
         """Read every byte of ``slot`` into the arena's target; the parts of its
         fingerprint, uint64, as ``reads``.
@@ -121,6 +158,7 @@ class Session:
         Raises:
             TransferFailed: a source broke off. StagingCancelled: see ``limit``.
                 After either, :meth:`poll_active` says whether bytes may still arrive.
+            LayerFailed: something could not be made of what was read.
         """
         if self._requests is None:
             raise TransferFailed("the session has no prepared requests")
@@ -128,7 +166,7 @@ class Session:
         self._current = self._works[shadow]
         limit.progress.nbytes = 0
         limit.progress.total_nbytes = self.plan.wire_nbytes
-        settle = functools.partial(self._settle, cycle, limit.progress)
+        settle = functools.partial(self._settle, cycle, limit)
         pipeline = Pipeline(limit, submit, settle)
         try:
             for number, reads in enumerate(self._requests.waves[shadow][slot]):
@@ -139,22 +177,44 @@ class Session:
             # Whatever happened, nobody works on these buffers after this.
             pipeline.join()
             cycle.add("wire", pipeline.wire_seconds)
+        with cycle.time("convert"):
+            self._handover.wait(self._handover.total, limit)
+            self._converted_parts = self._converted[shadow].fold()
         self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 
-    def _settle(self, cycle: Cycle, progress: Progress, number: int) -> None:
+    def _settle(self, cycle: Cycle, limit: Limit, number: int) -> None:
         """What follows the arrival of a wave, on the follower's thread."""
+        wave = self.plan.waves[number]
+        self._handover.wait(wave.after, limit)
         with cycle.time("fingerprint"):
             self._current[number].run()
         # The next wave overwrites scratch, outside of any stream.
         synchronize(self.arena.device)
-        progress.nbytes += self._wave_nbytes[number]
+        self._handover.offer(wave.ready)
+        limit.progress.nbytes += self._wave_nbytes[number]
+
+    def _convert_into(self, shadow: int) -> Callable[[int], None]:
+        tensors = self.arena.shadows[shadow].by_name
+
+        def convert(number: int) -> None:
+            conversion = self._conversions[number]
+            converted = self._convert(
+                conversion, {p.name: self._intake[p.name] for p in conversion.inputs}
+            )
+            for name in conversion.outputs:
+                tensors[name].copy_(converted.tensors[name])
+            self.functions += converted.functions
+
+        return convert
 
     @property
     def landed(self) -> np.ndarray:
-        """The parts, as :meth:`pull` gives them, but of what the pieces became in the
-        parameters' dtypes: what ``live_parts`` must show after the install."""
-        return np.concatenate([work.landed for work in self._current])
+        """What ``live_parts`` must show after the install: of what is served as it is
+        read, the parts of what it became in the parameters' dtypes; and one part of
+        each tensor that was converted."""
+        pieces = np.concatenate([work.landed for work in self._current])
+        return np.concatenate([pieces[self._read], self._converted_parts])
 
     def poll_active(self) -> bool:
         """May bytes still arrive in these buffers?"""
@@ -190,11 +250,11 @@ class _WaveWork:
         self,
         wave: Wave,
         scratch: torch.Tensor,
-        shadow: Mapping[str, torch.Tensor],
+        places: Mapping[str, torch.Tensor],
     ) -> None:
         parts, placed = [], []
         for piece in wave.pieces:
-            place = piece_view(piece, shadow[piece.parameter])
+            place = piece_view(piece, places[piece.parameter])
             if piece.scratch is None:
                 parts.append(Part(place, piece.box, piece.shape))
             else:
@@ -221,36 +281,37 @@ class _WaveWork:
 
 
 class LiveParts:
-    """Shows that the live parameters are those of one version; views made once.
+    """Shows that the live tensors are those of one version; views made once.
 
     Args:
-        pieces: the boxes that make the parameters up.
-        live: the parameters whose layout can be compared, by name.
+        pieces: the boxes that make the parameters up that are served as read.
+        converted: names of the other tensors.
+        live: the live tensors, by name.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], live: Mapping[str, torch.Tensor]
+        self,
+        pieces: Sequence[Piece],
+        converted: Sequence[str],
+        live: Mapping[str, torch.Tensor],
     ) -> None:
-        self._chosen = [
-            number for number, piece in enumerate(pieces) if piece.parameter in live
-        ]
-        self._names = [pieces[number].parameter for number in self._chosen]
-        #: Parameters that are not compared.
-        self.unchecked = len({piece.parameter for piece in pieces}.difference(live))
-        parts = []
-        for number in self._chosen:
-            piece = pieces[number]
-            view = piece_view(piece, live[piece.parameter])
-            parts.append(Part(view, piece.box, piece.shape))
-        self._parts = Batch(parts)
+        self._names = [*(piece.parameter for piece in pieces), *converted]
+        self._pieces = Batch(
+            [
+                Part(piece_view(piece, live[piece.parameter]), piece.box, piece.shape)
+                for piece in pieces
+            ]
+        )
+        self._converted = _whole_parts(live[name] for name in converted)
 
     def check(self, landed: np.ndarray, rank: int) -> None:
-        """Compare with ``landed``, one part per piece.
+        """Compare with ``landed``, one part per piece and per converted tensor.
 
         Raises:
             FingerprintMismatch: names the parameter.
         """
-        wrong = np.flatnonzero(self._parts.fold() != landed[self._chosen])
+        found = np.concatenate([self._pieces.fold(), self._converted.fold()])
+        wrong = np.flatnonzero(found != landed)
         if len(wrong):
             raise FingerprintMismatch(
                 f"{len(wrong)} blocks of the live weights are not what was staged: "
@@ -294,6 +355,12 @@ class AbandonedSessions:
                 f"{len(self._sessions)} earlier pulls were given up and their sources "
                 "neither answer nor go away: stop the stuck trainer process"
             )
+
+
+def _whole_parts(tensors: Iterable[torch.Tensor]) -> Batch:
+    return Batch(
+        [Part(t, tuple((0, size) for size in t.shape), tuple(t.shape)) for t in tensors]
+    )
 
 
 def piece_view(piece: Piece | ReadSlice, parameter: torch.Tensor) -> torch.Tensor:

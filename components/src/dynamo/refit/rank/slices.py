@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,12 @@ class Parameter:
     dtype: str
     unloaded: int = 0
 
+    @classmethod
+    def of(cls, name: str, tensor: Any, unloaded: int = 0) -> Parameter:
+        """The form of a torch ``tensor``."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name, tuple(tensor.shape), dtype, unloaded)
+
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
@@ -56,6 +63,37 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         return self.elements * ITEMSIZE[self.dtype]
+
+
+class IntakeLayout:
+    """Where what a conversion takes in waits for it: in one half of the intake, or in
+    the other, in turns.
+
+    Args:
+        groups: what each conversion takes in, in the order of the conversions.
+        limit: bytes that a half has, unless one group needs more.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Parameter]], limit: int) -> None:
+        self.groups = tuple(tuple(group) for group in groups)
+        self.parameters = tuple(itertools.chain(*self.groups))
+        self.offsets: dict[str, int] = {}
+        #: By group, how many groups must have been converted before its bytes come.
+        self.after: list[int] = []
+        sizes = [sum(align(p.nbytes) for p in group) for group in self.groups]
+        half = max([limit, *sizes]) if sum(sizes) > limit else sum(sizes)
+        used, batches = 0, [0]
+        for number, group in enumerate(self.groups):
+            if used + sizes[number] > half:
+                used = 0
+                batches.append(number)
+            # The half is the one of the batch before the last.
+            self.after.append(batches[-2] if len(batches) > 2 else 0)
+            start = half * ((len(batches) - 1) % 2)
+            for parameter in group:
+                self.offsets[parameter.name] = start + used
+                used += align(parameter.nbytes)
+        self.nbytes = half * min(2, len(batches))
 
 
 class ArenaLayout:

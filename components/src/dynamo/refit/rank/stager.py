@@ -3,7 +3,8 @@
 """One rank's side of a refit: stage into the session, install, restore, verify.
 
 Owns the NIXL agent, the arena and the session. Staging and verifying run on a
-background thread while the model serves; install and restore run while it is paused.
+background thread while the model serves; conversions, install and restore run on the
+model's thread, between two steps.
 """
 
 from __future__ import annotations
@@ -43,15 +44,22 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
-from dynamo.refit.rank.capture import capture_slices, describe_parameters
+from dynamo.refit.rank.capture import LoadGeometry, capture_load
+from dynamo.refit.rank.conversion import (
+    Conversion,
+    Function,
+    LayerFailed,
+    RuntimeForm,
+)
 from dynamo.refit.rank.cycle import Cycle, Limit
-from dynamo.refit.rank.install import LiveParameters
-from dynamo.refit.rank.layerwise import ProcessedLayers
+from dynamo.refit.rank.handover import Handover
+from dynamo.refit.rank.install import LiveModel
 from dynamo.refit.rank.load_check import (
     StartCheckpoint,
     check_other_tensors,
     compare_with_live,
     rehearse,
+    rehearse_conversions,
 )
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
@@ -59,7 +67,8 @@ from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import (
     ArenaLayout,
-    ReadSlice,
+    IntakeLayout,
+    Parameter,
     check_slices,
     order_of_arrival,
 )
@@ -70,8 +79,7 @@ logger = init_logger("vllm.dynamo_refit")
 
 @dataclass(frozen=True)
 class _Live:
-    """A version that was installed, and what the parts of the live parameters must
-    be."""
+    """A version that was installed, and what the parts of the live weights must be."""
 
     version: int
     parts: LiveParts
@@ -97,20 +105,13 @@ class _Staged:
 
 
 @dataclass(frozen=True)
-class CheckedSlices:
-    """What the engine's loader reads of tensors of these forms (name, dtype, shape)."""
+class CheckedLoad:
+    """What the engine's loader makes of tensors of these ``forms`` (name, dtype and
+    shape), and what is made of that."""
 
-    tensors: frozenset[tuple]
-    slices: list[ReadSlice]
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The live parameters are right, but for ``unchecked`` ones that cannot be
-    compared; the device wrote ``copy_ms`` for the install."""
-
-    unchecked: int
-    copy_ms: float
+    forms: frozenset[tuple]
+    geometry: LoadGeometry
+    conversions: list[Conversion]
 
 
 class RankStager:
@@ -131,18 +132,16 @@ class RankStager:
         rank: int,
         ranks: int,
     ) -> None:
-        self.parameters = describe_parameters(twin, model)
+        self._model = model
         self._twin = twin
         self._rank = rank
         self._ranks = ranks
         self._device = next(model.parameters()).device
         self._limits = LIMITS[self._device.type]
-        self._layout = ArenaLayout(self.parameters)
-        layers = ProcessedLayers(model, twin, config)
-        #: Slices of tensors that were shown to give what the engine's loader gives.
-        self._checked = self._check_start(model, config, layers)
-        self._live = LiveParameters(model, self._layout, layers)
-        self._plain = {name: p.detach() for name, p in layers.plain.items()}
+        self._form = RuntimeForm(model, twin, config)
+        #: Of tensors that were shown to give what the engine's loader gives.
+        self._checked = self._check_start(config)
+        self._live = LiveModel(model, self._form.live(self._loaded()))
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
@@ -152,6 +151,10 @@ class RankStager:
         self._proven: Session | None = None
         self._abandoned = AbandonedSessions()
         self._staged: _Staged | None = None
+        #: The conversions of the pull that is under way.
+        self.handover: Handover | None = None
+        #: What the functions of the live version took the place of.
+        self._replaced: list[Function] = []
         self._installed: _Live | None = None
         self._previous: _Live | None = None
         # Made once: torch has 32 streams and gives them out in turn, the model's among
@@ -176,14 +179,12 @@ class RankStager:
         if self._device.type == "cuda":
             host_copy.warm_up()
 
-    def _check_start(
-        self, model: nn.Module, config: VllmConfig, layers: ProcessedLayers
-    ) -> CheckedSlices | None:
+    def _check_start(self, config: VllmConfig) -> CheckedLoad | None:
         """Refuse now what no version could be installed into; blocks, for seconds if
         the model is large.
 
-        Where the start checkpoint's names are known, its slices are what a version of
-        these names will use. A directory whose weights were not loaded
+        Where the start checkpoint's names are known, what its tensors give is what a
+        version of these names will give. A directory whose weights were not loaded
         (``--load-format dummy``) need not fit the model: what its names cannot show is
         left to the first version.
 
@@ -192,7 +193,6 @@ class RankStager:
         """
         checkpoint = StartCheckpoint(config)
         try:
-            check_other_tensors(model, self._twin, layers)
             entries = checkpoint.entries(self._twin)
             if not entries:
                 return None
@@ -201,38 +201,62 @@ class RankStager:
                     return self._check_load(entries)
                 return None
             checked = self._check_load(entries)
-            tensors = checkpoint.tensors(self._twin)
-            compare_with_live(tensors, checked.slices, layers)
-        except LayoutRefused as error:
+            compare_with_live(
+                checkpoint.tensors(self._twin),
+                checked.geometry.slices,
+                checked.conversions,
+                self._form,
+            )
+        except (LayoutRefused, LayerFailed) as error:
             raise UnsupportedConfiguration(
-                f"{type(model).__name__} cannot be refitted by this release: {error}; "
-                "serve it with python -m dynamo.vllm",
+                f"{type(self._model).__name__} cannot be refitted by this release: "
+                f"{error}; serve it with python -m dynamo.vllm",
                 tensor=error.tensor,
             ) from error
         return checked
 
-    def _check_load(self, tensors: Sequence[TensorEntry]) -> CheckedSlices:
-        """The slices of ``tensors`` that the engine's loader takes, once it has been
-        shown on made-up numbers that they are all that it does.
+    def _check_load(self, tensors: Sequence[TensorEntry]) -> CheckedLoad:
+        """What the engine's loader makes of ``tensors``, once it has been shown on
+        made-up numbers that it does so.
 
         Raises:
-            LayoutRefused: names the tensors that are more than slices.
+            LayoutRefused: names the tensors of which it makes something else, and those
+                of the model that no version would fill.
+            LayerFailed: a conversion does not work.
         """
-        slices = capture_slices(self._twin, tensors)
-        check_slices(tensors, self.parameters, slices)
-        rehearse(self._twin, tensors, self.parameters, slices)
-        return CheckedSlices(_forms(tensors), slices)
+        geometry = capture_load(self._twin, tensors)
+        sliced = self._sliced(geometry)
+        check_slices(tensors, sliced, geometry.slices)
+        rehearse(self._twin, tensors, sliced, geometry.slices)
+        conversions = self._form.conversions(geometry, tensors)
+        filled = self._form.live(geometry.loaded)
+        check_other_tensors(self._model, self._twin, filled.values())
+        rehearse_conversions(conversions, self._form)
+        return CheckedLoad(_forms(tensors), geometry, conversions)
 
-    def _slices_of(self, manifest: Manifest) -> list[ReadSlice]:
+    def _check_manifest(self, manifest: Manifest) -> CheckedLoad:
         checked = self._checked
-        if checked is None or checked.tensors != _forms(manifest.tensors):
+        if checked is None or checked.forms != _forms(manifest.tensors):
             checked = self._checked = self._check_load(manifest.tensors)
-        return checked.slices
+        return checked
+
+    def _sliced(self, geometry: LoadGeometry) -> list[Parameter]:
+        every = self._form.parameters.values()
+        return [p for p in every if p.name not in geometry.loaded]
+
+    def _loaded(self) -> Sequence[str]:
+        """What the loader fills, of the tensors that were checked last."""
+        return () if self._checked is None else tuple(self._checked.geometry.loaded)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters this rank loads."""
+        return len(self._form.parameters)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's parameters."""
-        return sum(parameter.nbytes for parameter in self.parameters)
+        """Bytes of what this rank computes with."""
+        return self._layout().nbytes
 
     def plan_memory(self, staging: StagingChoice) -> MemoryUse:
         """Where a version would be staged, as things are now.
@@ -245,8 +269,8 @@ class RankStager:
             staging = held.mode
         return choose(
             staging,
-            arena=self._layout.nbytes,
-            scratch=2 * self._limits.scratch,
+            arena=self.nbytes,
+            scratch=2 * self._limits.scratch + self._intake().nbytes,
             free=free_memory(self._device, self._ranks),
             held=held,
         )
@@ -330,6 +354,7 @@ class RankStager:
         self._arena.installed()
         if self._installed is None or self._installed.version != version:
             self._previous = self._installed
+            self._replaced = [f.install() for f in staged.session.functions]
         self._installed = staged.as_live()
         self._proven = staged.session
 
@@ -347,17 +372,17 @@ class RankStager:
                 "this worker the memory for mode host"
             )
         if arena.old is None:
-            raise NoWayBack(
-                "some layers keep their weights in another layout than they are "
-                "loaded in, and this is the first version that was installed"
-            )
+            raise NoWayBack("the copy of what was live is not whole")
         self._live.copy_from(arena.old)
         arena.restored()
         if self._installed is not None and self._installed.version == version:
+            for function in self._replaced:
+                function.install()
             self._installed = self._previous
 
-    def verify(self, version: int) -> Checked:
-        """Compare the live parameters with ``version``, which was installed last.
+    def verify(self, version: int) -> float:
+        """Compare the live weights with ``version``, which was installed last; the
+        milliseconds that the device wrote for the install.
 
         Blocks until they are written, and for one read of them.
 
@@ -376,7 +401,7 @@ class RankStager:
             self._evict()
         copy_ms = self._live.wait()
         live.parts.check(live.landed, self._rank)
-        return Checked(live.parts.unchecked, copy_ms)
+        return copy_ms
 
     def discard(self) -> None:
         """Forget what is staged; the session stays. Others may not read it any more,
@@ -449,21 +474,24 @@ class RankStager:
         return self._build_session(manifest, layout, request.staging, cycle), "cold"
 
     def _build_session(
-        self, manifest: Manifest, layout: str, staging: StagingChoice, cycle: Cycle
+        self, manifest: Manifest, fingerprint: str, staging: StagingChoice, cycle: Cycle
     ) -> Session:
         with cycle.time("plan"):
+            checked = self._check_manifest(manifest)
             memory = self.plan_memory(staging)
-            slices = self._slices_of(manifest)
-            if self._arena is None:
-                first = order_of_arrival(manifest, slices)
-                self._layout = ArenaLayout(self.parameters, first)
+            geometry = checked.geometry
+            layout = self._layout(order_of_arrival(manifest, geometry.slices))
+            if self._arena is not None:
+                layout = self._arena.layout
+                self._check_room(layout)
             plan = make_plan(
                 manifest,
-                self.parameters,
-                slices,
+                self._sliced(geometry),
+                geometry.slices,
                 rank=self._rank,
                 limits=self._limits,
-                arena=self._layout,
+                arena=layout,
+                intake=self._intake(),
             )
         logger.info(
             "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
@@ -476,11 +504,49 @@ class RankStager:
             plan.descriptors,
         )
         if self._arena is None:
-            self._arena = Arena(self._agent, self._layout, memory, self._device, cycle)
+            self._live.filled = self._form.live(self._loaded())
+            self._arena = Arena(self._agent, layout, memory, self._device, cycle)
             self._offers.know(self._arena)
         return Session(
-            self._agent, layout, plan, memory, self._arena, self._plain, cycle
+            self._agent,
+            fingerprint,
+            plan,
+            memory,
+            self._arena,
+            self._live.filled,
+            cycle,
+            checked.conversions,
+            self._form.convert,
         )
+
+    def _layout(self, first: Sequence[str] = ()) -> ArenaLayout:
+        """Of the arena that the tensors checked last need."""
+        live = self._form.live(self._loaded())
+        unloaded = {p.name: p.unloaded for p in self._form.parameters.values()}
+        return ArenaLayout(
+            [
+                Parameter.of(name, tensor, unloaded.get(name, 0))
+                for name, tensor in live.items()
+            ],
+            first,
+        )
+
+    def _intake(self) -> IntakeLayout:
+        """For the conversions of the tensors checked last."""
+        groups = self._form.taken_in()
+        if self._checked is not None:
+            groups = [each.inputs for each in self._checked.conversions]
+        return IntakeLayout(groups, self._limits.scratch)
+
+    def _check_room(self, layout: ArenaLayout) -> None:
+        """The arena is for what earlier versions filled: another list is refused."""
+        there = {parameter.name for parameter in layout.parameters}
+        filled = self._form.live(self._loaded()).keys()
+        if different := sorted(there ^ filled):
+            raise LayoutRefused(
+                "earlier versions, or this one, did not fill it: restart this worker",
+                tensor=different[0],
+            )
 
     def _address(
         self, session: Session, manifest: Manifest, request: Stage, cycle: Cycle
@@ -499,11 +565,13 @@ class RankStager:
         """The version's bytes in the arena, and a copy of the live ones beside it."""
         submit, arena = self._follower.submit, session.arena
         with cycle.time("backup"):
-            arena.begin(self._live.processed)
+            arena.begin()
+        self.handover = session.begin()
         backup = self._backup.submit(self._preserve, arena, cycle)
         try:
             parts = session.pull(slot, limit, submit, cycle)
         finally:
+            self.handover = None
             wait([backup])
         backup.result()
         return parts

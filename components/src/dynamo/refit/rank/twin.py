@@ -10,7 +10,8 @@ maps of experts) is real, so that the live model's can be compared with it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.model_executor.model_loader.reload.meta import (
+    materialize_meta_tensor,
+    to_meta_tensor,
+)
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -26,6 +30,9 @@ from dynamo.refit.errors import UnsupportedConfiguration
 
 #: Tensors of more elements than this are on the meta device, however they are made.
 LARGEST_REAL = 1 << 22
+
+#: vLLM's name for a loader that processes a layer once it is whole.
+ONLINE_LOADER = "online_process_loader"
 
 #: Constructors whose result has no values yet, or random ones.
 _WITHOUT_VALUES = frozenset(
@@ -40,7 +47,8 @@ _WITHOUT_VALUES = frozenset(
     }
 )
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: By size in bytes, a dtype that can stand for any of that size.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _RealWhereComputed(TorchFunctionMode):
@@ -100,17 +108,70 @@ def build_twin(vllm_config: VllmConfig, live: nn.Module) -> nn.Module:
 
 def _forget_values(twin: nn.Module, live: nn.Module) -> None:
     """Put the parameters that were made with values (ones, zeros) on the meta device:
-    what a loader computes from them must fail, and not be taken for a constant."""
+    what a loader computes from them must fail, and not be taken for a constant. Their
+    values are kept beside them, for :func:`made_real`."""
     # Layers may be shared with the live model, such as rotary embeddings.
     kept = {id(parameter) for parameter in live.parameters()}
     emptied: dict[int, torch.Tensor] = {}
     for _, table, key, tensor in list(held_tensors(twin)):
         if isinstance(tensor, nn.Parameter) and id(tensor) not in kept:
             if id(tensor) not in emptied:
-                emptied[id(tensor)] = (
+                emptied[id(tensor)] = planned = (
                     tensor if tensor.is_meta else to_meta_tensor(tensor)
                 )
+                if planned is not tensor:
+                    planned.initial_value = tensor.detach()
             table[key] = emptied[id(tensor)]
+
+
+@contextmanager
+def made_real(
+    twin: nn.Module, names: Iterable[str], device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of ``twin`` with these ``names`` are real for a while, on ``device``,
+    with the values that they were constructed with, or zeros.
+    """
+    planned = {name: tensor for name, _, _, tensor in held_tensors(twin)}
+    planned |= dict(twin.named_parameters())
+    wanted = {name: planned[name] for name in names}
+    with device:
+        real = {name: _with_initial_value(p) for name, p in wanted.items()}
+    of = {id(tensor): name for name, tensor in wanted.items()}
+    places = [
+        (table, key, tensor)
+        for _, table, key, tensor in held_tensors(twin)
+        if id(tensor) in of
+    ]
+    for table, key, tensor in places:
+        table[key] = real[of[id(tensor)]]
+    try:
+        yield real
+    finally:
+        for table, key, tensor in places:
+            table[key] = tensor
+
+
+def _with_initial_value(planned: torch.Tensor) -> torch.Tensor:
+    """A tensor of the class and with the attributes of ``planned``."""
+    real = materialize_meta_tensor(planned)
+    initial = (
+        planned if not planned.is_meta else getattr(planned, "initial_value", None)
+    )
+    if initial is None:
+        real.data.zero_()
+    else:
+        real.data.copy_(initial)
+    if hasattr(real, "weight_loader"):
+        real.weight_loader = _without_processing(real.weight_loader)
+    return real
+
+
+def _without_processing(loader: Callable) -> Callable:
+    """The loader that vLLM has wrapped where a layer is quantized as soon as its last
+    tensor is loaded."""
+    while getattr(loader, "__name__", "") == ONLINE_LOADER:
+        loader = loader.__wrapped__
+    return loader
 
 
 def held_tensors(
@@ -134,7 +195,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     numbers; blocks."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    bits = _BITS.get(one.dtype.itemsize)
+    bits = BITS.get(one.dtype.itemsize)
     if bits is not None and not one.dtype.is_complex:
         one, other = one.view(bits), other.view(bits)
     return torch.equal(one, other.to(one.device))

@@ -501,7 +501,6 @@ class RefitAgent:
                 worker=self._worker,
                 version=version,
                 fingerprint=committed.fingerprint,
-                unchecked=committed.unchecked,
                 kv_epoch=committed.kv_epoch,
                 in_flight=request.in_flight,
                 timings=committed.timings,
@@ -540,12 +539,10 @@ class RefitAgent:
         async with self._verifying:
             version, fingerprint = self._version, self._fingerprint
             try:
-                checked = await self._ranks.verify(version)
+                await self._ranks.verify(version)
             except RanksFailed as error:
                 return Refused(failure=self._failure(error, "verify", version))
-        return WeightsVerified(
-            version=version, fingerprint=fingerprint, unchecked=checked.unchecked
-        )
+        return WeightsVerified(version=version, fingerprint=fingerprint)
 
     def _leave(self, request: Fence) -> Message:
         """Its weights are whole, but not the fleet's: no new requests, and when the

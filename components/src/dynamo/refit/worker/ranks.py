@@ -22,6 +22,7 @@ from dynamo.refit.errors import (
     Failure,
     FingerprintMismatch,
     InstallUndone,
+    LayoutRefused,
     ManifestInvalid,
     PeerUnsuitable,
     RefitError,
@@ -81,6 +82,9 @@ QUIET_SHARE = 0.8
 #: Between two reports of how far a stage is; one that ends sooner makes none.
 PROGRESS_SECONDS = 0.25
 
+#: Milliseconds for which conversions may keep the model's thread at a time.
+CONVERT_MS = 1.0
+
 #: How long the trainer may take to send its manifest, or a version's fingerprints.
 TRAINER_SECONDS = 60.0
 
@@ -131,15 +135,6 @@ class HeldVersion:
     fingerprint: str
     manifest: HeldManifest
     tensors: np.ndarray
-
-
-@dataclass(frozen=True)
-class LiveCheck:
-    """``unchecked`` parameters of all ranks cannot be compared, the others are right;
-    the slowest rank's device wrote ``copy_ms`` for the install."""
-
-    unchecked: int
-    copy_ms: float
 
 
 @dataclass(frozen=True)
@@ -305,8 +300,10 @@ class Ranks:
         await asyncio.sleep(min(quiet, PROGRESS_SECONDS))
         wait = POLL_SECONDS / 16
         due = began + PROGRESS_SECONDS
+        conversions = ConversionSteps()
         while True:
-            replies = await self._caller.call_ranks(Poll(version=version))
+            poll = Poll(version=version, convert=conversions.before)
+            replies = await self._caller.call_ranks(poll)
             if not any(isinstance(reply, Running) for reply in replies):
                 staged = _all_or_raise(replies)
                 if all(reply.vote.session == "warm" for reply in staged):
@@ -320,6 +317,9 @@ class Ranks:
                 report(_progress(replies))
                 if await source.is_gone():
                     raise RanksFailed(_source_gone(version, source, replies))
+            if conversions.go_on(replies):
+                wait = POLL_SECONDS / 16
+                continue
             await asyncio.sleep(wait)
             wait = min(2 * wait, POLL_SECONDS)
 
@@ -365,8 +365,9 @@ class Ranks:
         if self._live is not self._staged:
             self._previous, self._live = self._live, self._staged
 
-    async def verify(self, version: int) -> LiveCheck:
-        """Compare the live weights of every rank with ``version``, while serving.
+    async def verify(self, version: int) -> float:
+        """Compare the live weights of every rank with ``version``, while serving; the
+        milliseconds that the slowest rank's device wrote for the install.
 
         Raises:
             RanksFailed: those of a rank are something else. WeightsUnknown: the check
@@ -389,10 +390,7 @@ class Ranks:
                 for before, now in zip(replies, polled, strict=True)
             ]
         verified = _all_or_raise(replies)
-        return LiveCheck(
-            unchecked=sum(reply.unchecked for reply in verified),
-            copy_ms=max(reply.copy_ms for reply in verified),
-        )
+        return max(reply.copy_ms for reply in verified)
 
     async def restore(self, version: int, cause: RanksFailed) -> None:
         """Undo an install that failed on some rank.
@@ -469,6 +467,40 @@ class Ranks:
 
     async def _call(self, request: RankRequest) -> list:
         return _all_or_raise(await self._caller.call_ranks(request))
+
+
+class ConversionSteps:
+    """How many conversions the ranks carry out at the next poll: all of them the same
+    ones, and no more than take :data:`CONVERT_MS`, unless one alone does."""
+
+    def __init__(self) -> None:
+        #: The number of the first one that they do not.
+        self.before = 0
+        self._step = 1
+
+    def go_on(self, replies: list[RankReply]) -> bool:
+        """Whether there is something to be carried out, after these replies.
+
+        Raises:
+            LayoutRefused: the ranks have different conversions, in which each would
+                wait for another one.
+        """
+        running = [reply for reply in replies if isinstance(reply, Running)]
+        if not running or any(reply.conversions is None for reply in running):
+            return False
+        if len({reply.conversions for reply in running}) > 1:
+            raise LayoutRefused(
+                "the ranks convert different numbers of layers: "
+                f"{[reply.conversions for reply in running]}"
+            )
+        took = max(reply.convert_ms for reply in running)
+        done = min(reply.converted for reply in running)
+        if done == self.before and done:
+            share = CONVERT_MS / max(took, CONVERT_MS / 2)
+            self._step = max(1, int(self._step * share))
+        ready = min(reply.ready for reply in running)
+        self.before = min(ready, done + self._step)
+        return self.before > done
 
 
 def _read_manifest(payload: bytes, announced: str) -> HeldManifest:

@@ -26,7 +26,7 @@ from dynamo.refit.protocol import (
     RankRequest,
 )
 from dynamo.refit.worker.barrier import Barrier
-from dynamo.refit.worker.ranks import LiveCheck, Ranks, RanksFailed, WeightsUnknown
+from dynamo.refit.worker.ranks import Ranks, RanksFailed, WeightsUnknown
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Switch:
                 if not engine.paused_by_user:
                     await engine.probe()
                 clock.append(time.perf_counter())
-                checked = await self._check_live(version)
+                copy_ms = await self._check_live(version)
             except BaseException:
                 await self._silence()
                 raise
@@ -111,14 +111,13 @@ class Switch:
         return Committed(
             version=version,
             fingerprint=staged.fingerprint,
-            unchecked=checked.unchecked,
             kv_epoch=engine.kv_epoch,
             timings=CommitTimings(
                 pause_ms=pause,
                 install_ms=install,
-                copy_ms=checked.copy_ms,
+                copy_ms=copy_ms,
                 resume_ms=resume,
-                stall_ms=pause + max(install, checked.copy_ms) + resume,
+                stall_ms=pause + max(install, copy_ms) + resume,
                 probe_ms=probe,
                 verify_ms=verify,
                 install_retries=retries,
@@ -221,7 +220,7 @@ class Switch:
         self._now_serving(staged)
         self._engine.begin_epoch(staged.version)
 
-    async def _check_live(self, version: int) -> LiveCheck:
+    async def _check_live(self, version: int) -> float:
         """
         Raises:
             WeightsUnknown: what is live is not what was installed.

@@ -1,0 +1,679 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine computes with, made of what is published, beside the live model.
+
+Most parameters are served as they are loaded, and are loaded as slices: those need
+nothing. The others go through a *conversion*, while the version is staged. The loader
+of the meta twin fills what slices cannot say. For a layer that vLLM processes after a
+load, a copy is made of its twin, which is as vLLM builds it before a load; it is given
+real tensors, and processed as after a first load. What comes of it waits in the shadow,
+in the form in which the live layer holds it, so that an install only copies.
+
+vLLM's own layerwise reload is not used: it works on the live layer (a failure leaves
+it half processed), skips steps that its methods take at a first load only (experts on
+a CPU are not packed again), loads each tied tensor into one of its owners (the output
+layer of a tied model keeps its old packed copy), and rebinds bare tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from dynamo.refit.errors import LayoutRefused, RefitError, UnsupportedConfiguration
+from dynamo.refit.manifest import ITEMSIZE, TensorEntry
+from dynamo.refit.rank.capture import LoadGeometry, describe_parameters
+from dynamo.refit.rank.plan import whole
+from dynamo.refit.rank.runtime_layout import (
+    MLA_DERIVED,
+    ProcessedLayer,
+    find_layout,
+    quantization_method,
+)
+from dynamo.refit.rank.slices import Parameter
+from dynamo.refit.rank.twin import BITS, held_tensors, made_real
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_SCALARS = (bool, int, float, complex, str, type(None), enum.Enum, torch.dtype)
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+)
+_MISSING = object()
+#: Where kernels keep their tensors; not their configs, nor other layers.
+_KERNELS = "vllm.model_executor."
+
+#: Bytes of published tensors that one call of the loader is given, if it takes them
+#: for parameters of different layers: each call looks through the whole model.
+LOADED_TOGETHER = 1 << 20
+
+
+class LayerFailed(RefitError):
+    """A layer could not be made of what was published; nothing live has changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What is made at once.
+
+    ``sources`` are the published tensors that the loader gets, whole, and ``loaded``
+    what it fills with them, by the twin's names. ``sliced`` are the other parameters of
+    ``layers``, as they are loaded. ``outputs`` names what comes of all that.
+    """
+
+    sources: tuple[TensorEntry, ...]
+    loaded: tuple[str, ...]
+    sliced: tuple[Parameter, ...]
+    layers: tuple[ProcessedLayer, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.layers[0].name if self.layers else self.loaded[0]
+
+    @property
+    def inputs(self) -> tuple[Parameter, ...]:
+        """What it takes in."""
+        sources = (
+            Parameter(name=whole(t.name), shape=t.shape, dtype=t.dtype)
+            for t in self.sources
+        )
+        return (*sources, *self.sliced)
+
+    @property
+    def kind(self) -> tuple:
+        """Conversions of one kind do the same with other tensors."""
+        sources = ((re.sub(r"\d+", "#", t.name), t.shape) for t in self.sources)
+        layers = (_kind(layer) for layer in self.layers)
+        forms = ((re.sub(r"\d+", "#", p.name), p.shape, p.dtype) for p in self.sliced)
+        return tuple(sources), tuple(layers), tuple(forms)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that holds tensors, to be the attribute ``name`` of ``holder``."""
+
+    holder: Any
+    name: str
+    function: Any
+
+    def install(self) -> Function:
+        """Set it; gives what was there."""
+        before = Function(self.holder, self.name, vars(self.holder).get(self.name))
+        setattr(self.holder, self.name, self.function)
+        return before
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made: by name, the tensors, laid out as the live ones."""
+
+    tensors: dict[str, torch.Tensor]
+    functions: tuple[Function, ...]
+
+
+class RuntimeForm:
+    """The tensors that a live model computes with, and how each of them is made.
+
+    Every kind of processed layer is processed once at construction, with made-up
+    weights, so that what could not be made is refused here and not at a version. Where
+    a quantization method talks to the other ranks (scales of quantization at load), all
+    ranks have to construct this, and convert, together.
+
+    Args:
+        model: the live model.
+        twin: the same model on the meta device, as built.
+        config: what the model was built with.
+
+    Raises:
+        UnsupportedConfiguration: names the layer, and what could not be installed.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module, config: VllmConfig) -> None:
+        layout = find_layout(twin, model)
+        #: By name, what is loaded.
+        self.parameters = {p.name: p for p in describe_parameters(twin, model)}
+        #: By name, the live tensors that are laid out as they are loaded.
+        self.plain = {name: p.detach() for name, p in layout.plain.items()}
+        self.layers = layout.processed
+        self._twin = twin
+        self._config = config
+        self._device = next(model.parameters()).device
+        self._held = {name: tensor for name, _, _, tensor in held_tensors(model)}
+        #: By the layer's name, the names of what is made of it.
+        self._made: dict[str, tuple[str, ...]] = {}
+        #: By name, the live tensors that are made of a processed layer's weights.
+        self.made: dict[str, torch.Tensor] = {}
+        if self.layers:
+            self._rehearse(model)
+
+    def live(self, loaded: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+        """By name, every live tensor that a version fills: flat memory, in which no
+        element comes twice. ``loaded`` are the tensors that the loader fills.
+
+        Raises:
+            LayoutRefused: the engine has no such tensor.
+        """
+        found = self.plain | self.made
+        of_layers = {n for layer in self.layers for n in layer.parameters.values()}
+        for name in loaded:
+            if name in found or name in of_layers:
+                continue
+            if name not in self._held:
+                raise LayoutRefused(
+                    "the loader fills it, and the engine does not have it any more",
+                    tensor=name,
+                )
+            found[name] = _in_memory_order(self._held[name].detach())
+        return found
+
+    def taken_in(self) -> list[list[Parameter]]:
+        """What processed layers are made of, where slices fill all of them."""
+        return [
+            [self.parameters[name] for name in layer.parameters.values()]
+            for layer in self.layers
+        ]
+
+    def conversions(
+        self, geometry: LoadGeometry, tensors: Sequence[TensorEntry]
+    ) -> list[Conversion]:
+        """What has to be made of ``tensors``, in the model's order."""
+        published = {tensor.name: tensor for tensor in tensors}
+        groups = _load_small_together(_group(self, geometry), published)
+        return [self._conversion(group, published) for group in groups]
+
+    def _conversion(
+        self, group: _Group, published: Mapping[str, TensorEntry]
+    ) -> Conversion:
+        sliced, outputs = [], []
+        alone = set(group.loaded)
+        for layer in group.layers:
+            alone -= set(layer.parameters.values())
+            outputs += self._made[layer.name]
+            sliced += [
+                self.parameters[name]
+                for name in layer.parameters.values()
+                if name not in group.loaded
+            ]
+        return Conversion(
+            sources=tuple(published[name] for name in sorted(group.sources)),
+            loaded=tuple(group.loaded),
+            sliced=tuple(sliced),
+            layers=tuple(group.layers),
+            outputs=(*outputs, *(name for name in group.loaded if name in alone)),
+        )
+
+    def convert(
+        self, conversion: Conversion, inputs: Mapping[str, torch.Tensor]
+    ) -> Converted:
+        """Make what ``conversion`` makes of ``inputs``, which are only read.
+
+        On the thread that runs the model, between two steps: vLLM's methods look at
+        process-wide state, and may talk to the other ranks.
+
+        Raises:
+            LayerFailed: names the layer.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        functions: list[Function] = []
+        with self._as_after_a_load(), _failing(conversion.name):
+            loaded = self._load(conversion, inputs)
+            filled = {
+                id(self._held[name]): tensor
+                for name, tensor in loaded.items()
+                if name in self._held
+            }
+            for layer in conversion.layers:
+                weights = {
+                    leaf: loaded[name] if name in loaded else inputs[name]
+                    for leaf, name in layer.parameters.items()
+                }
+                update = self._process(layer, weights, filled)
+                functions += update.functions
+                tensors |= {
+                    name: _in_memory_order(new, live)
+                    for name, live, new in update.copies
+                }
+            for name in loaded.keys() & conversion.outputs:
+                tensors[name] = _in_memory_order(loaded[name], self._held[name])
+            if missing := [n for n in conversion.outputs if n not in tensors]:
+                raise LayerFailed("it was not made this time", tensor=missing[0])
+        return Converted(tensors, tuple(functions))
+
+    def _load(
+        self, conversion: Conversion, inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if not conversion.sources:
+            return {}
+        sources = [(t.name, inputs[whole(t.name)]) for t in conversion.sources]
+        with made_real(self._twin, conversion.loaded, self._device) as loaded:
+            with self._device:
+                self._twin.load_weights(iter(sources))
+            return dict(loaded)
+
+    def _process(
+        self,
+        layer: ProcessedLayer,
+        weights: Mapping[str, torch.Tensor],
+        filled: Mapping[int, torch.Tensor],
+    ) -> _Update:
+        scratch, update = _process(layer, weights, filled)
+        if layer.attention is not None:
+            name, attention = layer.attention
+            dtype = self._config.model_config.dtype
+            update.add(name, _derive(attention, dtype, scratch))
+        for name, leaf, view in layer.views:
+            size, stride, offset = view
+            made = weights[leaf].contiguous()
+            made = made.as_strided(size, stride, made.storage_offset() + offset)
+            update.copies.append((name, self._held[name], made))
+        return update
+
+    def _rehearse(self, model: nn.Module) -> None:
+        compiled = _is_compiled(model)
+        seen: set[tuple] = set()
+        with self._as_after_a_load():
+            for layer in self.layers:
+                with _refusing(layer.name):
+                    update = self._process(layer, _made_up(layer), {})
+                if update.functions and compiled:
+                    raise UnsupportedConfiguration(
+                        f"{layer.name} keeps packed weights in a function, which "
+                        "compiled code may have inlined: start the worker with "
+                        "--enforce-eager"
+                    )
+                # A tensor may be held in several places: it is written once.
+                made = {
+                    name: live
+                    for name, live, _ in update.copies
+                    if live.numel() and _place(live) not in seen
+                }
+                seen |= {_place(live) for live in made.values()}
+                self._made[layer.name] = tuple(made)
+                self.made |= {n: _in_memory_order(t) for n, t in made.items()}
+
+    @contextmanager
+    def _as_after_a_load(self) -> Iterator[None]:
+        """What vLLM's methods find around them when they process a loaded layer."""
+        with (
+            torch.no_grad(),
+            set_current_vllm_config(self._config),
+            set_default_torch_dtype(self._config.model_config.dtype),
+        ):
+            yield
+
+
+@dataclass
+class _Group:
+    """What is converted together: layers, and tensors that the loader fills."""
+
+    layers: list[ProcessedLayer]
+    loaded: list[str]
+    sources: set[str] = field(default_factory=set)
+
+
+def _group(form: RuntimeForm, geometry: LoadGeometry) -> list[_Group]:
+    """The smallest groups of which none reads a tensor that another one loads."""
+    groups, owners = [], {}
+    for layer in form.layers:
+        loaded = [n for n in layer.parameters.values() if n in geometry.loaded]
+        groups.append(_Group([layer], loaded))
+        owners |= dict.fromkeys(loaded)
+    groups += [_Group([], [name]) for name in geometry.loaded if name not in owners]
+    first: dict[str, _Group] = {}
+    joined: list[_Group] = []
+    for group in groups:
+        group.sources = set().union(*(geometry.loaded[n] for n in group.loaded))
+        others = {id(first[s]): first[s] for s in group.sources if s in first}
+        if others:
+            into, *rest = others.values()
+            for other in (*rest, group):
+                into.layers += other.layers
+                into.loaded += other.loaded
+                into.sources |= other.sources
+            joined = [g for g in joined if not any(g is other for other in rest)]
+            group = into
+        else:
+            joined.append(group)
+        first |= dict.fromkeys(group.sources, group)
+    return joined
+
+
+def _load_small_together(
+    groups: Sequence[_Group], published: Mapping[str, TensorEntry]
+) -> list[_Group]:
+    """Joins groups without layers until the loader gets :data:`LOADED_TOGETHER`."""
+    joined: list[_Group] = [group for group in groups if group.layers]
+    room = 0
+    for group in groups:
+        if group.layers:
+            continue
+        nbytes = sum(_nbytes(published[name]) for name in group.sources)
+        if nbytes > room:
+            joined.append(_Group([], []))
+            room = max(LOADED_TOGETHER, nbytes)
+        joined[-1].loaded += group.loaded
+        joined[-1].sources |= group.sources
+        room -= nbytes
+    return joined
+
+
+def _nbytes(tensor: TensorEntry) -> int:
+    return math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _in_memory_order(
+    tensor: torch.Tensor, like: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``tensor`` with its dimensions in the order in which those of ``like`` (itself)
+    follow each other in memory, and of a dtype that a plan knows.
+
+    vLLM holds some weights transposed: copies of contiguous memory are the quickest.
+    """
+    like = tensor if like is None else like
+    order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    if like.permute(order).is_contiguous():
+        tensor = tensor.permute(order)
+    if str(tensor.dtype).removeprefix("torch.") not in ITEMSIZE:
+        tensor = tensor.view(BITS[tensor.dtype.itemsize])
+    return tensor
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedConfiguration(
+            f"weights of {name} cannot be refitted: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise LayerFailed(
+            f"{name} cannot be made of what was published: {type(error).__name__}: "
+            f"{error}",
+            tensor=getattr(error, "tensor", None) or name,
+        ) from error
+
+
+def _kind(layer: ProcessedLayer) -> tuple:
+    shapes = (
+        (leaf, tuple(planned.shape), planned.dtype)
+        for leaf, planned in layer.twin._parameters.items()
+        if planned is not None
+    )
+    return type(layer.live), type(quantization_method(layer.live)), *shapes
+
+
+def _made_up(layer: ProcessedLayer) -> dict[str, torch.Tensor]:
+    """Ones for every parameter of ``layer``: no scale of them is zero or infinite."""
+    planned = layer.twin._parameters
+    return {
+        leaf: torch.ones((), dtype=torch.float32)
+        .to(planned[leaf].dtype)
+        .expand(planned[leaf].shape)
+        for leaf in layer.parameters
+    }
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return not torch._dynamo.config.disable and any(
+        getattr(module, "do_not_compile", True) is False for module in model.modules()
+    )
+
+
+# Processing, beside the live layer.
+
+
+def _process(
+    layer: ProcessedLayer,
+    weights: Mapping[str, torch.Tensor],
+    filled: Mapping[int, torch.Tensor],
+) -> tuple[nn.Module, _Update]:
+    """A copy of ``layer`` that ``weights`` were loaded into, processed, and what of it
+    the live layer has to take over.
+
+    ``filled`` are buffers that the loader has filled, by the live one's ``id``.
+    """
+    device = _device(layer.live)
+    scratch = _copy_of(layer.twin)
+    for leaf, staged in weights.items():
+        with device:
+            parameter = materialize_meta_tensor(layer.twin._parameters[leaf])
+        parameter.data.copy_(staged)
+        scratch._parameters[leaf] = parameter
+    given = weights.keys() | _lend(layer.live, scratch, filled)
+    method = _copy_of_method(scratch)
+    before, before_method = dict(_attributes(scratch)), dict(_attributes(method))
+    method.process_weights_after_loading(scratch)
+
+    # What was filled in is new to the live layer, also where it was left as it is.
+    before = {name: held for name, held in before.items() if name not in given}
+    update = _Update(layer.name, seen={id(scratch), id(method)})
+    update.compare(layer.live, scratch, before)
+    live_method = quantization_method(layer.live)
+    update.compare(live_method, method, before_method, prefix="quant_method.")
+    return scratch, update
+
+
+def _derive(
+    layer: nn.Module, dtype: torch.dtype, processed: nn.Module
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What an MLA layer makes of a ``processed`` ``kv_b_proj``: by its own names, the
+    live tensors and the new ones."""
+    scratch = _copy_of(layer)
+    scratch._modules["kv_b_proj"] = processed
+    held = {}
+    for leaf in MLA_DERIVED:
+        held[leaf] = getattr(layer, leaf)
+        for table in (scratch.__dict__, scratch._parameters, scratch._buffers):
+            table.pop(leaf, None)
+    for table in (scratch._buffers, scratch.__dict__):
+        for leaf, value in table.items():
+            # Its scales, which processing sets and which do not depend on weights.
+            if isinstance(value, torch.Tensor) and "scale" in leaf:
+                table[leaf] = value.clone()
+    scratch.process_weights_after_loading(dtype)
+    return [(leaf, held[leaf], getattr(scratch, leaf, None)) for leaf in MLA_DERIVED]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+        if tensor is not None:
+            return tensor.device
+    raise LayerFailed("it holds no tensor any more")
+
+
+def _copy_of(source: Any) -> Any:
+    """A shallow copy whose own tables can be changed."""
+    copied = object.__new__(type(source))
+    copied.__dict__.update(source.__dict__)
+    for table in _TABLES:
+        if table in copied.__dict__:
+            copied.__dict__[table] = copy.copy(copied.__dict__[table])
+    return copied
+
+
+def _copy_of_method(scratch: nn.Module) -> Any:
+    """Give ``scratch`` a quantization method, and kernels, of its own."""
+    method = _copy_of(quantization_method(scratch))
+    for name, value in list(method.__dict__.items()):
+        hook = getattr(value, "process_weights_after_loading", None)
+        if hook is not None and not isinstance(value, type):
+            method.__dict__[name] = _copy_of(value)
+    scratch.quant_method = method
+    return method
+
+
+def _lend(
+    live: nn.Module, scratch: nn.Module, filled: Mapping[int, torch.Tensor]
+) -> set[str]:
+    """Copies of the live layer's other tensors, or of what has been ``filled`` for
+    them: the twin's may have no bytes.
+
+    A map of experts, for example, is computed when the model is built. Returns their
+    names, since processing may write into them.
+    """
+    lent = set()
+    for planned, current in (
+        (scratch._buffers, live._buffers),
+        (scratch.__dict__, live.__dict__),
+    ):
+        for name, tensor in planned.items():
+            found = current.get(name)
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if isinstance(found, torch.Tensor) and tensor.shape == found.shape:
+                planned[name] = filled.get(id(found), found).clone()
+                lent.add(name)
+    return lent
+
+
+def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
+    """Everything that ``holder`` holds under a name, as attribute access finds it."""
+    for name, value in holder.__dict__.items():
+        if name in ("_parameters", "_buffers"):
+            yield from value.items()
+        elif name not in _TABLES:
+            yield name, value
+
+
+# Where it belongs in what the live layer holds.
+
+
+@dataclass
+class _Update:
+    """By name, the live tensors and what is to be copied into them; functions."""
+
+    layer: str
+    copies: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    functions: list[Function] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+
+    def compare(
+        self, live: Any, new: Any, before: Mapping[str, Any], prefix: str = ""
+    ) -> None:
+        """Take over each attribute of ``new`` that is not what it was ``before``."""
+        held = dict(_attributes(live))
+        for name, value in _attributes(new):
+            if value is before.get(name, _MISSING):
+                continue
+            current = held.get(name, _MISSING)
+            if isinstance(value, _FUNCTIONS):
+                self._pair_functions(live, name, value)
+            else:
+                self.pair(current, value, f"{prefix}{name}")
+
+    def pair(self, live: Any, new: Any, path: str) -> None:
+        """Match what the live layer holds at ``path`` with what was made anew.
+
+        Raises:
+            LayerFailed: the new cannot be written into the live.
+        """
+        if live is new or id(new) in self.seen:
+            return
+        if isinstance(new, torch.Tensor):
+            self._pair_tensors(live, new, path)
+        elif isinstance(new, _SCALARS):
+            if live is _MISSING or not _equal(live, new):
+                raise self._mismatch(path, live, new)
+        elif type(live) is not type(new):
+            raise self._mismatch(path, live, new)
+        else:
+            self.seen.add(id(new))
+            self._pair_parts(live, new, path)
+
+    def add(
+        self, layer: str, pairs: Iterable[tuple[str, torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Match tensors of another ``layer``, by its own names."""
+        other = _Update(layer)
+        for path, live, new in pairs:
+            other.pair(live, new, path)
+        self.copies += other.copies
+
+    def _pair_tensors(self, live: Any, new: torch.Tensor, path: str) -> None:
+        if not isinstance(live, torch.Tensor) or new.is_meta:
+            raise self._mismatch(path, live, new)
+        if live.shape != new.shape or live.dtype != new.dtype:
+            raise self._mismatch(path, live, new)
+        self.copies.append((f"{self.layer}.{path}", live.detach(), new.detach()))
+
+    def _pair_parts(self, live: Any, new: Any, path: str) -> None:
+        if isinstance(new, dict):
+            live_parts, new_parts = live, new
+        elif isinstance(new, list | tuple):
+            live_parts, new_parts = dict(enumerate(live)), dict(enumerate(new))
+        elif _is_kernel(new):
+            live_parts, new_parts = vars(live), vars(new)
+        else:
+            return
+        for key, part in new_parts.items():
+            # Numbers of a kernel's configuration may differ between two builds of it;
+            # floats are what is computed from weights.
+            setting = isinstance(part, _SCALARS) and not isinstance(part, float)
+            if not setting and not isinstance(part, (*_FUNCTIONS, type)):
+                self.pair(live_parts.get(key, _MISSING), part, f"{path}.{key}")
+
+    def _pair_functions(self, live: Any, name: str, new: Any) -> None:
+        """A function that holds tensors takes the old one's place: only on a CPU,
+        where no graph has captured what it holds."""
+        closed_over = getattr(new, "__closure__", None) or getattr(new, "args", None)
+        if isinstance(new, types.MethodType) or not closed_over:
+            return
+        if not current_platform.is_cpu():
+            raise self._mismatch(name, vars(live).get(name, _MISSING), new)
+        self.functions.append(Function(live, name, new))
+
+    def _mismatch(self, path: str, live: Any, new: Any) -> LayerFailed:
+        return LayerFailed(
+            f"{path} is {_form(live)} in the engine and would be {_form(new)}",
+            tensor=f"{self.layer}.{path}".strip("."),
+        )
+
+
+def _is_kernel(value: Any) -> bool:
+    return (
+        type(value).__module__.startswith(_KERNELS)
+        and not isinstance(value, nn.Module)
+        and hasattr(value, "__dict__")
+    )
+
+
+def _equal(live: Any, new: Any) -> bool:
+    not_a_number = live != live and new != new
+    return not_a_number or (type(live) is type(new) and live == new)
+
+
+def _form(value: Any) -> str:
+    if value is _MISSING:
+        return "absent"
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return repr(value) if isinstance(value, _SCALARS) else type(value).__name__
