@@ -18,7 +18,7 @@ from torch import nn
 
 from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank import stager
-from dynamo.refit.rank.capture import capture_slices
+from dynamo.refit.rank.capture import LoadGeometry, capture_load
 from dynamo.refit.rank.plan import ReadSlice
 from tests.support.child import answer_requests
 from tests.support.rank_group import RankGroup
@@ -44,17 +44,18 @@ class BrokenRankProcess(RankProcess):
     def breaks(self, what: str) -> None:
         self.what = what
 
-    def capture(
-        self, twin: nn.Module, tensors: Sequence[TensorEntry]
-    ) -> list[ReadSlice]:
-        slices = capture_slices(twin, tensors)
+    def capture(self, twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometry:
+        geometry = capture_load(twin, tensors)
+        return replace(geometry, slices=tuple(self._broken(geometry.slices)))
+
+    def _broken(self, slices: Sequence[ReadSlice]) -> list[ReadSlice]:
         match self.what:
             case "row":
                 return [part for piece in slices for part in _row_off(piece)]
             case "parts":
                 parts = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
                 return [_renamed(piece, parts) for piece in slices]
-        return slices
+        return list(slices)
 
 
 def _row_off(piece: ReadSlice) -> list[ReadSlice]:
@@ -78,7 +79,7 @@ def _renamed(piece: ReadSlice, parts: dict[str, str]) -> ReadSlice:
 def main() -> None:
     descriptor, rank, ranks, port = map(int, sys.argv[1:])
     process = BrokenRankProcess(rank, ranks, port)
-    stager.capture_slices = process.capture
+    stager.capture_load = process.capture
     answer_requests(descriptor, process)
     # A process group that is torn down would wait for its peers.
     os._exit(0)

@@ -32,43 +32,38 @@ LAYOUT = ArenaLayout(
         Parameter("packed", (17, 129), "bfloat16"),
     ]
 )
-SHAPES = [parameter.shape for parameter in LAYOUT.parameters]
-DTYPES = [getattr(torch, parameter.dtype) for parameter in LAYOUT.parameters]
 
 
-def version(seed: int) -> list[torch.Tensor]:
+def version(seed: int) -> dict[str, torch.Tensor]:
     """The parameters of a version, random but for their seed."""
     draw = torch.Generator().manual_seed(seed)
-    return [
-        torch.rand(shape, generator=draw).to(dtype)
-        for shape, dtype in zip(SHAPES, DTYPES, strict=True)
-    ]
+    return {
+        parameter.name: torch.rand(parameter.shape, generator=draw).to(
+            getattr(torch, parameter.dtype)
+        )
+        for parameter in LAYOUT.parameters
+    }
 
 
 class DeviceEngine:
-    """What a rank's stager does with an arena, without a transfer; ``processed``
-    parameters cannot be read from what is live."""
+    """What a rank's stager does with an arena, without a transfer."""
 
-    def __init__(self, device: torch.device, *processed: str) -> None:
-        self.processed = frozenset(processed)
-        self.can_copy_out = not processed
+    def __init__(self, device: torch.device) -> None:
         self.live = version(0)
         if device is not DISGUISED:
-            self.live = [tensor.to(device) for tensor in self.live]
+            self.live = {name: t.to(device) for name, t in self.live.items()}
         memory = MemoryUse(mode="device", device_nbytes=0, host_nbytes=0)
         self.arena = Arena(AnyMemory(), LAYOUT, memory, device, Cycle())
 
-    def copy_to(self, backup: list[torch.Tensor]) -> None:
-        names = [parameter.name for parameter in LAYOUT.parameters]
-        for name, kept, live in zip(names, backup, self.live, strict=True):
-            if name not in self.processed:
-                kept.copy_(live)
+    def copy_to(self, backup: dict[str, torch.Tensor]) -> None:
+        for name, kept in backup.items():
+            kept.copy_(self.live[name])
 
     def stage(self, seed: int) -> None:
-        self.arena.begin(self.processed)
+        self.arena.begin()
         self.arena.preserve(self)
-        for place, tensor in zip(self.arena.staged, version(seed), strict=True):
-            place.copy_(tensor)
+        for name, tensor in version(seed).items():
+            self.arena.staged[name].copy_(tensor)
 
     def install(self) -> None:
         self._take(self.arena.staged)
@@ -78,11 +73,11 @@ class DeviceEngine:
         self._take(self.arena.old)
         self.arena.restored()
 
-    def _take(self, tensors: list[torch.Tensor]) -> None:
-        for live, tensor in zip(self.live, tensors, strict=True):
-            live.copy_(tensor)
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, live in self.live.items():
+            live.copy_(tensors[name])
 
 
-def assert_is(tensors: list[torch.Tensor], seed: int) -> None:
-    for tensor, expected in zip(tensors, version(seed), strict=True):
-        assert torch.equal(tensor.cpu(), expected)
+def assert_is(tensors: dict[str, torch.Tensor], seed: int) -> None:
+    for name, expected in version(seed).items():
+        assert torch.equal(tensors[name].cpu(), expected)

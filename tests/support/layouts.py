@@ -27,7 +27,12 @@ from dynamo.refit.manifest import (
     TensorEntry,
 )
 from dynamo.refit.rank.plan import Limits, Plan, TransferCost, make_plan
-from dynamo.refit.rank.slices import CONVERTIBLE, Parameter, ReadSlice
+from dynamo.refit.rank.slices import (
+    CONVERTIBLE,
+    IntakeLayout,
+    Parameter,
+    ReadSlice,
+)
 
 MEMORIES = ("DRAM", "VRAM")
 
@@ -177,6 +182,7 @@ class Layout:
         costs: dict[str, TransferCost] | None = None,
         limits: Limits = ROOMY,
         rank: int = 0,
+        intake: IntakeLayout | None = None,
     ) -> Plan:
         return make_plan(
             self.manifest,
@@ -185,6 +191,7 @@ class Layout:
             rank=rank,
             limits=limits,
             costs=costs,
+            intake=intake,
         )
 
     def random_tensors(self, seed: int) -> dict[str, np.ndarray]:

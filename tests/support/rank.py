@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +16,13 @@ from dynamo.refit.fingerprint import Part
 from dynamo.refit.manifest import Box, TensorEntry
 from dynamo.refit.protocol import MemoryUse, StagingMode
 from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank.conversion import Conversion
 from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.plan import Limits, TransferCost
-from dynamo.refit.rank.session import Session
+from dynamo.refit.rank.session import Convert, Session
+from dynamo.refit.rank.slices import IntakeLayout
 from tests.support.fake_nixl import FakeNixlAgent, FakeTrainers
 from tests.support.layouts import Layout, decoder_layer, index, raw
 
@@ -52,8 +56,8 @@ def bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
 class Rank:
     """One rank's session on a layout that ``trainers`` hold, addressed to them.
 
-    ``live`` has the parameters of a model without the model; the session may compare
-    those in ``as_loaded`` (``None``: all). ``built`` counts what all of this took.
+    ``live`` has the parameters of a model without the model. ``built`` counts what all
+    of this took.
     """
 
     layout: Layout
@@ -62,11 +66,15 @@ class Rank:
     limits: Limits = SMALL
     costs: dict[str, TransferCost] | None = None
     mode: StagingMode = "host"
-    as_loaded: set[str] | None = None
+    intake: IntakeLayout | None = None
+    conversions: Sequence[Conversion] = ()
+    convert: Convert | None = None
     built: Cycle = field(default_factory=Cycle)
 
     def __post_init__(self) -> None:
-        plan = self.layout.plan(rank=self.number, limits=self.limits, costs=self.costs)
+        plan = self.layout.plan(
+            rank=self.number, limits=self.limits, costs=self.costs, intake=self.intake
+        )
         self.agent = FakeNixlAgent(self.trainers.manifest)
         self.live = {
             p.name: torch.full((p.nbytes,), OLD, dtype=torch.uint8)
@@ -76,16 +84,18 @@ class Rank:
         }
         memory = MemoryUse(mode=self.mode, device_nbytes=0, host_nbytes=0)
         self.arena = Arena(self.agent, plan.arena, memory, CPU, self.built)
-        names = self.live if self.as_loaded is None else self.as_loaded
         self.session = Session(
             self.agent,
             self.trainers.manifest.layout_fingerprint(),
             plan,
             memory,
             self.arena,
-            {name: self.live[name] for name in names},
+            self.live,
             self.built,
+            self.conversions,
+            self.convert,
         )
+        self.handover: Handover | None = None
         self.address()
 
     def address(self) -> None:
@@ -100,9 +110,21 @@ class Rank:
         limit: Limit | None = None,
         cycle: Cycle | None = None,
     ) -> np.ndarray:
-        self.arena.begin(())
+        self.arena.begin()
+        self.handover = self.session.begin()
         limit = limit or Limit(time.monotonic() + 60, lambda: False)
         return self.session.pull(slot, limit, submit, cycle or Cycle())
+
+    def pull_and_convert(self, slot: int, submit: Submit, step: int = 1) -> np.ndarray:
+        """:meth:`pull`, while this thread is the model's: it carries out ``step``
+        conversions at a time."""
+        with ThreadPoolExecutor(1) as pool:
+            pulling = pool.submit(self.pull, slot, submit)
+            while not pulling.done():
+                if self.handover is not None:
+                    self.handover.run(self.handover.done + step)
+                time.sleep(0.0001)
+            return pulling.result()
 
     @property
     def staged(self) -> dict[str, torch.Tensor]:

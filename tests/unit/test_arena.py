@@ -28,45 +28,44 @@ LAYOUT = ArenaLayout(
 
 
 class FakeLive:
-    """A test fake of :class:`dynamo.refit.rank.install.LiveParameters`, all of a
-    version being one number. The engine cannot give ``processed`` ones back."""
+    """A test fake of :class:`dynamo.refit.rank.install.LiveModel`, all of a version
+    being one number."""
 
-    def __init__(self, processed: frozenset[str] = frozenset()) -> None:
-        self.processed = processed
-        self.can_copy_out = not processed
+    def __init__(self) -> None:
         self.version = 0
 
-    def copy_to(self, backup: list[torch.Tensor]) -> None:
-        for parameter, tensor in zip(LAYOUT.parameters, backup, strict=True):
-            if parameter.name not in self.processed:
-                tensor.fill_(self.version)
+    def copy_to(self, backup: dict[str, torch.Tensor]) -> None:
+        for tensor in backup.values():
+            tensor.fill_(self.version)
 
-    def copy_from(self, staged: list[torch.Tensor]) -> None:
+    def copy_from(self, staged: dict[str, torch.Tensor]) -> None:
         self.version = _version(staged)
 
 
-def _version(staged: list[torch.Tensor]) -> int:
+def _version(staged: dict[str, torch.Tensor]) -> int:
     """The one that all elements of all parameters are of."""
-    (version,) = {value for tensor in staged for value in tensor.flatten().tolist()}
+    (version,) = {
+        value for tensor in staged.values() for value in tensor.flatten().tolist()
+    }
     return int(version)
 
 
 class Engine:
     """What a rank's stager does with an arena, on the host, without a transfer."""
 
-    def __init__(self, *processed: str, mode: StagingMode = "host") -> None:
+    def __init__(self, mode: StagingMode = "host") -> None:
         manifest = one_slice((4,), whole((4,))).manifest
         self.agent = FakeNixlAgent(manifest)
-        self.live = FakeLive(frozenset(processed))
+        self.live = FakeLive()
         self.cycle = Cycle()
         memory = MemoryUse(mode=mode, device_nbytes=0, host_nbytes=0)
         device = torch.device("cpu")
         self.arena = Arena(self.agent, LAYOUT, memory, device, self.cycle)
 
     def stage(self, version: int) -> None:
-        self.arena.begin(self.live.processed)
+        self.arena.begin()
         self.arena.preserve(self.live)
-        for tensor in self.arena.staged:
+        for tensor in self.arena.staged.values():
             tensor.fill_(version)
 
     def install(self) -> None:
@@ -91,9 +90,8 @@ def test_two_shadows_are_all_that_is_allocated_and_both_are_registered() -> None
     assert engine.agent.registered == {}
 
 
-@pytest.mark.parametrize("processed", [(), ("packed",)])
-def test_without_a_way_back_one_shadow_is_all_there_is(processed: tuple[str]) -> None:
-    engine = Engine(*processed, mode="host-no-undo")
+def test_without_a_way_back_one_shadow_is_all_there_is() -> None:
+    engine = Engine(mode="host-no-undo")
     assert engine.cycle.counters() == CacheCounters(allocations=1, registrations=1)
     for version in range(1, 4):
         # Whoever reads the live version must have ended.
@@ -109,9 +107,8 @@ def test_without_a_way_back_one_shadow_is_all_there_is(processed: tuple[str]) ->
 def test_a_shadow_has_its_parameters_in_order_and_begins_with_zeros() -> None:
     (shadow, _) = Engine().arena.shadows
 
-    assert [tuple(t.shape) for t in shadow.staged] == [(3,), (2, 2)]
+    assert [tuple(t.shape) for t in shadow.by_name.values()] == [(3,), (2, 2)]
     assert list(shadow.by_name) == ["plain", "packed"]
-    assert shadow.by_name["packed"] is shadow.staged[1]
     assert shadow.by_name["packed"].dtype == torch.bfloat16
     assert not shadow.buffer.bytes.any()
     shadow.by_name["packed"].view(torch.uint8).fill_(1)
@@ -173,42 +170,21 @@ def test_an_install_is_repeated_after_a_restore() -> None:
     assert _version(engine.arena.old) == 1
 
 
-def test_what_the_engine_cannot_give_back_has_a_way_back_from_the_second_version() -> (
-    None
-):
-    engine = Engine("packed")
-    engine.stage(1)
-    assert engine.arena.old is None
-    engine.install()
-    assert engine.arena.old is None
-    engine.stage(2)
-    assert _version(engine.arena.old) == 1
-    engine.install()
-    engine.restore()
-
-    assert engine.live.version == 1
-
-
-def test_a_first_version_that_is_given_up_leaves_no_way_back_for_the_next() -> None:
+def test_a_first_version_that_is_given_up_leaves_the_way_back_as_it_is() -> None:
     """Nor does its shadow pass for the live one."""
-    engine = Engine("packed")
+    engine = Engine()
     engine.stage(1)
     engine.stage(2)
 
-    assert engine.arena.old is None
+    assert _version(engine.arena.old) == 0
     assert _version(engine.arena.staged) == 2
 
 
-@given(
-    steps=st.lists(st.sampled_from(["stage", "install", "restore"]), max_size=12),
-    processed=st.sampled_from([(), ("packed",)]),
-)
-def test_only_what_is_expendable_ever_changes(
-    steps: list[str], processed: tuple[str, ...]
-) -> None:
+@given(steps=st.lists(st.sampled_from(["stage", "install", "restore"]), max_size=12))
+def test_only_what_is_expendable_ever_changes(steps: list[str]) -> None:
     """What others may read of the live version stays as it is, whatever comes next;
     neither an install nor its undoing changes any shadow."""
-    engine = Engine(*processed)
+    engine = Engine()
     engine.stage(1)
     held = 1
     for version, step in enumerate(steps, 2):
@@ -219,7 +195,7 @@ def test_only_what_is_expendable_ever_changes(
             held = version
         elif step == "install":
             engine.install()
-            assert _version(engine.arena.shadows[engine.arena.live].staged) == held
+            assert _version(engine.arena.shadows[engine.arena.live].by_name) == held
         elif engine.arena.old is not None:
             engine.restore()
         for number in kept:
@@ -237,7 +213,7 @@ def test_on_a_device_there_is_one_shadow_and_it_is_always_expendable() -> None:
     )
     assert (len(arena.shadows), arena.live, arena.expendable) == (1, None, {0})
     for _ in range(2):
-        arena.begin(())
+        arena.begin()
         assert (arena.live, arena.target, arena.expendable) == (None, 0, {0})
         arena.installed()
         assert (arena.live, arena.expendable) == (0, {0})
@@ -251,7 +227,7 @@ def test_on_a_device_there_is_one_shadow_and_it_is_always_expendable() -> None:
 @pytest.mark.parametrize(
     ("device", "mode"), [("meta", "device"), ("cpu", "host")], ids=["backup", "shadow"]
 )
-@pytest.mark.parametrize("call", ["_allocate", "_views"])
+@pytest.mark.parametrize("call", ["_allocate", "views_of"])
 def test_an_arena_that_finds_no_memory_leaves_nothing_registered(
     monkeypatch: pytest.MonkeyPatch, device: str, mode: StagingMode, call: str
 ) -> None:
@@ -298,10 +274,8 @@ def test_a_shadow_that_nixl_refuses_takes_the_one_before_it_along(
 # --- on a device --------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(), ("packed",)], ids=["plain", "processed"])
-def device_engine(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> DeviceEngine:
+@pytest.fixture
+def device_engine(monkeypatch: pytest.MonkeyPatch) -> DeviceEngine:
     """Serves version 2, and served 1 before."""
 
     def allocate(nbytes: int, device: object) -> torch.Tensor:
@@ -309,7 +283,7 @@ def device_engine(
 
     monkeypatch.setattr(buffers, "_allocate", allocate)
     monkeypatch.setattr(buffers, "memory_of", lambda device: ("VRAM", 0))
-    engine = DeviceEngine(DISGUISED, *request.param)
+    engine = DeviceEngine(DISGUISED)
     assert (len(engine.arena.shadows), engine.arena.live) == (1, None)
     for seed in (1, 2):
         engine.stage(seed)

@@ -1,15 +1,24 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Only what a loader copies is taken for a slice; whatever else it does is refused."""
+"""Only what a loader copies is taken for a slice; whatever else it fills is known by
+name, with the tensors that it is made of."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import nn
 
 from dynamo.refit.errors import LayoutRefused
-from dynamo.refit.rank.capture import LONGEST_CAUSE, capture_slices
+from dynamo.refit.rank.capture import (
+    LONGEST_CAUSE,
+    LoadGeometry,
+    capture_load,
+    refuse_tensors,
+)
 from dynamo.refit.rank.plan import ReadSlice
 from tests.support.toy_models import (
     COLUMNS,
@@ -28,11 +37,11 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 PUBLISHED = entries(checkpoint(1))
 
 HALF = ((0, ROWS // 2), (0, COLUMNS))
-SLICES = [
+WEIGHT = (
     ReadSlice("gate", HALF, "layer.weight", 0, (COLUMNS, 1)),
     ReadSlice("up", HALF, "layer.weight", ROWS // 2 * COLUMNS, (COLUMNS, 1)),
-    ReadSlice("scale", ((0, ROWS),), "scale", 0, (1,)),
-]
+)
+SCALE = ReadSlice("scale", ((0, ROWS),), "scale", 0, (1,))
 
 
 def assign_by_index(toy: Toy, name: str, tensor: torch.Tensor) -> None:
@@ -55,7 +64,8 @@ def load_by_another_parameter_s_loader(
     "loader", [copy_slices, assign_by_index, load_by_another_parameter_s_loader]
 )
 def test_copies_are_slices_of_the_parameter_that_they_write(loader: Loader) -> None:
-    assert capture_slices(twin_of(loader), PUBLISHED) == SLICES
+    geometry = capture_load(twin_of(loader), PUBLISHED)
+    assert geometry == LoadGeometry((*WEIGHT, SCALE), {})
 
 
 def exponentiate(toy: Toy, name: str, tensor: torch.Tensor) -> None:
@@ -120,8 +130,31 @@ def test_a_value_that_leaves_for_python_is_refused() -> None:
             toy.largest = float(toy.scale.max())
 
     with pytest.raises(LayoutRefused, match="meta") as refused:
-        capture_slices(twin_of(keep_a_number), PUBLISHED)
+        capture_load(twin_of(keep_a_number), PUBLISHED)
     assert refused.value.tensor == "scale"
+
+
+def join_tensors(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+    """Falcon's queries, keys and values; placeholders do not know how."""
+    if name == "scale":
+        toy.scale.data.copy_(torch.cat([tensor[3:], tensor[:3]]))
+    else:
+        copy_slices(toy, name, tensor)
+
+
+def reorder_rows(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+    """Llama-4's rotary embedding: a copy is made on the way."""
+    if name == "scale":
+        toy.scale.data.copy_(tensor.view(2, 3).t().reshape(ROWS))
+    else:
+        copy_slices(toy, name, tensor)
+
+
+def copy_then_look_at_it(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+    """ModelExpress keeps the copies of a tensor that then turned out not to do."""
+    copy_slices(toy, name, tensor)
+    if name == "scale":
+        tensor + 1
 
 
 @pytest.mark.parametrize(
@@ -131,18 +164,60 @@ def test_a_value_that_leaves_for_python_is_refused() -> None:
         scale_in_place,
         scale_several_in_place,
         copy_through_scratch,
-        replace_the_parameter,
-        replace_the_storage,
         compute_from_the_source,
         set_a_part_to_zero,
+        join_tensors,
+        reorder_rows,
+        copy_then_look_at_it,
     ],
 )
-def test_what_the_loader_computes_is_refused_by_name(loader: Loader) -> None:
-    with pytest.raises(LayoutRefused) as refused:
-        capture_slices(twin_of(loader), PUBLISHED)
+def test_what_the_loader_computes_is_left_to_it(loader: Loader) -> None:
+    geometry = capture_load(twin_of(loader), PUBLISHED)
+    assert geometry == LoadGeometry(WEIGHT, {"scale": frozenset({"scale"})})
+
+
+@pytest.mark.parametrize("loader", [replace_the_parameter, replace_the_storage])
+def test_what_the_loader_replaces_is_refused_by_name(loader: Loader) -> None:
+    with pytest.raises(LayoutRefused, match="puts another tensor") as refused:
+        capture_load(twin_of(loader), PUBLISHED)
     assert refused.value.tensor == "scale"
-    assert "scale" in str(refused.value)
     assert "layer.weight" not in str(refused.value)
+
+
+class Joining(Toy):
+    """Waits for two tensors before it loads them, as MLA's indexers do."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        waiting = {}
+        for name, tensor in weights:
+            waiting[name] = tensor
+            if name == "scale":
+                copy_slices(self, name, tensor)
+            elif {"gate", "up"} <= waiting.keys():
+                rows = torch.stack([waiting["gate"], waiting["up"]], 1)
+                self.layer.weight.data.copy_(rows.flatten(0, 1))
+
+
+def test_all_that_a_parameter_is_made_of_is_known() -> None:
+    twin = twin_of(copy_slices)
+    twin.__class__ = Joining
+    geometry = capture_load(twin, PUBLISHED)
+    assert geometry.loaded == {"layer.weight": frozenset({"gate", "up"})}
+    assert geometry.slices == (SCALE,)
+
+
+def share_a_tensor(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+    """The scale is copied, and a buffer is computed of the same tensor."""
+    copy_slices(toy, name, tensor)
+    if name == "scale":
+        toy.layer.table.copy_(tensor[:3] * 2)
+
+
+def test_a_tensor_is_read_whole_or_in_slices_and_not_both() -> None:
+    geometry = capture_load(twin_of(share_a_tensor), PUBLISHED)
+    made_of = frozenset({"scale"})
+    assert geometry.loaded == {"layer.table": made_of, "scale": made_of}
+    assert geometry.slices == WEIGHT
 
 
 def fill_the_buffer(toy: Toy, name: str, tensor: torch.Tensor) -> None:
@@ -166,30 +241,21 @@ def derive_an_attribute(toy: Toy, name: str, tensor: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("loader", "named"),
     [
-        (fill_the_buffer, "layer.table"),
         (derive_the_buffer, "layer.table"),
         (derive_an_attribute, "layer.table_of_ones"),
     ],
 )
-def test_what_is_no_parameter_and_is_filled_is_refused(
+def test_what_is_derived_of_nothing_that_is_published_is_refused(
     loader: Loader, named: str
 ) -> None:
     with pytest.raises(LayoutRefused, match=rf"{named}\b") as refused:
-        capture_slices(twin_of(loader), PUBLISHED)
+        capture_load(twin_of(loader), PUBLISHED)
     assert refused.value.tensor == named
 
 
-def test_a_source_that_fails_after_a_copy_leaves_no_slice() -> None:
-    """ModelExpress keeps the copies of a tensor that then turned out not to do."""
-
-    def copy_then_fail(toy: Toy, name: str, tensor: torch.Tensor) -> None:
-        copy_slices(toy, name, tensor)
-        if name == "scale":
-            tensor + 1
-
-    with pytest.raises(LayoutRefused) as refused:
-        capture_slices(twin_of(copy_then_fail), PUBLISHED)
-    assert refused.value.tensor == "scale"
+def test_a_buffer_that_the_loader_fills_is_loaded() -> None:
+    geometry = capture_load(twin_of(fill_the_buffer), PUBLISHED)
+    assert set(geometry.loaded) == {"layer.table", "scale"}
 
 
 def test_a_loader_s_own_refusal_names_the_tensor_and_is_short() -> None:
@@ -199,16 +265,38 @@ def test_a_loader_s_own_refusal_names_the_tensor_and_is_short() -> None:
         copy_slices(toy, name, tensor)
 
     with pytest.raises(LayoutRefused, match="KeyError") as refused:
-        capture_slices(twin_of(refuse), PUBLISHED)
+        capture_load(twin_of(refuse), PUBLISHED)
     assert refused.value.tensor == "up"
     assert len(str(refused.value)) < 2 * LONGEST_CAUSE
 
 
 def test_many_tensors_are_named_in_one_line() -> None:
-    published = entries({f"t{n}": torch.ones(1) for n in range(50)})
+    refused = refuse_tensors({f"t{n}": "lost" for n in range(50)})
+    assert re.search(r": t0, t1, .* and 42 more; t0: lost$", str(refused))
+    assert refused.tensor == "t0"
 
+
+def test_what_is_written_nowhere_fills_nothing() -> None:
     def lose(toy: Toy, name: str, tensor: torch.Tensor) -> None:
-        torch.empty(1, device="meta").copy_(tensor)
+        torch.empty(tensor.shape, device="meta").copy_(tensor)
 
-    with pytest.raises(LayoutRefused, match=r": t0, t1, .* and 42 more; t0: "):
-        capture_slices(twin_of(lose), published)
+    assert capture_load(twin_of(lose), PUBLISHED) == LoadGeometry((), {})
+
+
+def _missing(loader: Loader, *left_out: str) -> LoadGeometry:
+    published = [tensor for tensor in PUBLISHED if tensor.name not in left_out]
+    return capture_load(twin_of(loader), published)
+
+
+def test_what_the_loader_leaves_as_it_was_constructed_is_counted() -> None:
+    """Otherwise a parameter of which a tensor is missing would be half zeros."""
+
+    def double(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+        """Computes each half, and then something of all there is."""
+        copy_slices(toy, name, tensor * 2 if name != "scale" else tensor)
+        if name != "scale":
+            toy.layer.weight.data.copy_(-toy.layer.weight.data)
+
+    assert _missing(double).unfilled == {}
+    assert _missing(double, "up").unfilled == {"layer.weight": ROWS // 2 * COLUMNS}
+    assert _missing(double, "up").loaded == {"layer.weight": frozenset({"gate"})}

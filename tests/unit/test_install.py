@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Live parameters: overwritten where they are, and guarded against moving."""
+"""The live model: overwritten where it is, and guarded against moving."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dynamo.refit.errors import PackedWeights, PointerMoved
+from dynamo.refit.errors import PointerMoved
 from dynamo.refit.rank import install
-from dynamo.refit.rank.install import LiveParameters
-from dynamo.refit.rank.slices import ArenaLayout, Parameter
+from dynamo.refit.rank.install import LiveModel
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -43,21 +42,21 @@ def model() -> TiedModel:
 
 
 @pytest.fixture
-def layout(model: TiedModel) -> ArenaLayout:
-    return ArenaLayout(
-        [
-            Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."))
-            for name, p in model.named_parameters()
-        ]
-    )
+def live(model: TiedModel) -> LiveModel:
+    return _live(model)
 
 
-def _staged(layout: ArenaLayout) -> list[torch.Tensor]:
+def _live(model: TiedModel) -> LiveModel:
+    filled = {name: p.detach() for name, p in model.named_parameters()}
+    return LiveModel(model, filled)
+
+
+def _staged(live: LiveModel) -> dict[str, torch.Tensor]:
     """Random values, as a pull leaves them in an arena."""
-    return [
-        torch.randn(parameter.shape).to(getattr(torch, parameter.dtype))
-        for parameter in layout.parameters
-    ]
+    return {
+        name: torch.randn(tensor.shape).to(tensor.dtype)
+        for name, tensor in live.filled.items()
+    }
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,24 +78,23 @@ def _assert_equal(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_what_was_queued_before_a_failure_is_waited_for_too(
-    model: TiedModel, layout: ArenaLayout, monkeypatch: pytest.MonkeyPatch
+    model: TiedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = mock.Mock()
     monkeypatch.setattr(install, "_clock", lambda device: clock)
-    live = LiveParameters(model, layout)
+    live = _live(model)
     with pytest.raises(RuntimeError):
-        live.copy_from([torch.zeros(1, 2, 3) for _ in layout.parameters])
+        live.copy_from({name: torch.zeros(1, 2, 3) for name in live.filled})
     assert [call[0] for call in clock.method_calls] == ["start", "stop"]
 
 
 def test_copy_from_overwrites_in_place_under_every_name(
-    model: TiedModel, layout: ArenaLayout
+    model: TiedModel, live: LiveModel
 ) -> None:
     addresses, frequencies = _addresses(model), model.frequencies.clone()
-    staged = _staged(layout)
-    LiveParameters(model, layout).copy_from(staged)
+    new = _staged(live)
+    live.copy_from(new)
 
-    new = dict(zip((p.name for p in layout.parameters), staged, strict=True))
     assert new.keys() == {"embed.weight", "norm", "scale"}
     tied = {"head.weight": new["embed.weight"], "frequencies": frequencies}
     _assert_equal(model, new | tied)
@@ -104,11 +102,9 @@ def test_copy_from_overwrites_in_place_under_every_name(
     assert model.head.weight is model.embed.weight
 
 
-def test_copy_from_is_seen_by_the_next_step(
-    model: TiedModel, layout: ArenaLayout
-) -> None:
+def test_copy_from_is_seen_by_the_next_step(model: TiedModel, live: LiveModel) -> None:
     tokens = torch.arange(6)
-    LiveParameters(model, layout).copy_from(_staged(layout))
+    live.copy_from(_staged(live))
     other = TiedModel()
     other.load_state_dict(model.state_dict())
 
@@ -116,9 +112,9 @@ def test_copy_from_is_seen_by_the_next_step(
 
 
 def test_copy_from_leaves_ordinary_parameters(
-    model: TiedModel, layout: ArenaLayout
+    model: TiedModel, live: LiveModel
 ) -> None:
-    LiveParameters(model, layout).copy_from(_staged(layout))
+    live.copy_from(_staged(live))
 
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad, name
@@ -126,27 +122,26 @@ def test_copy_from_leaves_ordinary_parameters(
 
 
 def test_copy_to_takes_what_is_live_and_leaves_it(
-    model: TiedModel, layout: ArenaLayout
+    model: TiedModel, live: LiveModel
 ) -> None:
-    before, backup = _state(model), _staged(layout)
-    LiveParameters(model, layout).copy_to(backup)
+    before, backup = _state(model), _staged(live)
+    live.copy_to(backup)
 
     _assert_equal(model, before)
-    for parameter, saved in zip(layout.parameters, backup, strict=True):
-        assert torch.equal(saved, before[parameter.name]), parameter.name
+    for name, saved in backup.items():
+        assert torch.equal(saved, before[name]), name
 
 
-def test_a_backup_undoes_an_install(model: TiedModel, layout: ArenaLayout) -> None:
-    before, backup, staged = _state(model), _staged(layout), _staged(layout)
-    kept = [tensor.clone() for tensor in staged]
-    live = LiveParameters(model, layout)
+def test_a_backup_undoes_an_install(model: TiedModel, live: LiveModel) -> None:
+    before, backup, staged = _state(model), _staged(live), _staged(live)
+    kept = {name: tensor.clone() for name, tensor in staged.items()}
     live.copy_to(backup)
     live.copy_from(staged)
     assert not torch.equal(model.norm, before["norm"])
     live.copy_from(backup)
 
     _assert_equal(model, before)
-    assert all(map(torch.equal, staged, kept))
+    assert all(torch.equal(staged[name], kept[name]) for name in kept)
 
 
 # The guard.
@@ -201,9 +196,8 @@ def _untie_by_the_second_name(model: TiedModel) -> None:
     ],
 )
 def test_a_tensor_that_moved_is_named_and_nothing_is_written(
-    model: TiedModel, layout: ArenaLayout, move: Callable[[TiedModel], None], name: str
+    model: TiedModel, live: LiveModel, move: Callable[[TiedModel], None], name: str
 ) -> None:
-    live = LiveParameters(model, layout)
     live.check_addresses()
     move(model)
     before = _state(model)
@@ -212,34 +206,23 @@ def test_a_tensor_that_moved_is_named_and_nothing_is_written(
         live.check_addresses()
     assert caught.value.tensor == name
     with pytest.raises(PointerMoved) as caught:
-        live.copy_from(_staged(layout))
+        live.copy_from(_staged(live))
     assert caught.value.tensor == name
     _assert_equal(model, before)
 
 
-# What needs more than a copy.
+# What is not laid out in one piece.
 
 
-@pytest.mark.parametrize("form", ["empty", "dtype", "strides"])
-def test_a_parameter_in_another_form_is_not_copied_into(
-    model: TiedModel, layout: ArenaLayout, form: str
-) -> None:
-    """Who processes it is not known here, so that a copy would be wrong."""
-    model.embed.weight = nn.Parameter(
-        {
-            "empty": torch.empty(0, dtype=torch.bfloat16),
-            "dtype": torch.zeros(6, 4),
-            "strides": torch.zeros(4, 6, dtype=torch.bfloat16).t(),
-        }[form]
-    )
-    with pytest.raises(PackedWeights) as caught:
-        LiveParameters(model, layout)
-    assert caught.value.tensor == "embed.weight"
-
-
-def test_a_backup_is_complete_where_everything_is_copied(
-    model: TiedModel, layout: ArenaLayout
-) -> None:
-    live = LiveParameters(model, layout)
-    assert live.can_copy_out
-    assert live.processed == frozenset()
+@torch.no_grad()
+def test_a_tensor_with_gaps_is_copied_both_ways(model: TiedModel) -> None:
+    """vLLM pads some weights, and holds a view without the padding."""
+    padded = torch.zeros(4, 6)
+    model.workspace = padded[:, :3]
+    live = LiveModel(model, {"norm": model.norm.data, "workspace": model.workspace})
+    staged = _staged(live)
+    live.copy_from(staged)
+    backup = {name: torch.empty_like(tensor) for name, tensor in staged.items()}
+    live.copy_to(backup)
+    assert all(torch.equal(backup[name], staged[name]) for name in staged)
+    assert torch.equal(padded[:, 3:], torch.zeros(4, 3))

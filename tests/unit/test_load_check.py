@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from dynamo.refit.errors import LayoutRefused
-from dynamo.refit.rank.capture import capture_slices, describe_parameters
-from dynamo.refit.rank.layerwise import ProcessedLayers
+from dynamo.refit.rank.capture import capture_load, describe_parameters
+from dynamo.refit.rank.conversion import Conversion, LayerFailed, RuntimeForm
 from dynamo.refit.rank.load_check import (
     check_other_tensors,
     compare_with_live,
     rehearse,
+    rehearse_conversions,
 )
 from dynamo.refit.rank.plan import ReadSlice
 from dynamo.refit.rank.twin import same_bits
@@ -36,6 +38,8 @@ pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 TENSORS = checkpoint(1)
 PUBLISHED = entries(TENSORS)
 
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+
 
 @pytest.fixture
 def twin() -> Toy:
@@ -49,7 +53,12 @@ def live() -> Toy:
 
 @pytest.fixture
 def slices(twin: Toy) -> list[ReadSlice]:
-    return capture_slices(twin, PUBLISHED)
+    return list(capture_load(twin, PUBLISHED).slices)
+
+
+def _compare(live: Toy, twin: Toy, slices: list[ReadSlice]) -> None:
+    form = RuntimeForm(live, twin, CONFIG)
+    compare_with_live(TENSORS.items(), slices, [], form)
 
 
 def _moved(slices: list[ReadSlice]) -> list[ReadSlice]:
@@ -75,7 +84,7 @@ def test_true_slices_pass(twin: Toy, live: Toy, slices: list[ReadSlice]) -> None
     rehearse(twin, PUBLISHED, describe_parameters(twin, live), slices)
     assert {name: id(t) for name, t in twin.named_parameters()} == before
     assert twin.layer.weight.is_meta
-    compare_with_live(TENSORS.items(), slices, ProcessedLayers(live, twin, None))
+    _compare(live, twin, slices)
 
 
 @pytest.mark.parametrize(("broken", "named"), BROKEN)
@@ -92,9 +101,8 @@ def test_made_up_tensors_tell_broken_slices(
 def test_the_live_parameters_tell_broken_slices(
     twin: Toy, live: Toy, slices: list[ReadSlice], broken, named: str
 ) -> None:
-    layers = ProcessedLayers(live, twin, None)
     with pytest.raises(LayoutRefused, match="start checkpoint") as refused:
-        compare_with_live(TENSORS.items(), broken(slices), layers)
+        _compare(live, twin, broken(slices))
     assert refused.value.tensor == named
 
 
@@ -112,7 +120,7 @@ def test_a_transform_that_the_slices_lack_is_caught_twice(
     assert refused.value.tensor == "scale"
     live = live_of(doubled, TENSORS.items())
     with pytest.raises(LayoutRefused) as refused:
-        compare_with_live(TENSORS.items(), slices, ProcessedLayers(live, twin, None))
+        _compare(live, twin, slices)
     assert refused.value.tensor == "scale"
 
 
@@ -121,7 +129,7 @@ def test_one_changed_bit_of_the_live_model_is_caught(
 ) -> None:
     live.layer.weight.data.view(torch.int32)[4, 2] ^= 1
     with pytest.raises(LayoutRefused) as refused:
-        compare_with_live(TENSORS.items(), slices, ProcessedLayers(live, twin, None))
+        _compare(live, twin, slices)
     assert refused.value.tensor == "layer.weight"
 
 
@@ -172,7 +180,8 @@ def test_bits_are_compared_and_not_values() -> None:
 
 
 def _check_others(live: nn.Module, twin: nn.Module) -> None:
-    check_other_tensors(live, twin, ProcessedLayers(live, twin, None))
+    form = RuntimeForm(live, twin, CONFIG)
+    check_other_tensors(live, twin, form.live().values())
 
 
 def test_constructed_tensors_views_and_kv_caches_pass(twin: Toy, live: Toy) -> None:
@@ -211,3 +220,63 @@ def test_a_view_of_a_parameter_that_moved_away_is_named(twin: Toy, live: Toy) ->
     live.layer.rows = live.layer.weight.data[1:].clone()
     with pytest.raises(LayoutRefused, match=r"layer\.rows"):
         _check_others(live, twin)
+
+
+# What the loader fills.
+
+
+def doubled(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+    """The scale is more than a copy, and a buffer is filled with it."""
+    copy_slices(toy, name, tensor * 2 if name == "scale" else tensor)
+    if name == "scale":
+        toy.layer.table.copy_(tensor[:3])
+
+
+def _loaded(
+    twin: Toy, live: Toy
+) -> tuple[RuntimeForm, list[ReadSlice], list[Conversion]]:
+    form = RuntimeForm(live, twin, CONFIG)
+    geometry = capture_load(twin, PUBLISHED)
+    return form, list(geometry.slices), form.conversions(geometry, PUBLISHED)
+
+
+def test_what_the_loader_fills_is_compared_too() -> None:
+    twin, live = twin_of(doubled), live_of(doubled, TENSORS.items())
+    form, slices, conversions = _loaded(twin, live)
+    assert [c.outputs for c in conversions] == [("layer.table", "scale")]
+    rehearse_conversions(conversions, form)
+    compare_with_live(TENSORS.items(), slices, conversions, form)
+    check_other_tensors(live, twin, form.live(["layer.table", "scale"]).values())
+    assert torch.equal(live.scale, TENSORS["scale"] * 2)
+    assert torch.equal(twin.layer.table, torch.arange(3.0))
+
+    live.layer.table[2] += 1
+    with pytest.raises(LayoutRefused, match="start checkpoint") as refused:
+        compare_with_live(TENSORS.items(), slices, conversions, form)
+    assert refused.value.tensor == "layer.table"
+
+
+def test_a_loader_that_makes_another_form_than_is_live_is_refused() -> None:
+    twin, live = twin_of(doubled), live_of(doubled, TENSORS.items())
+    live.layer.table = torch.zeros(5)
+    form, _, conversions = _loaded(twin, live)
+    with pytest.raises(
+        LayoutRefused, match=r"float32 \(3,\).*float32 \(5,\)"
+    ) as refused:
+        rehearse_conversions(conversions, form)
+    assert refused.value.tensor == "layer.table"
+
+
+def test_a_loader_that_fails_on_real_tensors_alone_is_refused() -> None:
+    """It may look at values, where a tensor of the meta device has none."""
+
+    def reject(toy: Toy, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta and name == "scale":
+            raise ValueError("not these numbers")
+        doubled(toy, name, tensor)
+
+    twin, live = twin_of(reject), live_of(doubled, TENSORS.items())
+    form, _, conversions = _loaded(twin, live)
+    with pytest.raises(LayerFailed, match="not these numbers") as refused:
+        rehearse_conversions(conversions, form)
+    assert refused.value.tensor == "layer.table"

@@ -370,13 +370,11 @@ class FakeRegistrar:
 class FakeLive:
     """One live parameter that can be copied out."""
 
-    can_copy_out = True
-
     def __init__(self, parameter: torch.Tensor) -> None:
         self.parameter = parameter
 
-    def copy_to(self, backup: list[torch.Tensor]) -> None:
-        backup[0].copy_(self.parameter)
+    def copy_to(self, backup: dict[str, torch.Tensor]) -> None:
+        backup["embed"].copy_(self.parameter)
 
 
 def test_vocabulary_padding_is_zero_in_every_version() -> None:
@@ -385,10 +383,10 @@ def test_vocabulary_padding_is_zero_in_every_version() -> None:
     arena = Arena(FakeRegistrar(), layout, use("device", ON_CPU), CPU, Cycle())
     live = torch.full((4, 2), 1.5)
     for version in range(4):
-        arena.begin([])
-        arena.staged[0][:2] = version
+        arena.begin()
+        arena.staged["embed"][:2] = version
         arena.preserve(FakeLive(live))
-        live.copy_(arena.staged[0])
+        live.copy_(arena.staged["embed"])
         arena.installed()
         assert live.tolist() == [[version] * 2] * 2 + [[0.0, 0.0]] * 2
 

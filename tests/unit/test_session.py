@@ -17,13 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo.refit.errors import FingerprintMismatch
+from dynamo.refit.errors import FingerprintMismatch, StagingCancelled
 from dynamo.refit.fingerprint import add_up
 from dynamo.refit.protocol import CacheCounters, StagingMode
+from dynamo.refit.rank.conversion import Converted, Function, LayerFailed
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.plan import Limits, TransferCost
-from dynamo.refit.rank.slices import Parameter
+from dynamo.refit.rank.plan import whole as whole_of
+from dynamo.refit.rank.slices import IntakeLayout, Parameter
 from tests.support.drawn_layouts import layouts
 from tests.support.fake_nixl import FakeTrainers
 from tests.support.layouts import (
@@ -231,7 +233,6 @@ def test_one_flipped_bit_of_a_live_parameter_is_found(
     landed = rank.session.landed
     rank.install()
     rank.session.live_parts.check(landed, rank=1)
-    assert rank.session.live_parts.unchecked == 0
 
     for name, parameter in rank.live.items():
         word = parameter.view(-1).view(torch.int16)
@@ -265,16 +266,159 @@ def test_what_landed_of_a_version_is_not_what_lands_of_the_next(
         rank.session.live_parts.check(rank.session.landed, rank=0)
 
 
-def test_parameters_in_another_layout_are_not_compared(follower: Submit) -> None:
-    rank = layer(as_loaded={"norm", "o"})
-    rank.trainers.write(0, rank.layout.random_tensors(seed=5))
-    rank.pull(0, follower)
-    rank.install()
-    rank.live["qkv"].zero_()
+# What is made of what arrives.
 
-    # qkv, gate_up, down and embed.
-    assert rank.session.live_parts.unchecked == 4
-    rank.session.live_parts.check(rank.session.landed, rank=0)
+
+class FakeConversion:
+    """A test fake of :class:`dynamo.refit.rank.conversion.Conversion`: takes in some
+    parameters and some tensors whole, and turns a bit of every byte of the parameters
+    over."""
+
+    def __init__(self, parameters: list[Parameter], sources: list[Parameter]) -> None:
+        self.inputs = (*sources, *parameters)
+        self.outputs = tuple(parameter.name for parameter in parameters)
+
+
+class FakeEngine:
+    """Converts, on the thread that polls, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, bytes]] = []
+
+    def convert(
+        self, conversion: FakeConversion, inputs: dict[str, torch.Tensor]
+    ) -> Converted:
+        self.given.append(bytes_of(inputs))
+        made = {name: turned_over(inputs[name]) for name in conversion.outputs}
+        function = Function(self, "function", len(self.given))
+        return Converted(made, (function,))
+
+
+def turned_over(tensor: torch.Tensor) -> torch.Tensor:
+    bits = tensor.contiguous().view(-1).view(torch.uint8)
+    return (bits ^ 1).view(tensor.dtype).view(tensor.shape)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    layout=layouts().filter(lambda layout: layout.slices),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_conversion_is_given_all_that_it_takes_in(
+    follower: Submit, data: st.DataObject, layout: Layout, seed: int
+) -> None:
+    """Whatever the halves of the intake, the waves and the speed of the engine are; the
+    second version finds nothing of the first."""
+    names = [parameter.name for parameter in layout.parameters]
+    taken = data.draw(st.lists(st.sampled_from(names), unique=True))
+    by_name = {parameter.name: parameter for parameter in layout.parameters}
+    cuts = data.draw(st.lists(st.integers(0, len(taken)), max_size=3).map(sorted))
+    bounds = list(itertools.pairwise([0, *cuts, len(taken)]))
+    forms = {
+        t.name: Parameter(whole_of(t.name), t.shape, t.dtype)
+        for t in layout.manifest.tensors
+    }
+    conversions, used = [], set()
+    for start, stop in bounds:
+        sources = data.draw(st.sets(st.sampled_from(sorted(forms)))) - used
+        used |= sources
+        conversions.append(
+            FakeConversion(
+                [by_name[name] for name in taken[start:stop]],
+                [forms[name] for name in sorted(sources)],
+            )
+        )
+    limit = data.draw(st.sampled_from([0, 300, 1 << 20]))
+    engine = FakeEngine()
+    rank = Rank(
+        layout,
+        FakeTrainers(layout),
+        limits=data.draw(st.sampled_from([SMALL, ROOMY])),
+        intake=IntakeLayout([each.inputs for each in conversions], limit),
+        conversions=conversions,
+        convert=engine.convert,
+    )
+    step = data.draw(st.integers(1, 3))
+    for version in range(2):
+        engine.given.clear()
+        full = layout.random_tensors(seed + version)
+        rank.trainers.write(0, full)
+        rank.pull_and_convert(0, follower, step)
+        loaded = rank.loaded(full)
+        expected = [
+            {p.name: loaded.get(p.name) or source_bytes(full, p.name) for p in c.inputs}
+            for c in conversions
+        ]
+        assert engine.given == expected
+        staged = bytes_of(rank.staged)
+        for name in names:
+            turned = bytes(byte ^ 1 for byte in loaded[name])
+            assert staged[name] == (turned if name in taken else loaded[name]), name
+        assert [f.function for f in rank.session.functions] == list(
+            range(1, len(conversions) + 1)
+        )
+        rank.install()
+        rank.session.live_parts.check(rank.session.landed, rank=0)
+
+
+def source_bytes(full: dict[str, np.ndarray], name: str) -> bytes:
+    return full[name.removeprefix("all of ")].tobytes()
+
+
+def test_a_converted_tensor_that_is_changed_later_is_named(follower: Submit) -> None:
+    rank = converting("norm")
+    rank.trainers.write(0, rank.layout.random_tensors(seed=5))
+    rank.pull_and_convert(0, follower)
+    rank.install()
+    rank.live["norm"].view(-1).view(torch.int16)[1] ^= 4
+    with pytest.raises(FingerprintMismatch) as caught:
+        rank.session.live_parts.check(rank.session.landed, rank=0)
+    assert caught.value.tensor == "norm"
+
+
+def converting(name: str, engine: FakeEngine | None = None) -> Rank:
+    """Rank 0 of the decoder layer, one of whose parameters is converted."""
+    layout = decoder_layer(0, dtype="bfloat16", slots=2)
+    (form,) = (p for p in layout.parameters if p.name == name)
+    conversion = FakeConversion([form], [])
+    return Rank(
+        layout,
+        FakeTrainers(layout),
+        intake=IntakeLayout([conversion.inputs], 0),
+        conversions=[conversion],
+        convert=(engine or FakeEngine()).convert,
+    )
+
+
+def test_a_conversion_that_fails_ends_the_pull_and_the_next_one_is_whole(
+    follower: Submit,
+) -> None:
+    class Failing(FakeEngine):
+        def convert(self, *arguments: object) -> Converted:
+            if not self.given:
+                self.given.append({})
+                raise LayerFailed("no memory", tensor="norm")
+            return super().convert(*arguments)
+
+    rank = converting("norm", Failing())
+    full = rank.layout.random_tensors(seed=5)
+    rank.trainers.write(0, full)
+
+    with pytest.raises(LayerFailed, match="no memory"):
+        rank.pull_and_convert(0, follower)
+    assert not rank.session.poll_active()
+    rank.pull_and_convert(0, follower)
+    norm = bytes_of(rank.staged)["norm"]
+    assert norm == bytes(byte ^ 1 for byte in rank.loaded(full)["norm"])
+
+
+def test_a_pull_that_nobody_converts_for_ends_at_its_deadline(follower: Submit) -> None:
+    rank = converting("norm")
+    rank.trainers.write(0, rank.layout.random_tensors(seed=5))
+    limit = Limit(time.monotonic() + 0.2, lambda: False)
+    with pytest.raises(StagingCancelled, match="the model's thread"):
+        rank.pull(0, follower, limit=limit)
 
 
 # What is built.

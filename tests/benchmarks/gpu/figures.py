@@ -92,7 +92,8 @@ def _pull(
     )
     agent, cycle = NixlAgent(f"figures-{uuid.uuid4().hex[:12]}"), Cycle()
     arena = Arena(agent, layout, memory, device, cycle)
-    session = Session(agent, "-", plan, memory, arena, {}, cycle)
+    live = arena.shadows[0].by_name
+    session = Session(agent, "-", plan, memory, arena, live, cycle)
     session.address(manifest, "-", cycle)
     limit = Limit(math.inf, lambda: False)
 
@@ -105,6 +106,7 @@ def _pull(
     with ThreadPoolExecutor(1, initializer=use_device) as follower:
         for _ in range(REPEATS):
             cycle = Cycle()
+            session.begin()
             began = time.perf_counter()
             parts = session.pull(0, limit, follower.submit, cycle)
             seconds.append(time.perf_counter() - began)
@@ -112,7 +114,8 @@ def _pull(
     if columns == LENT_ROWS:
         total = np.add.reduce(parts.astype(np.uint64))
         assert total == offer.lent_blocks[0], "other bytes than were lent"
-    staged = arena.staged[0].view(torch.int16)
+    (staged,) = arena.staged.values()
+    staged = staged.view(torch.int16)
     for first in range(0, LENT_ROWS, 4096):
         theirs = lent[first : first + 4096, :columns].contiguous().to(device)
         assert torch.equal(staged[first : first + 4096], theirs.view(torch.int16))

@@ -10,9 +10,11 @@ on tensors of the meta device, and it is followed which of them make up what it 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.manifest import TensorEntry
+from dynamo.refit.rank import boxes
 from dynamo.refit.rank.plan import Parameter, ReadSlice
 from dynamo.refit.rank.runtime_layout import find_layout
 from dynamo.refit.rank.twin import held_tensors
@@ -71,11 +74,13 @@ class LoadGeometry:
 
     ``slices`` are the copies of boxes that fill the *sliced* parameters. ``loaded``
     are the other tensors of the model that the loader writes, parameters and buffers:
-    by name, the published tensors that each of them is made of.
+    by name, the published tensors that each of them is made of. Of some of these
+    ``unfilled`` elements are not made of anything.
     """
 
     slices: tuple[ReadSlice, ...]
     loaded: Mapping[str, frozenset[str]]
+    unfilled: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture_load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometry:
@@ -89,7 +94,7 @@ def capture_load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometr
             to do with it; names the tensors.
     """
     recorder = _LoadRecorder(twin)
-    copies, unread = _run_with_placeholders(twin, tensors, recorder)
+    copies, unread, at_once = _run_with_placeholders(twin, tensors, recorder)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     computed = recorder.computed
     slices = []
@@ -109,9 +114,17 @@ def capture_load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometr
             )
         )
     _forget_padding(computed, recorder.zeroed, _vocabulary_padding(twin))
-    if not (computed or unread or recorder.copies_elsewhere):
+    if at_once and not (computed or unread or recorder.copies_elsewhere):
         return LoadGeometry(tuple(slices), {})
-    made_of = _trace_sources(twin, tensors)
+    trace = _trace_sources(twin, tensors)
+    made_of = trace.written
+    filled: Counter[str] = Counter()
+    for piece in slices:
+        filled[piece.parameter] += boxes.volume(piece.box)
+    for name in made_of:
+        # A loader that waits for several tensors may keep a placeholder back.
+        if filled[name] != trace.filled(name):
+            computed.setdefault(name, "the loader does more than copy slices to it")
     if replaced := {
         name: reason
         for name, reason in computed.items()
@@ -119,12 +132,18 @@ def capture_load(twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometr
     }:
         raise refuse_tensors(replaced)
     loaded = _close(set(computed), unread, made_of)
-    kept = tuple(piece for piece in slices if piece.parameter not in loaded)
-    return LoadGeometry(kept, {name: made_of[name] for name in sorted(loaded)})
+    unfilled = {
+        name: trace.elements[name] - trace.filled(name) for name in sorted(loaded)
+    }
+    return LoadGeometry(
+        slices=tuple(piece for piece in slices if piece.parameter not in loaded),
+        loaded={name: frozenset(made_of[name]) for name in sorted(loaded)},
+        unfilled={name: number for name, number in unfilled.items() if number > 0},
+    )
 
 
 def _close(
-    loaded: set[str], sources: set[str], made_of: Mapping[str, frozenset[str]]
+    loaded: set[str], sources: set[str], made_of: Mapping[str, set[str]]
 ) -> set[str]:
     """``loaded``, and whatever else is made of the same tensors or of ``sources``: a
     tensor is read whole or in slices, not both."""
@@ -151,31 +170,43 @@ def refuse_tensors(reasons: Mapping[str, str]) -> LayoutRefused:
     )
 
 
+class _CountedLoader:
+    """As much of ``twin`` as ModelExpress uses; counts the calls of its loader."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.calls = 0
+        self.named_parameters = twin.named_parameters
+        self._load = twin.load_weights
+
+    def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.calls += 1
+        self._load(weights)
+
+
 def _run_with_placeholders(
     twin: nn.Module, tensors: Sequence[TensorEntry], recorder: _LoadRecorder
-) -> tuple[Sequence[Any], set[str]]:
-    """The copies of placeholders, and the tensors that the loader does with what a
-    placeholder does not know."""
+) -> tuple[Sequence[Any], set[str], bool]:
+    """The copies of placeholders; the tensors with which the loader does what a
+    placeholder cannot; and whether it took all of them at once."""
+    loader = _CountedLoader(twin)
     lazy = build_lazy_weights(
         [(t.name, getattr(torch, t.dtype), t.shape) for t in tensors]
     )
     try:
         with recorder.recording():
             result = capture_weights(
-                twin, lazy, default_weight_loader=default_weight_loader
+                loader, lazy, default_weight_loader=default_weight_loader
             )
     except Exception as error:
         # Of a tensor that the loader rejects, or of a placeholder only: whoever loads
         # them without placeholders finds out.
         logger.debug("dynamo-refit: placeholders cannot be loaded: %s", error)
-        return (), {tensor.name for tensor in tensors}
-    return result.copies, set(result.unsupported)
+        return (), {tensor.name for tensor in tensors}, False
+    return result.copies, set(result.unsupported), loader.calls == 1
 
 
-def _trace_sources(
-    twin: nn.Module, tensors: Sequence[TensorEntry]
-) -> dict[str, frozenset[str]]:
-    """By name, the ``tensors`` that each tensor of ``twin`` is made of.
+def _trace_sources(twin: nn.Module, tensors: Sequence[TensorEntry]) -> _Trace:
+    """Which ``tensors`` each tensor of ``twin`` is made of.
 
     Raises:
         LayoutRefused: the loader rejects a tensor; names it.
@@ -192,7 +223,7 @@ def _trace_sources(
         # The loaders raise whatever they like (mostly bare assertions), without the
         # tensor's name: find it by loading one tensor at a time.
         raise _blame(twin, planned, error) from error
-    return {name: frozenset(sources) for name, sources in trace.written.items()}
+    return trace
 
 
 def _blame(
@@ -422,21 +453,35 @@ class _Writes(TorchDispatchMode):
 
 class _Trace(TorchDispatchMode):
     """Follows which of the ``sources``, on the meta device, make up what is written
-    into the tensors of ``twin``: ``written``, by name."""
+    into the tensors of ``twin``: ``written``, by name. ``elements`` is how many a
+    tensor has, but for padding."""
 
     def __init__(
         self, twin: nn.Module, sources: Sequence[tuple[str, torch.Tensor]]
     ) -> None:
         super().__init__()
         self.written: dict[str, set[str]] = {}
+        self.elements: dict[str, int] = {}
         self._names: dict[int, str] = {}
-        for name, tensor in twin.named_parameters():
-            self._names.setdefault(_storage(tensor), name)
-        for name, _, _, tensor in held_tensors(twin):
-            self._names.setdefault(_storage(tensor), name)
+        padding = _vocabulary_padding(twin)
+        held = ((name, tensor) for name, _, _, tensor in held_tensors(twin))
+        for name, tensor in (*twin.named_parameters(), *held):
+            if self._names.setdefault(_storage(tensor), name) == name:
+                self.elements[name] = tensor.numel() - padding.get(name, 0)
+        #: By name, the views through which it was filled: each counts once.
+        self._views: dict[str, set[tuple]] = {}
         self._made_of = {_storage(tensor): {name} for name, tensor in sources}
+        #: By storage, the tensors of the twin whose values went into it.
+        self._read: dict[int, set[str]] = {
+            storage: {name} for storage, name in self._names.items()
+        }
         # What is freed meanwhile would give its number to another storage.
         self._kept: list[torch.UntypedStorage] = []
+
+    def filled(self, name: str) -> int:
+        """Elements of a tensor that were made of sources."""
+        views = self._views.get(name, ())
+        return min(sum(math.prod(size) for _, size, _ in views), self.elements[name])
 
     def __torch_dispatch__(
         self,
@@ -446,29 +491,36 @@ class _Trace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        made_of = self._sources_of((args, kwargs))
         targets = list(_targets(func, args, kwargs))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        others = [t for t in given if not any(t is target for target in targets)]
+        made_of, read = (
+            self._look_up(given, self._made_of),
+            self._look_up(others, self._read),
+        )
         if func is torch.ops.aten.copy_.default and args[1].is_meta:
             # Its target may be a real buffer, into which nothing can be copied now.
             result = args[0]
         else:
             result = func(*args, **kwargs)
-        if not made_of:
-            return result
         for tensor in (*targets, *tree_leaves(result)):
             if isinstance(tensor, torch.Tensor):
                 self._kept.append(tensor.untyped_storage())
                 self._made_of.setdefault(_storage(tensor), set()).update(made_of)
+                self._read.setdefault(_storage(tensor), set()).update(read)
+        if not self._look_up(others, self._made_of):
+            return result
         for target in targets:
             if name := self._names.get(_storage(target)):
                 self.written.setdefault(name, set()).update(made_of)
+                # What is computed of itself has to be filled already.
+                if name not in read:
+                    view = target.storage_offset(), target.shape, target.stride()
+                    self._views.setdefault(name, set()).add(view)
         return result
 
-    def _sources_of(self, arguments: Any) -> set[str]:
-        return set().union(
-            *(
-                self._made_of.get(_storage(tensor), ())
-                for tensor in tree_leaves(arguments)
-                if isinstance(tensor, torch.Tensor)
-            )
-        )
+    @staticmethod
+    def _look_up(
+        tensors: Sequence[torch.Tensor], table: Mapping[int, set[str]]
+    ) -> set[str]:
+        return set().union(*(table.get(_storage(tensor), ()) for tensor in tensors))

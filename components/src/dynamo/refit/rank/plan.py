@@ -129,15 +129,16 @@ class Piece:
 class Wave:
     """Reads that are in flight together, and the pieces they complete.
 
-    ``half`` is the half of scratch they land in; ``None``: in the arena. The first
-    ``after`` conversions must be done before its pieces may be copied on, and the first
-    ``ready`` ones have all that they take in once they are.
+    ``half`` is the half of scratch they land in; ``None``: in the arena. Its pieces may
+    be copied on when the first ``after`` conversions are done; what those take in that
+    it ``begins`` is zero before that. Then the first ``ready`` ones have all of theirs.
     """
 
     segments: tuple[Segments, ...]
     pieces: tuple[Piece, ...]
     half: int | None
     after: int = 0
+    begins: tuple[int, ...] = ()
     ready: int = 0
 
     @property
@@ -218,7 +219,7 @@ def make_plan(
             add(piece)
     complete = {whole(name): entry for name, (_, entry) in tensors.items()}
     for number, group in enumerate(intake.groups):
-        planner.begin(intake.after[number])
+        planner.begin(number)
         for parameter in group:
             if entry := complete.get(parameter.name):
                 add(read_whole(entry))
@@ -233,6 +234,7 @@ class _OpenWave:
     """A wave under construction; ``used`` bytes of it are taken."""
 
     after: int = 0
+    begins: list[int] = field(default_factory=list)
     ready: int = 0
     runs: dict[int, list[np.ndarray]] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -253,7 +255,14 @@ class _OpenWave:
             else p
             for p in self.pieces
         ]
-        return Wave(tuple(segments), tuple(pieces), half, self.after, self.ready)
+        return Wave(
+            segments=tuple(segments),
+            pieces=tuple(pieces),
+            half=half,
+            after=self.after,
+            begins=tuple(self.begins),
+            ready=self.ready,
+        )
 
 
 class _Planner:
@@ -280,16 +289,16 @@ class _Planner:
         self._after = 0
         self._nbytes = 0
 
-    def begin(self, after: int) -> None:
-        """What is added from now on may come when ``after`` conversions are done."""
-        if after != self._after:
+    def begin(self, number: int) -> None:
+        """What is added from now on is for conversion ``number``."""
+        after = self._intake.after[number]
+        if after != self._after or not self._through:
             self._through.append(_OpenWave(after))
         self._after = after
+        self._through[-1].begins.append(number)
 
     def end(self, number: int) -> None:
         """Conversion ``number`` has all that it takes in."""
-        if not self._through:
-            self._through.append(_OpenWave(self._after))
         self._through[-1].ready = number + 1
 
     def add(

@@ -92,6 +92,11 @@ class Session:
                 plan.intake.nbytes, dtype=torch.uint8, device=arena.device
             )
             self._intake = views_of(intake, plan.intake)
+            # Nothing comes into what pads a vocabulary.
+            self._padded = [
+                [self._intake[p.name] for p in group if p.unloaded]
+                for group in plan.intake.groups
+            ]
             self._works = [
                 [
                     _WaveWork(wave, self._scratch.bytes, shadow.by_name | self._intake)
@@ -187,6 +192,9 @@ class Session:
         """What follows the arrival of a wave, on the follower's thread."""
         wave = self.plan.waves[number]
         self._handover.wait(wave.after, limit)
+        for begun in wave.begins:
+            for tensor in self._padded[begun]:
+                tensor.zero_()
         with cycle.time("fingerprint"):
             self._current[number].run()
         # The next wave overwrites scratch, outside of any stream.

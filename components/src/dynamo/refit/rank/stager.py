@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -139,6 +139,8 @@ class RankStager:
         self._device = next(model.parameters()).device
         self._limits = LIMITS[self._device.type]
         self._form = RuntimeForm(model, twin, config)
+        #: Elements that the loader leaves as they are constructed, by tensor.
+        self._unfilled: Mapping[str, int] = {}
         #: Of tensors that were shown to give what the engine's loader gives.
         self._checked = self._check_start(config)
         self._live = LiveModel(model, self._form.live(self._loaded()))
@@ -197,8 +199,10 @@ class RankStager:
             if not entries:
                 return None
             if not checkpoint.is_live:
-                with contextlib.suppress(LayoutRefused):
-                    return self._check_load(entries)
+                with contextlib.suppress(LayoutRefused, LayerFailed):
+                    checked = self._check_load(entries)
+                    self._require_filled(checked.geometry)
+                    return checked
                 return None
             checked = self._check_load(entries)
             compare_with_live(
@@ -207,6 +211,7 @@ class RankStager:
                 checked.conversions,
                 self._form,
             )
+            self._unfilled = checked.geometry.unfilled
         except (LayoutRefused, LayerFailed) as error:
             raise UnsupportedConfiguration(
                 f"{type(self._model).__name__} cannot be refitted by this release: "
@@ -237,8 +242,25 @@ class RankStager:
     def _check_manifest(self, manifest: Manifest) -> CheckedLoad:
         checked = self._checked
         if checked is None or checked.forms != _forms(manifest.tensors):
-            checked = self._checked = self._check_load(manifest.tensors)
+            checked = self._check_load(manifest.tensors)
+            self._require_filled(checked.geometry)
+            self._checked = checked
         return checked
+
+    def _require_filled(self, geometry: LoadGeometry) -> None:
+        """A version leaves no element as it was constructed that the start checkpoint
+        did not.
+
+        Raises:
+            LayoutRefused: names the tensor.
+        """
+        for name, number in geometry.unfilled.items():
+            if number != self._unfilled.get(name):
+                raise LayoutRefused(
+                    f"{number} of its elements are made of no published tensor: one of "
+                    "this parameter is missing or has another shape",
+                    tensor=name,
+                )
 
     def _sliced(self, geometry: LoadGeometry) -> list[Parameter]:
         every = self._form.parameters.values()
