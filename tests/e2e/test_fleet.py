@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+import aiohttp
 import msgspec
 import pytest
 import zmq
@@ -36,6 +37,7 @@ from dynamo.refit.protocol import StageTimings
 from graphs.client import Client, Completion, Load
 from graphs.local import LocalGraph
 from graphs.references import MAX_TOKENS, Answer, prompts
+from graphs.versions import ASK, TokenVersions
 from tests.support.live_fleet import (
     HOLD_SECONDS,
     Fleet,
@@ -54,6 +56,9 @@ pytestmark = [
 ]
 
 LENGTH = 300
+
+#: So long streams run before their worker is to change; they take longer.
+STREAMING_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module", params=["file", "etcd"])
@@ -198,8 +203,16 @@ async def test_the_example_follows_the_newest_version(fleet: Fleet) -> None:
         await asyncio.to_thread(fleet.refit, trainer, fleet.other())
         rest, _ = await asyncio.wait_for(example.communicate(), 60)
     assert example.returncode == 0
-    versions = [json.loads(line)["version"] for line in [*lines, *rest.splitlines()]]
+    answers = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    versions = [answer["version"] for answer in answers]
     assert len(versions) == 100
+    for answer in answers:
+        made = answer["token_versions"]
+        assert len(made) == 16
+        # It was sent to a worker of this version, which may have changed since.
+        assert made == sorted(made)
+        assert made[0] >= answer["version"]
+        assert made[-1] <= fleet.version
     assert versions == sorted(versions)
     assert set(versions) == {first, fleet.version}
 
@@ -326,8 +339,11 @@ async def ask_all(fleet: Fleet, client: Client, worker: int) -> list[Answer]:
 
 async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     """Only the process of its rank is killed, while it installs. The version fails and
-    says on which worker, that worker's process ends, and the other one serves on."""
+    says on which worker, that worker's process ends, and the other one serves on. Its
+    streams go on there, and name a version for every token."""
     before = await asyncio.to_thread(fleet.members)
+    streams = [asyncio.create_task(labelled_stream(fleet)) for _ in range(4)]
+    await asyncio.sleep(STREAMING_SECONDS)
     fleet.order(1, install={"rank": 0, "seconds": 2.0})
     worker = fleet.graph.processes["worker1"]
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
@@ -347,6 +363,9 @@ async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     assert dict(failed.serving)[other] == before[other]["version"]
     assert fleet.events.of(WorkerRefitted, version) == []
     await asyncio.to_thread(fleet.wait_for_the_end, worker)
+    made = await asyncio.gather(*streams)
+    assert [versions.of() for versions in made] == [[fleet.version] * LENGTH] * 4
+    assert {tuple(versions.workers) for versions in made} == {(other,), (gone, other)}
     await fleet.assert_serves(fleet.serving, workers=1)
 
 
@@ -387,6 +406,27 @@ async def test_a_joiner_comes_from_a_peer_and_never_shows_its_own(
     done = fleet.events.of(RefitCompleted, fleet.version)[-1]
     assert done.catch_up
     assert admitted.worker in done.workers
+
+
+async def labelled_stream(fleet: Fleet) -> TokenVersions:
+    """What made each token of a stream, whichever workers it comes from."""
+    body = {
+        "model": fleet.graph.name,
+        "prompt": fleet.asked[0],
+        "max_tokens": LENGTH,
+        "ignore_eos": True,
+        "stream": True,
+        "nvext": ASK,
+    }
+    versions = TokenVersions()
+    async with (
+        aiohttp.ClientSession(fleet.graph.url) as session,
+        session.post("/v1/completions", json=body) as response,
+    ):
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                versions.add(json.loads(line.removeprefix(b"data: ")))
+    return versions
 
 
 async def ask_until_told(fleet: Fleet, stop: asyncio.Event) -> list[Completion]:
