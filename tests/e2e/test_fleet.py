@@ -57,8 +57,8 @@ pytestmark = [
 
 LENGTH = 300
 
-#: So long streams run before their worker is to change; they take longer.
-STREAMING_SECONDS = 1.0
+#: Of streams that still run when their worker is killed, and since when they do.
+STREAM_LENGTH, STREAMING_SECONDS = 1500, 0.3
 
 
 @pytest.fixture(scope="module", params=["file", "etcd"])
@@ -342,12 +342,12 @@ async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     says on which worker, that worker's process ends, and the other one serves on. Its
     streams go on there, and name a version for every token."""
     before = await asyncio.to_thread(fleet.members)
-    streams = [asyncio.create_task(labelled_stream(fleet)) for _ in range(4)]
-    await asyncio.sleep(STREAMING_SECONDS)
     fleet.order(1, install={"rank": 0, "seconds": 2.0})
     worker = fleet.graph.processes["worker1"]
     with Trainer(fleet.graph, fleet.models["A"]) as trainer:
         version = next(fleet.versions)
+        streams = [asyncio.create_task(labelled_stream(fleet)) for _ in range(4)]
+        await asyncio.sleep(STREAMING_SECONDS)
         trainer.publish(version, fleet.models[fleet.other()])
         await asyncio.to_thread(fleet.wait_until_at, 1, "install")
         del fleet.graph.processes["worker1"]
@@ -364,7 +364,7 @@ async def test_a_rank_that_dies_takes_its_replica_out(fleet: Fleet) -> None:
     assert fleet.events.of(WorkerRefitted, version) == []
     await asyncio.to_thread(fleet.wait_for_the_end, worker)
     made = await asyncio.gather(*streams)
-    assert [versions.of() for versions in made] == [[fleet.version] * LENGTH] * 4
+    assert [versions.of() for versions in made] == [[fleet.version] * STREAM_LENGTH] * 4
     assert {tuple(versions.workers) for versions in made} == {(other,), (gone, other)}
     await fleet.assert_serves(fleet.serving, workers=1)
 
@@ -413,7 +413,7 @@ async def labelled_stream(fleet: Fleet) -> TokenVersions:
     body = {
         "model": fleet.graph.name,
         "prompt": fleet.asked[0],
-        "max_tokens": LENGTH,
+        "max_tokens": STREAM_LENGTH,
         "ignore_eos": True,
         "stream": True,
         "nvext": ASK,

@@ -79,22 +79,27 @@ class RequestVersions:
         index = output.get("index") or 0
         tokens = len(output.get("token_ids") or ())
         self._tokens[index] = self._tokens.get(index, 0) + tokens
-        indexes = sorted(self._tokens) if output.get("finish_reason") else [index]
-        data = output.setdefault("engine_data", {})
-        data[WEIGHT_VERSIONS] = [s for i in indexes for s in self._spans(i)]
+        spans = self._spans(index)
+        if output.get("finish_reason"):
+            spans = [
+                span for each in sorted(self._tokens) for span in self._spans(each)
+            ]
+        output.setdefault("engine_data", {})[WEIGHT_VERSIONS] = spans
 
-    def _spans(self, index: int) -> Iterator[Span]:
-        changes, end = self._changes.get(index, []), self._tokens[index]
-        ends = [position for position, _ in changes[1:]] + [end]
-        for (start, version), stop in zip(changes, ends, strict=True):
-            if start < end:
-                yield Span(
-                    index=index,
-                    start=start,
-                    end=min(stop, end),
-                    version=version,
-                    worker=self._worker,
-                )
+    def _spans(self, index: int) -> list[Span]:
+        changes, tokens = self._changes.get(index, ()), self._tokens[index]
+        ends = [start for start, _ in changes[1:]] + [tokens]
+        return [
+            {
+                "index": index,
+                "start": start,
+                "end": min(end, tokens),
+                "version": version,
+                "worker": self._worker,
+            }
+            for (start, version), end in zip(changes, ends, strict=False)
+            if start < tokens
+        ]
 
 
 class TokenVersions:
