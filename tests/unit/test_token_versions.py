@@ -24,6 +24,7 @@ from dynamo.refit.tracing import Tracer
 from dynamo.refit.worker.engine import RefitEngine
 from dynamo.refit.worker.engine_process import MARK
 from dynamo.refit.worker.token_versions import asks_for_versions
+from graphs.versions import TokenVersions
 from tests.support.engine_parts import WORKER, FakeContext, engine_request
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -309,3 +310,27 @@ async def test_a_request_s_end_is_logged_and_traced(
         "refit.worker": WORKER,
         "refit.weight_versions": "None,8,9",
     }
+
+
+def chunk(worker: int, *spans: tuple[int, int, int, int | None]) -> dict:
+    names = ("index", "start", "end", "version")
+    found = [{**dict(zip(names, s, strict=True)), "worker": worker} for s in spans]
+    return {"nvext": {"engine_data": {"weight_versions": found}}}
+
+
+def test_a_client_puts_the_spans_of_workers_in_turn_together() -> None:
+    """A chunk has all spans so far, of the worker that made it."""
+    versions = TokenVersions()
+    for part in (
+        chunk(1, (0, 0, 1, 4)),
+        {"usage": {}},
+        chunk(1, (0, 0, 2, 4), (0, 2, 3, 5)),
+        chunk(2, (0, 0, 9, 4)),
+        {"nvext": {"engine_data": None}},
+        chunk(1, (0, 0, 1, None)),
+        chunk(1, (0, 0, 2, None)),
+    ):
+        versions.add(part)
+    assert versions.workers == [1, 2, 1]
+    assert versions.of() == [4, 4, 5, *[4] * 9, None, None]
+    assert versions.of(1) == []
