@@ -52,6 +52,10 @@ class RequestVersions:
         #: Tokens of each choice that have left.
         self._tokens: dict[int, int] = {}
 
+    def begin(self, index: int, version: int | None) -> None:
+        """Choice ``index`` is begun, if it is not, while ``version`` is live."""
+        self._changes.setdefault(index, [(0, version)])
+
     def change(self, index: int, position: int, version: int | None) -> None:
         """Tokens of choice ``index`` from ``position`` on are made with ``version``."""
         changes = self._changes.setdefault(index, [])
@@ -62,10 +66,9 @@ class RequestVersions:
 
     @property
     def versions(self) -> list[int | None]:
-        """All that any choice was made with, in the order in which they were live."""
-        changes = [change for choice in self._changes.values() for change in choice]
-        changes.sort(key=lambda change: change[0])
-        return list(dict.fromkeys(version for _, version in changes))
+        """All that any choice was made with; they grow."""
+        found = {v for choice in self._changes.values() for _, v in choice}
+        return sorted(found, key=lambda version: (version is not None, version))
 
     def add_to(self, output: dict[str, Any]) -> None:
         """Put the spans of all tokens so far into the handler's ``output``.
@@ -129,7 +132,7 @@ class TokenVersions:
         followed = self._followed.get(request.external_req_id)
         state = self._processor.request_states.get(request.request_id)
         if followed is not None and state is not None:
-            followed.change(state.request_index, 0, self._version)
+            followed.begin(state.request_index, self._version)
 
     @contextlib.contextmanager
     def follow(self, context: Any) -> Iterator[RequestVersions]:
