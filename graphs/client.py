@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from graphs.references import Answer
+from graphs.versions import TokenVersions
 
 #: After a request that failed.
 RETRY_SECONDS = 0.1
@@ -22,13 +23,15 @@ RETRY_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished request; ``times`` are monotonic seconds, one per token."""
+    """One finished request; ``times`` are monotonic seconds, one per token, and
+    ``versions`` what made each token, if that was asked for."""
 
     answer: Answer
     finish_reason: str | None
     cached_tokens: int
     times: tuple[float, ...]
     error: str | None = None
+    versions: tuple[int | None, ...] = ()
 
 
 class Client:
@@ -67,6 +70,7 @@ class Client:
         tokens: list[int] = []
         logprobs: list[float] = []
         times: list[float] = []
+        versions = TokenVersions()
         finish, cached, error = None, 0, None
         try:
             async with self._session.post(self._url, json=body) as response:
@@ -81,6 +85,7 @@ class Client:
                     if not data.startswith("data: {"):
                         continue
                     chunk = json.loads(data[len("data: ") :])
+                    versions.add(chunk)
                     if usage := chunk.get("usage"):
                         cached = usage["prompt_tokens_details"]["cached_tokens"] or 0
                     for choice in chunk.get("choices", ()):
@@ -97,7 +102,8 @@ class Client:
         except (TimeoutError, aiohttp.ClientError) as broken:
             error = f"{type(broken).__name__}: {broken}"
         answer = Answer(tuple(tokens), tuple(logprobs))
-        return Completion(answer, finish, cached, tuple(times), error)
+        made = tuple(versions.of())
+        return Completion(answer, finish, cached, tuple(times), error, made)
 
 
 @dataclass

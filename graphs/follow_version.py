@@ -5,8 +5,10 @@
     python -m graphs.follow_version --url http://127.0.0.1:8000 --model tiny
 
 It asks who serves what, follows the events, and sends every request to workers of the
-newest version that the whole fleet serves (KV router only). One line of JSON per
-answer, until interrupted or ``--count`` are there.
+newest version that the whole fleet serves (KV router only). A version may change while
+an answer is made: each answer says which version made which of its tokens, which is
+what off-policy training corrects by. One line of JSON per answer, until interrupted or
+``--count`` are there.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.cli.fleet import fetch_status
 from dynamo.refit.events import REFIT_EVENTS, RefitCompleted
 from dynamo.refit.rpc import Caller, runtime_from_environment
+from graphs.versions import ASK, TokenVersions
 
 
 class NewestVersion:
@@ -52,7 +55,7 @@ async def ask(
         "prompt": prompt,
         "max_tokens": 16,
         "nvext": {
-            "extra_fields": ["worker_id"],
+            **ASK,
             "routing_constraints": {"required_taints": [f"weights={newest}"]},
         },
     }
@@ -86,8 +89,14 @@ async def main(options: argparse.Namespace) -> None:
                     await asyncio.sleep(0.1)
                 continue
             answered += 1
-            text = answer["choices"][0]["text"]
-            print(json.dumps({"version": version, "text": text}), flush=True)
+            made = TokenVersions()
+            made.add(answer)
+            line = {
+                "version": version,
+                "token_versions": made.of(),
+                "text": answer["choices"][0]["text"],
+            }
+            print(json.dumps(line), flush=True)
         following.cancel()
 
 

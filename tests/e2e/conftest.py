@@ -42,6 +42,10 @@ class Bench:
     system_port: int
     versions: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     serving: str = "A"
+    #: That is served.
+    version: int | None = None
+    #: By version, the checkpoint that it is of.
+    checkpoints: dict[int | None, str] = field(default_factory=lambda: {None: "A"})
 
     def refit(
         self,
@@ -52,11 +56,12 @@ class Bench:
     ) -> WorkerRefitted:
         """Publish checkpoint ``name`` and wait until it is served."""
         version = version or next(self.versions)
+        self.checkpoints[version] = name
         trainer.publish(version, self.models[name], in_flight)
         done = self.events.wait_for(RefitCompleted, lambda e: e.version == version)
         assert trainer.released()["outcome"] == "completed"
         assert done.version == version
-        self.serving = name
+        self.serving, self.version = name, version
         # Another publisher's event may come later than the coordinator's.
         return self.events.find(WorkerRefitted, version)
 

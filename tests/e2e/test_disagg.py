@@ -16,6 +16,7 @@ from graphs.client import Client, Load
 from graphs.local import Plane
 from graphs.references import MAX_TOKENS, prompts, reference_answers
 from graphs.tiny_model import make_checkpoint
+from graphs.versions import ASK
 from tests.support.live_fleet import CACHE, SEEDS
 from tests.support.processes import Events, Trainer, fleet_status
 
@@ -66,8 +67,13 @@ async def test_both_kinds_of_workers_change_in_one_version(
                     trainer.publish(version, models[name])
                     await asyncio.to_thread(events.find, RefitCompleted, version)
                     for _ in ("cold", "hot"):
-                        answers = [await client.complete(p, MAX_TOKENS) for p in asked]
+                        answers = [
+                            await client.complete(prompt, MAX_TOKENS, nvext=ASK)
+                            for prompt in asked
+                        ]
                         assert [a.error for a in answers] == [None] * len(asked)
+                        labels = {answer.versions for answer in answers}
+                        assert labels == {(version,) * MAX_TOKENS}
                         assert [a.answer for a in answers] == expected[name], version
                     done = await asyncio.to_thread(
                         events.find_all, WorkerRefitted, version, 2

@@ -198,8 +198,16 @@ async def test_the_example_follows_the_newest_version(fleet: Fleet) -> None:
         await asyncio.to_thread(fleet.refit, trainer, fleet.other())
         rest, _ = await asyncio.wait_for(example.communicate(), 60)
     assert example.returncode == 0
-    versions = [json.loads(line)["version"] for line in [*lines, *rest.splitlines()]]
+    answers = [json.loads(line) for line in [*lines, *rest.splitlines()]]
+    versions = [answer["version"] for answer in answers]
     assert len(versions) == 100
+    for answer in answers:
+        made = answer["token_versions"]
+        assert len(made) == 16
+        # It was sent to a worker of this version, which may have changed since.
+        assert made == sorted(made)
+        assert made[0] >= answer["version"]
+        assert made[-1] <= fleet.version
     assert versions == sorted(versions)
     assert set(versions) == {first, fleet.version}
 

@@ -8,16 +8,20 @@ import asyncio
 import json
 import time
 import urllib.request
+import uuid
 
+import aiohttp
 import pytest
 
 from dynamo.refit.events import SCHEMA, StageProgress, WorkerStaged
 from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
 from dynamo.refit.release import RELEASE
-from graphs.client import Client, Load
-from graphs.references import Answer, prompts
+from graphs.client import Client, Completion, Load
+from graphs.references import MAX_TOKENS, Answer, prompts
 from graphs.trainer import load_weights
+from graphs.versions import ASK, TokenVersions
 from tests.e2e.conftest import Bench
+from tests.support.labels import mislabelled
 from tests.support.processes import Trainer, ask_cli, fleet_status
 
 pytestmark = [
@@ -80,6 +84,7 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
     with Trainer(bench.graph, bench.models["A"]) as trainer:
         async with Client(bench.graph.url, bench.graph.name) as client:
             name = "C" if bench.serving != "C" else "A"
+            before = bench.version
             await client.complete(prompt, 8)
             hot = await client.complete(prompt, 8)
             assert hot.cached_tokens == 96  # 100 tokens, blocks of 32
@@ -90,7 +95,7 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
             )
             await asyncio.to_thread(bench.wait_until_at, "stage")
             running = asyncio.create_task(
-                client.complete(prompt, LENGTH, ignore_eos=True)
+                client.complete(prompt, LENGTH, ignore_eos=True, nvext=ASK)
             )
             refitted = await refit
             assert refitted.in_flight == in_flight
@@ -109,10 +114,78 @@ async def test_no_block_of_old_weights_is_reused(bench: Bench, in_flight: str) -
     assert again.cached_tokens == 96
     assert straddling.error is None
     assert len(straddling.answer.tokens) == LENGTH
+    assert first.versions == ()
+    labels = [before] * changed + [refitted.version] * (LENGTH - changed)
+    assert list(straddling.versions) == labels
     rest = Answer(
         straddling.answer.tokens[changed:], straddling.answer.logprobs[changed:]
     )
     assert (rest == anew.answer) == (in_flight == "recompute")
+
+
+async def test_every_token_says_its_version(bench: Bench) -> None:
+    """Eight streams without a gap across a dozen changes, as far as fresh engines can
+    tell. A version may be the same checkpoint as the one before."""
+    seen: list[tuple[int, Completion]] = []
+    stop = asyncio.Event()
+
+    async def stream(client: Client, turn: int) -> None:
+        while not stop.is_set():
+            prompt = turn % len(bench.asked)
+            asked = bench.asked[prompt]
+            # On KV of its own: a request that waits in the engine across a change may
+            # hit blocks of the old weights otherwise.
+            nvext = {**ASK, "cache_salt": uuid.uuid4().hex}
+            answer = await client.complete(asked, MAX_TOKENS, nvext=nvext)
+            seen.append((prompt, answer))
+            turn += 1
+
+    with Trainer(bench.graph, bench.models["A"]) as trainer:
+        async with Client(bench.graph.url, bench.graph.name) as client:
+            streams = [asyncio.create_task(stream(client, turn)) for turn in range(8)]
+            first = bench.version
+            for name in "ABBCABCCABCA":
+                await asyncio.to_thread(bench.refit, trainer, name)
+            stop.set()
+            await asyncio.gather(*streams)
+    for prompt, completion in seen:
+
+        def answer_of(version: int | None, prompt: int = prompt) -> Answer:
+            return bench.expected[bench.checkpoints[version]][prompt]
+
+        assert completion.error is None
+        labels = [version or 0 for version in completion.versions]
+        assert labels == sorted(labels)
+        assert mislabelled(completion, answer_of) == ""
+    said = {version for _, completion in seen for version in completion.versions}
+    assert said == {first, *range(bench.version - 11, bench.version + 1)}
+    assert sum(len(set(completion.versions)) > 1 for _, completion in seen) >= 5
+
+
+async def test_whole_answers_say_it_for_every_choice(bench: Bench) -> None:
+    """Completions and chat, one choice and more; nothing where it is not asked for."""
+    bodies = {
+        "completions": {"prompt": bench.asked[0]},
+        "chat/completions": {"messages": [{"role": "user", "content": "Once"}]},
+    }
+    async with aiohttp.ClientSession(bench.graph.url) as session:
+
+        async def ask(path: str, **fields: object) -> dict:
+            body = {"model": bench.graph.name, "max_tokens": 9, "ignore_eos": True}
+            body |= {**bodies[path], **fields}
+            async with session.post(f"/v1/{path}", json=body) as response:
+                assert response.status == 200, await response.text()
+                return await response.json()
+
+        for path in bodies:
+            for n in (1, 3):
+                answer = await ask(path, n=n, nvext=ASK)
+                assert answer["usage"]["completion_tokens"] == 9 * n
+                versions = TokenVersions()
+                versions.add(answer)
+                said = [versions.of(index) for index in range(n)]
+                assert said == [[bench.version] * 9] * n
+            assert "nvext" not in await ask(path)
 
 
 def first_difference(undisturbed: Answer, straddling: Answer) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from dynamo.refit.events import (
@@ -20,6 +21,7 @@ from dynamo.refit.events import (
 )
 from graphs.client import Completion
 from graphs.references import MAX_TOKENS, Answer
+from tests.support.labels import begins_as, mislabelled
 
 #: What is not in a commit's timings: the way of its replies, and the label.
 SLACK_SECONDS = 0.5
@@ -94,6 +96,8 @@ class Judge:
         before, during = self._served(seen)
         versions = before | {change.version for change in during}
         answers = [self._answer(version, seen) for version in versions]
+        if wrong := self._mislabelled(seen, before, during):
+            return Verdict("wrong", f"worker {seen.worker}: {wrong}")
         if completion.answer in answers:
             return Verdict("right")
         if len(versions) < 2:
@@ -102,12 +106,31 @@ class Judge:
         first = min(map(_earliest, during))
         made = seen.arrived_before(first)
         if before and not any(
-            _begins_as(completion.answer, self._answer(version, seen), made)
+            begins_as(completion.answer, self._answer(version, seen), made)
             for version in before
         ):
             what = f"worker {seen.worker}: {made} tokens before its change are not of"
             return Verdict("wrong", f"{what} version {before}")
         return _across(seen, answers, during)
+
+    def _mislabelled(
+        self,
+        seen: Observation,
+        before: set[int | None],
+        during: Sequence[WorkerRefitted],
+    ) -> str:
+        """Why the versions that it says made its tokens are not those, or nothing."""
+        served = [*before, *(change.version for change in during)]
+        labels = [version for version, _ in groupby(seen.completion.versions)]
+        # In the order in which they were live; some may have made no token.
+        live = iter(served)
+        if not all(label in live for label in labels):
+            return f"it says {labels} of its tokens, and {served} were live"
+        wrong = mislabelled(
+            seen.completion, lambda version: self._answer(version, seen)
+        )
+        said = len(seen.completion.versions) == len(seen.completion.answer.tokens)
+        return "" if said and _may_blend(seen, during) else wrong
 
     def _answer(self, version: int | None, seen: Observation) -> Answer:
         return self._expected[self._checkpoints[version]][seen.prompt]
@@ -154,19 +177,16 @@ def _across(
         return Verdict("wrong", f"{what}: cut short by a change")
     if _start(completion.answer) in map(_start, answers):
         return Verdict("straddled")
-    paused = any(seen.began < _resumed(change) for change in changes)
-    if completion.cached_tokens > 0 and paused:
-        # Admitted under the old key and computed with the new weights, as ``continue``
-        # lets requests that are in flight.
+    if _may_blend(seen, changes):
         return Verdict("blended")
     return Verdict("wrong", f"worker {seen.worker} began as none of its versions does")
 
 
-def _begins_as(answer: Answer, other: Answer, tokens: int) -> bool:
-    mine, theirs = (
-        (one.tokens[:tokens], one.logprobs[:tokens]) for one in (answer, other)
-    )
-    return mine == theirs
+def _may_blend(seen: Observation, changes: Iterable[WorkerRefitted]) -> bool:
+    """Whether it may have been admitted under the old key and computed with the new
+    weights, as ``continue`` lets requests that are in flight."""
+    paused = any(seen.began < _resumed(change) for change in changes)
+    return seen.completion.cached_tokens > 0 and paused
 
 
 def _start(answer: Answer) -> tuple[int, float]:

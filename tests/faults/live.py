@@ -30,6 +30,7 @@ from dynamo.refit.events import (
 )
 from graphs.client import Client
 from graphs.references import MAX_TOKENS
+from graphs.versions import ASK
 from tests.faults.judge import END, Judge, Observation, phase_at
 from tests.faults.kinds import FAULTS, LATEST_SECONDS, Fault
 from tests.support.live_fleet import (
@@ -398,7 +399,7 @@ class LiveFaults:
 
     async def _ask(self, worker: int, prompt: int) -> None:
         began = time.time()
-        pinned = {"backend_instance_id": worker}
+        pinned = {**ASK, "backend_instance_id": worker}
         asked = self.fleet.asked[prompt]
         completion = await self.client.complete(asked, MAX_TOKENS, nvext=pinned)
         seen = Observation(worker, prompt, began, time.time(), completion)

@@ -22,6 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from dynamo.refit.events import StageProgress, WorkerRefitted
 from dynamo.refit.publish.publisher import WeightPublisher
 from dynamo.refit.worker import ranks as ranks_module
+from dynamo.refit.worker.engine_process import mark_changes
 from graphs.local import CPU_ENVIRONMENT
 from graphs.tiny_model import make_checkpoint
 from graphs.trainer import load_weights, train_into
@@ -70,6 +71,7 @@ async def replica() -> AsyncIterator[GoldenReplica]:
             name: make_checkpoint(CACHE / "models" / f"wide-{seed}", seed=seed, **SHAPE)
             for name, seed in (("A", 1), ("B", 2), ("C", 3))
         }
+        mark_changes()
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(models["A"]),

@@ -31,9 +31,12 @@ from dynamo.refit.protocol import (
     StagingChoice,
     Vote,
 )
+from dynamo.refit.tracing import Tracer
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.engine import RefitEngine
 from tests.support.fake_routing import FakeRouting
+
+WORKER = 1
 
 
 class FakeHandler:
@@ -109,7 +112,10 @@ class FakeTrainers:
 
 
 class Replica:
-    """An agent over a real engine, and the events it publishes."""
+    """An agent over a real engine, and the events it publishes.
+
+    The engine was started after :func:`worker.engine_process.mark_changes`.
+    """
 
     def __init__(self, llm: AsyncLLM, staging: StagingChoice = "auto") -> None:
         self.llm = llm
@@ -117,7 +123,7 @@ class Replica:
         self.fenced = False
         self.trainers = FakeTrainers()
         self.handler = FakeHandler(llm)
-        self.engine = RefitEngine(self.handler)
+        self.engine = RefitEngine(self.handler, WORKER, Tracer())
         self.agent = RefitAgent(
             self.engine,
             self.trainers,
@@ -125,7 +131,7 @@ class Replica:
             FakeRouting(),
             self._fence,
             model="tiny",
-            worker=1,
+            worker=WORKER,
             staging=staging,
         )
         self.version = 0

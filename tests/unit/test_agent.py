@@ -49,6 +49,7 @@ from dynamo.refit.protocol import (
     GetManifest,
     GetStatus,
     Install,
+    Installed,
     Poll,
     RankAnswer,
     RankCall,
@@ -70,7 +71,12 @@ from dynamo.refit.worker import ranks as ranks_module
 from dynamo.refit.worker.engine import RefitEngine, with_epoch
 from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.ranks import RanksFailed
-from tests.support.engine_parts import engine_request, fake_handler
+from tests.support.engine_parts import (
+    FakeContext,
+    FakeOutputProcessor,
+    engine_request,
+    refit_engine,
+)
 from tests.support.fake_replica import (
     COMMIT_STEPS,
     EPOCH,
@@ -1203,7 +1209,8 @@ class FakeLLM:
         self.sent: list[EngineCoreRequest] = []
         self.inputs_ready = asyncio.Event()
         self.inputs_ready.set()
-        self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
+        self.client_index = 0
+        self.output_processor = FakeOutputProcessor()
         self.calls: list[Any] = []
         self.shift = 0
         self.room = asyncio.Event()
@@ -1234,6 +1241,14 @@ class FakeLLM:
         ]
         return [msgspec.msgpack.encode(answer) for answer in answers]
 
+    async def call_utility_async(
+        self, method: str, payload: bytes, client_index: int, version: int | None
+    ) -> list[bytes]:
+        assert (method, client_index) == ("refit_change", self.client_index)
+        call = msgspec.msgpack.decode(payload, type=RankCall)
+        self.calls.append((call.request, version))
+        return [msgspec.msgpack.encode(RankAnswer(call.call, Installed(rank=0)))]
+
     async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None:
         self.calls.append((mode, clear_cache))
 
@@ -1243,7 +1258,7 @@ class FakeLLM:
 
 def new_engine() -> tuple[RefitEngine, FakeLLM]:
     llm = FakeLLM()
-    return RefitEngine(fake_handler(llm)), llm
+    return refit_engine(llm), llm
 
 
 async def test_requests_carry_the_epoch_that_they_were_admitted_in() -> None:
@@ -1282,7 +1297,8 @@ async def test_a_request_runs_from_the_handler_s_call_to_the_end_of_its_stream(
     engine, llm = new_engine()
     llm.inputs_ready.clear()
     generate = engine._handler.generate
-    stream = generate(({"prompt_token_ids": [1]}, None, "id"), context=None)
+    request = {"call": ({"prompt_token_ids": [1]}, None, "id")}
+    stream = generate(request, FakeContext("id"))
     asked = asyncio.ensure_future(anext(stream))
     await until(lambda: len(llm.generated) == 1)
     assert await engine.drain(0.2) == 1
@@ -1326,6 +1342,22 @@ async def test_an_answer_to_another_call_is_out_of_step() -> None:
     with pytest.raises(OutOfStep, match="call 0 when asked call 1") as caught:
         await engine.call_ranks(Poll(version=5))
     assert caught.value.rank == 1
+
+
+async def test_the_engine_is_told_what_a_change_of_weights_leads_to() -> None:
+    """An install to its version; an undo to what was served, at first to no version."""
+    engine, llm = new_engine()
+    assert await engine.call_ranks(Restore(version=5)) == [Installed(rank=0)]
+    await engine.call_ranks(Install(version=6, in_step=True))
+    engine.begin_epoch(6)
+    await engine.call_ranks(Install(version=7))
+    await engine.call_ranks(Restore(version=7))
+    assert llm.calls == [
+        (Restore(version=5), None),
+        (Install(version=6, in_step=True), 6),
+        (Install(version=7), 7),
+        (Restore(version=7), 6),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,13 @@ def observed(
     cached: int = 0,
     error: str | None = None,
     times: Sequence[float] = (),
+    versions: Sequence[int | None] | None = None,
 ) -> Observation:
-    """``times`` of its tokens are on another clock, of which only the last is known."""
-    completion = Completion(said, finish, cached, tuple(times), error)
+    """``times`` of its tokens are on another clock, of which only the last is known;
+    the ``versions`` that it says are right unless they are given."""
+    if versions is None:
+        versions = [None if token < NEW.tokens[0] else 5 for token in said.tokens]
+    completion = Completion(said, finish, cached, tuple(times), error, tuple(versions))
     return Observation(worker, 0, began, ended, completion)
 
 
@@ -138,6 +142,39 @@ def test_verdicts(seen: Observation, kind: str) -> None:
     verdict = JUDGE.verdict(seen)
     assert verdict.kind == kind
     assert bool(verdict.why) == (kind == "wrong")
+
+
+def labels(old: int, new: int, after: int = 0) -> list[int | None]:
+    return [None] * old + [5] * new + [None] * after
+
+
+STRADDLING = mixed(OLD, NEW, 3)
+
+
+@pytest.mark.parametrize(
+    ("seen", "wrong"),
+    [
+        (observed(OLD, 90.0, 91.0, versions=labels(0, MAX_TOKENS)), True),
+        (observed(NEW, 101.0, 102.0, versions=labels(MAX_TOKENS, 0)), True),
+        # Meanwhile both are live, but its tokens are of one.
+        (observed(OLD, 99.0, 101.0, versions=labels(0, MAX_TOKENS)), True),
+        (observed(NEW, 99.0, 101.0, versions=labels(MAX_TOKENS, 0)), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=labels(3, 21)), False),
+        (observed(STRADDLING, 99.0, 101.0, versions=labels(2, 22)), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=labels(4, 20)), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=labels(3, 20)), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=labels(3, 20, 1)), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=[4] * 3 + [5] * 21), True),
+        (observed(STRADDLING, 99.0, 101.0, versions=()), True),
+        # On blocks of the old weights nobody can tell, but it must say something.
+        (observed(OTHER, 99.0, 101.0, cached=32, versions=labels(0, 24)), False),
+        (observed(OTHER, 99.0, 101.0, cached=32, versions=labels(0, 23)), True),
+    ],
+)
+def test_a_label_that_is_wrong_is_a_wrong_version(
+    seen: Observation, wrong: bool
+) -> None:
+    assert (JUDGE.verdict(seen).kind == "wrong") is wrong
 
 
 def test_one_token_that_differs_in_one_bit_is_seen() -> None:

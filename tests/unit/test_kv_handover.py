@@ -13,8 +13,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from dynamo.refit.worker.engine import RefitEngine
-from tests.support.engine_parts import engine_request, fake_handler
+from tests.support.engine_parts import (
+    FakeOutputProcessor,
+    engine_request,
+    refit_engine,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -24,6 +27,7 @@ class Llm:
 
     def __init__(self) -> None:
         self.engine_core = self
+        self.output_processor = FakeOutputProcessor()
         self.salts: list[str | None] = []
         self.closed = 0
         self.inputs_ready = asyncio.Event()
@@ -48,7 +52,7 @@ class Llm:
 class Worker:
     def __init__(self, *versions: int) -> None:
         self.llm = Llm()
-        self.engine = RefitEngine(fake_handler(self.llm))
+        self.engine = refit_engine(self.llm)
         for version in versions:
             self.engine.begin_epoch(version)
 

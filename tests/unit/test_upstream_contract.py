@@ -28,8 +28,8 @@ stand_in_if_missing()
 from dynamo.common import model_taints  # noqa: E402
 from dynamo.common.utils import graceful_shutdown  # noqa: E402
 from dynamo.runtime import Endpoint  # noqa: E402
+from dynamo.vllm import handlers, worker_factory  # noqa: E402
 from dynamo.vllm import main as vllm_main  # noqa: E402
-from dynamo.vllm import worker_factory  # noqa: E402
 from dynamo.vllm.handlers import (  # noqa: E402
     BaseWorkerHandler,
     DecodeWorkerHandler,
@@ -53,10 +53,13 @@ from vllm.model_executor.model_loader.default_loader import (  # noqa: E402
 )
 from vllm.model_executor.model_loader.reload import layerwise  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest  # noqa: E402
+from vllm.v1.engine import utils as engine_utils  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
 from vllm.v1.engine.core import EngineCore, EngineCoreProc  # noqa: E402
 from vllm.v1.engine.core_client import AsyncMPClient  # noqa: E402
+from vllm.v1.engine.output_processor import OutputProcessor  # noqa: E402
 from vllm.v1.executor import Executor  # noqa: E402
 from vllm.v1.executor.multiproc_executor import (  # noqa: E402
     MultiprocExecutor,
@@ -440,6 +443,78 @@ def test_every_request_is_sent_through_the_core_client() -> None:
         EngineCoreRequest.__struct_fields__
     )
     assert not EngineCoreRequest.__struct_config__.frozen
+
+
+def test_a_utility_call_reaches_a_method_of_the_engine_by_its_name() -> None:
+    """``refit_change`` of worker/engine_process.py is one."""
+    assert parameters(AsyncMPClient.call_utility_async) == ["self", "method", "args"]
+    assert "client_index" in assigned_to_self(AsyncMPClient.__init__)
+    handling = ast.unparse(tree(EngineCoreProc._handle_client_request))
+    assert "getattr(self, method_name)" in handling
+
+
+# --- vLLM's engine process: worker/engine_process.py and token_versions.py --------
+
+
+def test_the_engine_s_process_is_started_by_a_function_that_can_be_replaced() -> None:
+    """And it finds the engine's class by its name."""
+    assert isinstance(EngineCoreProc.__dict__["run_engine_core"], staticmethod)
+    started = inspect.getsource(engine_utils)
+    assert "target=EngineCoreProc.run_engine_core," in started
+    made = calls_of("EngineCoreProc", EngineCoreProc.run_engine_core)
+    assert [call.func.id for call in made] == ["EngineCoreProc"]
+
+
+def test_outputs_are_on_their_way_before_the_hook_after_a_step() -> None:
+    step = ast.unparse(tree(EngineCoreProc._process_engine_step))
+    assert step.index("self.output_queue.put_nowait(output)") < step.index(
+        "self.post_step(model_executed)"
+    )
+    for engine in (EngineCore, EngineCoreProc):
+        assert parameters(engine.post_step) == ["self", "model_executed"]
+    assert EngineCoreProc.post_step is EngineCore.post_step
+
+
+def test_what_is_scheduled_ahead_is_queued_the_newest_first() -> None:
+    stepping = ast.unparse(tree(EngineCore.step_with_batch_queue))
+    assert stepping.count("batch_queue.appendleft(") == 2
+    assert stepping.count("batch_queue.pop()") == 1
+    assert "bool(self.batch_queue)" in ast.unparse(tree(EngineCoreProc.has_work))
+
+
+def test_every_output_passes_the_output_processor_in_order() -> None:
+    """Looked up at each call; an output of a request that it does not know is none."""
+    calls = calls_of("process_outputs", AsyncLLM._run_output_handler)
+    assert [ast.unparse(call.func) for call in calls] == [
+        "output_processor.process_outputs"
+    ]
+    processor = OutputProcessor(None, log_stats=False)
+    made = processor.process_outputs([EngineCoreOutput("nobody", [1])])
+    assert (made.request_outputs, made.reqs_to_abort) == ([], [])
+
+
+def test_the_output_processor_has_a_request_before_the_engine_has_it() -> None:
+    adding = ast.unparse(tree(AsyncLLM._add_request))
+    assert adding.index("output_processor.add_request(") < adding.index(
+        "engine_core.add_request_async("
+    )
+    between = adding[: adding.index("engine_core.add_request_async(")]
+    assert between.count("await ") == 1
+
+
+def test_the_handlers_outputs() -> None:
+    """Token ids of each choice since its last output; a prefill's says where KV is."""
+    source = inspect.getsource(BaseWorkerHandler.generate_tokens)
+    assert '"index": output_idx' in source
+    assert '"token_ids": token_ids' in source
+    assert handlers._DELTA_REQUEST_OUTPUT_KIND == RequestOutputKind.DELTA
+    built = inspect.getsource(handlers.build_sampling_params)
+    assert "output_kind = _DELTA_REQUEST_OUTPUT_KIND" in built
+    prefill = inspect.getsource(PrefillWorkerHandler._generate_token_mode)
+    assert '"disaggregated_params":' in prefill
+    assert "request_id = context.id()" in inspect.getsource(
+        DecodeWorkerHandler.generate
+    )
 
 
 def test_the_scheduler_is_paused_and_resumed_through_the_core_client() -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from dynamo.refit.worker.engine_process import mark_changes
 from tests.benchmarks.gpu.streams import Streams, spread
 from tests.benchmarks.shapes import tensors, write_config
 from tests.benchmarks.sources import Held, Sources, fill
@@ -90,6 +91,7 @@ def write_checkpoint(config: dict, model: Path) -> None:
 
 
 async def measure(model: Path, held: Held, updates: int, streams: int) -> dict:
+    mark_changes()
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=str(model),

@@ -38,6 +38,7 @@ from vllm import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from dynamo.refit.protocol import InFlightPolicy
+from dynamo.refit.worker.engine_process import mark_changes
 from tests.benchmarks.gpu.measure import (
     built,
     check_tokens,
@@ -139,6 +140,7 @@ class Bench:
     def _start_engine(self) -> AsyncLLM:
         options = self._options
         began = time.perf_counter()
+        mark_changes()
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(self._directory),

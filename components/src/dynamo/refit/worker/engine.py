@@ -24,11 +24,15 @@ from vllm.v1.engine import EngineCoreRequest
 from dynamo.refit.errors import OutOfStep
 from dynamo.refit.protocol import (
     InFlightPolicy,
+    Install,
     RankAnswer,
     RankCall,
     RankReply,
     RankRequest,
+    Restore,
 )
+from dynamo.refit.tracing import Tracer
+from dynamo.refit.worker.token_versions import TokenVersions, asks_for_versions
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +54,11 @@ class RefitEngine:
 
     Args:
         handler: a ``dynamo.vllm`` decode or prefill handler.
+        worker: this worker's instance id.
+        tracer: gets a span for each request that is traced.
     """
 
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, worker: int, tracer: Tracer) -> None:
         self._handler = handler
         self._llm = handler.engine_client
         self._calls = itertools.count()
@@ -61,7 +67,8 @@ class RefitEngine:
         self._open_calls = 0
         #: The epoch that each prefill was sent to the engine in, by its request's id.
         self._prefill_epochs: dict[str, str] = {}
-        handler.generate = self._counted(handler.generate)
+        self._token_versions = TokenVersions(self._llm.output_processor, worker, tracer)
+        handler.generate = self._followed(handler.generate)
         self._llm.generate = self._telling_version(self._llm.generate)
         core = self._llm.engine_core
         core.add_request_async = self._in_epoch(core.add_request_async)
@@ -103,7 +110,7 @@ class RefitEngine:
         payload = msgspec.msgpack.encode(RankCall(call, request))
         answers = [
             msgspec.msgpack.decode(answer, type=RankAnswer)
-            for answer in await self._llm.collective_rpc("refit_call", args=(payload,))
+            for answer in await self._send(payload, request)
         ]
         for rank, answer in enumerate(answers):
             if answer.call != call:
@@ -113,6 +120,22 @@ class RefitEngine:
                     rank=rank,
                 )
         return [answer.reply for answer in answers]
+
+    async def _send(self, payload: bytes, request: RankRequest) -> list[bytes]:
+        match request:
+            case Install(version=version):
+                return await self._change_weights(payload, version)
+            case Restore():
+                return await self._change_weights(payload, self._version)
+        return await self._llm.collective_rpc("refit_call", args=(payload,))
+
+    async def _change_weights(self, payload: bytes, version: int | None) -> list[bytes]:
+        """A call after which all ranks run on ``version``, unless one refuses; the
+        engine marks the place in its stream of outputs."""
+        core = self._llm.engine_core
+        return await core.call_utility_async(
+            "refit_change", payload, core.client_index, version
+        )
 
     async def pause(self, in_flight: InFlightPolicy) -> None:
         """Stop scheduling after the running step; requests stay where they are.
@@ -196,20 +219,26 @@ class RefitEngine:
         except TimeoutError:
             logger.info("no room for a probe within %g s", PROBE_SECONDS)
 
-    def _counted(self, generate: Any) -> Any:
-        """The handler's ``generate``, counted from its call to its stream's end."""
+    def _followed(self, generate: Any) -> Any:
+        """The handler's ``generate``: counted from its call to its stream's end, and
+        with the versions that made its tokens, if the request asks for them."""
 
         @functools.wraps(generate)
-        async def counted(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def followed(request: Any, context: Any) -> AsyncIterator[Any]:
+            asked = asks_for_versions(request)
             self._open_calls += 1
             try:
-                async with contextlib.aclosing(generate(request, context)) as outputs:
-                    async for output in outputs:
-                        yield output
+                with self._token_versions.follow(context) as made:
+                    outputs = generate(request, context)
+                    async with contextlib.aclosing(outputs):
+                        async for output in outputs:
+                            if asked:
+                                made.add_to(output)
+                            yield output
             finally:
                 self._open_calls -= 1
 
-        return counted
+        return followed
 
     def _in_epoch(self, add_request: Any) -> Any:
         """``add_request`` with the KV epoch in the request's prefix-cache key.
@@ -231,6 +260,7 @@ class RefitEngine:
             ):
                 epoch = f"{epoch}|{uuid.uuid4().hex}"
             request.cache_salt = with_epoch(request.cache_salt, epoch)
+            self._token_versions.sent(request)
             await add_request(request)
 
         return add_request_in_epoch

@@ -36,6 +36,7 @@ from dynamo.refit.rpc import Caller, serve, unary
 from dynamo.refit.worker.agent import RefitAgent
 from dynamo.refit.worker.args import Options, graph_namespace, take_own_arguments
 from dynamo.refit.worker.engine import RefitEngine
+from dynamo.refit.worker.engine_process import mark_changes
 from dynamo.refit.worker.hook import (
     Registration,
     on_arguments,
@@ -74,6 +75,7 @@ def main() -> None:
         _be_healthy_before_admission()
     on_arguments(check_arguments)
     on_engine_config(lambda config: check_settings(settings_of_config(config)))
+    mark_changes()
     on_worker_ready(functools.partial(_start_agent, options))
     start_failure = Path(tempfile.gettempdir(), f"refit-start-{uuid.uuid4().hex}")
     os.environ[START_FAILURE_VARIABLE] = str(start_failure)
@@ -109,11 +111,12 @@ def _start_agent(
     handler: Any,
 ) -> Registration:
     config = handler.config
-    engine = RefitEngine(handler)
+    worker = generate_endpoint.connection_id()
+    tracer = tracing.from_environment()
+    engine = RefitEngine(handler, worker, tracer)
     namespace = graph_namespace(config.namespace)
     topic = runtime.endpoint(f"{namespace}.refit.{REFIT_EVENTS}")
-    sender = f"worker-{generate_endpoint.connection_id()}"
-    events = LastingPublisher(topic, sender, model=_model(config))
+    events = LastingPublisher(topic, f"worker-{worker}", model=_model(config))
     commands = runtime.endpoint(f"{namespace}.{config.component}.refit")
     routing = WorkerRouting(
         runtime,
@@ -127,7 +130,9 @@ def _start_agent(
         put_back=events.renew,
     )
     on_user_taints(routing.set_user_taints)
-    _start(_run_agent(options, runtime, commands, engine, routing, events, config))
+    _start(
+        _run_agent(options, runtime, commands, engine, routing, events, tracer, config)
+    )
     return routing.register
 
 
@@ -153,11 +158,12 @@ async def _run_agent(
     engine: RefitEngine,
     routing: WorkerRouting,
     events: LastingPublisher,
+    tracer: tracing.Tracer,
     config: Any,
 ) -> None:
     await events.start()
     worker = commands.connection_id()
-    tracer, metrics = tracing.from_environment(), WorkerMetrics()
+    metrics = WorkerMetrics()
     namespace = graph_namespace(config.namespace)
     export(metrics.registry, commands, f"{namespace}.{config.component}.refit")
     telemetry = WorkerTelemetry(metrics, tracer, worker)
