@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Nemotron-H through a real graph: experts, attention and Mamba-2, whose loader computes
-the decay and whose kernels read a packed convolution."""
+"""Nemotron-H through a real graph: experts, attention and Mamba-2. Its loader computes
+the decay, and its kernels read a packed convolution."""
 
 from __future__ import annotations
 

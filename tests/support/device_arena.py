@@ -5,6 +5,7 @@ rank's stager does with it: on a GPU, or on the CPU with memory that counts as o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -68,6 +69,9 @@ class DeviceEngine:
     def install(self) -> None:
         self._take(self.arena.staged)
         self.arena.installed()
+
+    def keep(self, in_a_hurry: Callable[[], bool] = lambda: False) -> None:
+        self.arena.keep(in_a_hurry)
 
     def restore(self) -> None:
         self._take(self.arena.old)

@@ -362,6 +362,7 @@ def vote_of(rank: int, mode: StagingMode = "device") -> RankVote:
         session="cold",
         counters=CacheCounters(allocations=1),
         timings=StageTimings(**timings),
+        can_undo=mode != "host-no-undo",
     )
 
 

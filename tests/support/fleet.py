@@ -189,6 +189,7 @@ def _rank_vote(mode: StagingMode) -> RankVote:
         session="warm",
         counters=CacheCounters(),
         timings=StageTimings(**timings),
+        can_undo=mode != "host-no-undo",
     )
 
 

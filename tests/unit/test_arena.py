@@ -287,7 +287,9 @@ def device_engine(monkeypatch: pytest.MonkeyPatch) -> DeviceEngine:
     assert (len(engine.arena.shadows), engine.arena.live) == (1, None)
     for seed in (1, 2):
         engine.stage(seed)
+        assert_is(engine.arena.old, seed - 1)
         engine.install()
+        engine.keep()
     return engine
 
 
@@ -308,3 +310,42 @@ def test_on_a_device_an_install_is_undone_from_host_memory(
     assert_is(engine.arena.old, 2)
     engine.install()
     assert_is(engine.live, 4)
+    engine.keep()
+    engine.stage(5)
+    assert_is(engine.arena.old, 4)
+
+
+def test_a_copy_that_is_not_whole_is_no_way_back(
+    device_engine: DeviceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that comes meanwhile waits for a part of it only."""
+    monkeypatch.setattr(buffers, "KEPT_AT_ONCE", 4096)
+    engine = device_engine
+    engine.stage(3)
+    engine.install()
+    looks = iter([False, False, True])
+    engine.keep(lambda: next(looks))
+    engine.stage(4)
+    assert engine.arena.old is None
+    engine.install()
+    engine.keep()
+    engine.stage(5)
+    assert_is(engine.arena.old, 4)
+
+
+def test_what_was_given_up_is_never_kept_for_what_is_live(
+    device_engine: DeviceEngine,
+) -> None:
+    """As after a check of the live weights that an operator asks for."""
+    engine = device_engine
+    engine.stage(3)
+    engine.keep()
+    assert_is(engine.arena.old, 2)
+
+
+def test_what_is_kept_already_is_not_copied_again(device_engine: DeviceEngine) -> None:
+    def fail() -> bool:
+        raise AssertionError("copied again")
+
+    device_engine.keep(fail)
+    assert_is(device_engine.arena.old, 2)

@@ -118,7 +118,10 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankVote(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank holds the version: bytes read, what it cost, what was cached."""
+    """One rank holds the version: bytes read, what it cost, what was cached.
+
+    With ``can_undo`` it has a copy of what is live, for an install that fails.
+    """
 
     rank: int
     nbytes: int
@@ -126,6 +129,7 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionUse
     counters: CacheCounters
     timings: StageTimings
+    can_undo: bool = True
 
 
 class RankProgress(msgspec.Struct, frozen=True, kw_only=True):

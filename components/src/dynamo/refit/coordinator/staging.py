@@ -172,7 +172,7 @@ class Staging:
             return []
         if isinstance(reply, Vote):
             reader.state = "staged"
-            reader.can_undo = all(rank.memory.can_undo for rank in reply.ranks)
+            reader.can_undo = all(rank.can_undo for rank in reply.ranks)
             return self._release(reader)
         released = self._release(reader)
         if reader.peer is None:

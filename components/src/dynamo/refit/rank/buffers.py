@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -11,9 +12,12 @@ import torch
 from dynamo.refit.host_memory import host_zeros
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
-from dynamo.refit.rank.install import LiveModel, synchronize
+from dynamo.refit.rank.install import LiveModel, copy_out, synchronize
 from dynamo.refit.rank.slices import ArenaLayout, IntakeLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
+
+#: Bytes of a copy at leisure between two looks at whether somebody waits for its end.
+KEPT_AT_ONCE = 128 << 20
 
 
 class RegisteredBuffer:
@@ -49,8 +53,10 @@ class Arena:
 
     In host memory two shadows take turns: while a version comes into one, the live one
     is still in the other, and nothing has to be copied for the way back. On a device
-    there is one shadow, and the live version is copied to host memory. Where memory is
-    short there is one shadow in host memory, and no way back.
+    there is one shadow, and once a version is live for good it is copied from there to
+    host memory, at leisure: the next version waits for nothing, and where the copy is
+    not whole there is no way back. Where memory is short there is one shadow in host
+    memory, and no way back.
 
     It depends on the model alone, so it outlives the layouts of trainers.
 
@@ -78,6 +84,8 @@ class Arena:
         self._live: int | None = None
         self._old: int | None = None
         self._backup: dict[str, torch.Tensor] | None = None
+        self._backup_bytes: torch.Tensor | None = None
+        self._is_kept = self._kept_one = False
         self._backup_is_whole = False
         on_host = memory.mode != "device" or device.type == "cpu"
         #: Where the shadows are.
@@ -93,7 +101,7 @@ class Arena:
                 with cycle.time("allocate"):
                     pinned = _allocate(layout.nbytes, torch.device("cpu"))
                     cycle.built["allocations"] += 1
-                self._backup = views_of(pinned, layout)
+                self._backup, self._backup_bytes = views_of(pinned, layout), pinned
             undo.pop_all()
 
     @property
@@ -133,8 +141,8 @@ class Arena:
         self._live = None
 
     def preserve(self, live: LiveModel) -> None:
-        """While it comes: see to it that what is live can be put back."""
-        if self._backup is not None:
+        """While the first one comes: see to it that what is live can be put back."""
+        if self._backup is not None and not self._kept_one:
             live.copy_to(self._backup)
             self._backup_is_whole = True
         elif len(self.shadows) > 1 and self._old is None:
@@ -145,6 +153,26 @@ class Arena:
     def installed(self) -> None:
         """The target is live."""
         self._live = self.target
+        self._is_kept = False
+
+    def keep(self, in_a_hurry: Callable[[], bool]) -> None:
+        """The target is live for good: on a device, copy it out for the time when the
+        next version has overwritten it; blocks, until ``in_a_hurry``."""
+        # A version that was given up may have overwritten it already.
+        if self._backup_bytes is None or self._live is None or self._is_kept:
+            return
+        self._kept_one, self._backup_is_whole = True, False
+        shadow = self.shadows[self.target].buffer.bytes
+        pairs = zip(
+            shadow.split(KEPT_AT_ONCE),
+            self._backup_bytes.split(KEPT_AT_ONCE),
+            strict=True,
+        )
+        for source, target in pairs:
+            if in_a_hurry():
+                return
+            copy_out([source], [target])
+        self._backup_is_whole = self._is_kept = True
 
     def restored(self) -> None:
         """:attr:`old` is live again."""

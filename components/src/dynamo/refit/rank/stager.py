@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,6 +177,9 @@ class RankStager:
             initializer=_use_stream,
             initargs=(_new_stream(self._device),),
         )
+        #: A copy of what is live, made at leisure, and whether it is waited for.
+        self._keeping: Future | None = None
+        self._in_a_hurry = threading.Event()
         self._offers = Offers(self._agent, self._follower.submit)
         _warm_up_fingerprints(self._device)
         if self._device.type == "cuda":
@@ -345,6 +349,7 @@ class RankStager:
                 session=use,
                 counters=cycle.counters(),
                 timings=cycle.timings(),
+                can_undo=session.arena.old is not None,
             ),
             parts=parts.astype("<u8").tobytes(),
             # A plan that is made anew may have its pieces in another order.
@@ -394,7 +399,9 @@ class RankStager:
                 "this worker the memory for mode host"
             )
         if arena.old is None:
-            raise NoWayBack("the copy of what was live is not whole")
+            raise NoWayBack(
+                "the copy of what was live was not whole when the next version came"
+            )
         self._live.copy_from(arena.old)
         arena.restored()
         if self._installed is not None and self._installed.version == version:
@@ -423,6 +430,8 @@ class RankStager:
             self._evict()
         copy_ms = self._live.wait()
         live.parts.check(live.landed, self._rank)
+        self._in_a_hurry.clear()
+        self._keeping = self._backup.submit(self._arena.keep, self._in_a_hurry.is_set)
         return copy_ms
 
     def discard(self) -> None:
@@ -587,6 +596,9 @@ class RankStager:
         """The version's bytes in the arena, and a copy of the live ones beside it."""
         submit, arena = self._follower.submit, session.arena
         with cycle.time("backup"):
+            self._in_a_hurry.set()
+            if self._keeping is not None:
+                wait([self._keeping])
             arena.begin()
         self.handover = session.begin()
         backup = self._backup.submit(self._preserve, arena, cycle)

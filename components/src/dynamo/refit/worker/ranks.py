@@ -218,7 +218,7 @@ class Ranks:
         source = SourceWatch(self._trainers, request.endpoint, request.instance)
         staged = await self._poll(request.version, report, source)
         self._proven = self._prove(held, staged)
-        self.can_undo = all(reply.vote.memory.can_undo for reply in staged)
+        self.can_undo = all(reply.vote.can_undo for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
         self._staged = HeldVersion(
