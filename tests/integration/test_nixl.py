@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dynamo.refit.errors import TransferFailed
-from dynamo.refit.transport.nixl import NixlAgent, Read
+from dynamo.refit.transport.nixl import NixlAgent, Read, bindings
 
 pytestmark = [
     pytest.mark.integration,
@@ -193,3 +193,75 @@ def test_peers_are_counted(source: Source, reader: NixlAgent) -> None:
     assert target.unique().tolist() == [1]
     read.release()
     reader.disconnect("source")
+
+
+def registered_anew(metadata: bytes) -> bytes:
+    """As after a registration of the same region with another remote key.
+
+    Only InfiniBand gives another key for the same memory, so the key's last byte but
+    eleven is changed here; NIXL compares keys as they are.
+    """
+    changed = bytearray(metadata)
+    changed[-12] ^= 1
+    return bytes(changed)
+
+
+def test_nixl_refuses_another_key_of_a_known_region_and_then_the_peer(
+    source: Source, reader: NixlAgent
+) -> None:
+    """Why a peer that registered its memory anew is forgotten before it is loaded."""
+    agent = reader._agent
+    agent.add_remote_agent(source.metadata)
+    with pytest.raises(bindings.nixlNotAllowedError):
+        agent.add_remote_agent(registered_anew(source.metadata))
+    agent.remove_remote_agent("source")
+    for metadata in (source.metadata, registered_anew(source.metadata)):
+        with pytest.raises(bindings.nixlInvalidParamError):
+            agent.add_remote_agent(metadata)
+
+
+def test_a_peer_that_registered_its_memory_anew_can_be_read(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    before = prepare(reader, source, target)
+    before.post()
+    finish(before)
+
+    peer = reader.connect(registered_anew(source.metadata))
+    assert before.stale
+    with pytest.raises(TransferFailed):
+        before.post()
+    source.fill(7)
+    again = prepare(reader, source, target)
+    again.post()
+    finish(again)
+    assert not again.stale
+    assert bool((target == 7).all())
+
+    # Whoever used the peer before lets go of it; the others still read from it.
+    before.release()
+    reader.disconnect(peer)
+    reader.disconnect(peer)
+    source.fill(9)
+    again.post()
+    finish(again)
+    assert bool((target == 9).all())
+
+
+def test_a_peer_is_not_loaded_anew_under_an_active_read(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    source.send(signal.SIGSTOP)
+    read = prepare(reader, source, target)
+    read.post()
+    assert read.active
+    with pytest.raises(TransferFailed, match="has not ended"):
+        reader.connect(registered_anew(source.metadata))
+    source.send(signal.SIGCONT)
+    finish(read)
+    assert not read.stale
+    assert bool((target == 1).all())
+    reader.connect(registered_anew(source.metadata))
+    assert read.stale

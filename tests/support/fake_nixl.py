@@ -141,6 +141,7 @@ class FakeRead:
         self.polls = 0
         self.peer = peer
         self.active = False
+        self.stale = False
         self.released = False
 
     def post(self) -> bool:

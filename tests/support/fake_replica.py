@@ -161,8 +161,9 @@ class FakeRank:
         self.wrong: dict[int, int] = {}
         #: What the trainer has under every number, if not the number.
         self.content: int | None = None
-        #: It has planned anew, and reads in another order; it says so unasked.
+        #: It has planned anew, and reads in another order; it says so once unasked.
         self.reordered = False
+        self._said_reordered = False
         self.name = f"rank-{rank}"
         self.peers: dict[str, FakeRank] = {}
         self.shadows: list[int | None] = [None, None]
@@ -288,7 +289,9 @@ class FakeRank:
             parts[number] = (int(parts[number]) + error) % 2**64
         reads = reads_of(self.rank) if request.want_reads else ()
         if self.reordered:
-            parts, reads = parts[::-1], reads_of(self.rank)[::-1]
+            parts, reads = parts[::-1], reads[::-1]
+            if not self._said_reordered:
+                self._said_reordered, reads = True, reads_of(self.rank)[::-1]
         vote = vote_of(self.rank, self.mode)
         return Staged(vote=vote, parts=parts.tobytes(), reads=reads)
 

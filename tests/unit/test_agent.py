@@ -774,6 +774,26 @@ async def test_a_rank_that_plans_the_same_layout_anew_may_read_in_another_order(
     bench.assert_serving(6)
 
 
+@pytest.mark.parametrize("lost", ["a rank", "the fingerprints"])
+async def test_what_a_new_plan_reads_is_not_lost_with_a_stage_that_fails_elsewhere(
+    bench: Bench, lost: str
+) -> None:
+    await bench.committed(5)
+    bench.engine.ranks[0].reordered = True
+    if lost == "a rank":
+        bench.engine.ranks[1].fail[Poll] = [TransferFailed("the source broke off")]
+    else:
+        why = failure_from(SourceLost("no announcement a6"), stage="trainer")
+        bench.trainer.fingerprints["a6"] = why
+    refusal(await bench.agent.answer(bench.prepare(6)))
+    await bench.committed(7)
+    bench.assert_serving(7)
+    # And it is known again.
+    await bench.committed(8)
+    stages = bench.engine.asked(Stage)
+    assert [stage.want_reads for stage in stages] == [True, False, True, False]
+
+
 # --- staging modes ------------------------------------------------------------
 
 

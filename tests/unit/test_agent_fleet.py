@@ -420,15 +420,43 @@ async def answer_or_refusal(bench: Bench, request: Any) -> Any:
     return reply
 
 
-async def test_other_weights_under_the_number_that_is_served_are_installed(
+async def test_the_version_that_is_served_is_not_staged_again(bench: Bench) -> None:
+    """A coordinator that looked before the last commit; or a new one."""
+    committed = await bench.committed(5)
+    requests, events = len(bench.engine.requests), len(bench.events)
+    for epoch in (EPOCH, EPOCH + 1):
+        vote = await bench.agent.answer(bench.prepare(5, epoch=epoch))
+        assert vote == Vote(version=5, fingerprint=weights_of(5), ranks=())
+        assert await bench.agent.answer(commit(5, epoch)) == committed
+        bench.assert_serving(5)
+    assert len(bench.engine.requests) == requests
+    assert len(bench.events) == events
+
+
+async def test_a_staged_version_outlives_a_prepare_of_the_served_one(
     bench: Bench,
 ) -> None:
-    """A commit of before under that number is not taken for the answer."""
     await bench.committed(5)
-    for rank in bench.engine.ranks:
-        rank.content = 6
-    await bench.staged(5, fingerprint=weights_of(6), announcement_id="a6")
-    reply = await bench.agent.answer(commit(5))
-    assert isinstance(reply, Committed) and reply.fingerprint == weights_of(6)
+    await bench.staged(6)
+    vote = await bench.agent.answer(bench.prepare(5))
+    assert vote == Vote(version=5, fingerprint=weights_of(5), ranks=())
+    assert isinstance(await bench.agent.answer(commit(6)), Committed)
+    bench.assert_serving(6)
+
+
+async def test_other_weights_under_the_number_that_is_served_are_refused(
+    bench: Bench,
+) -> None:
+    """What is installed, and the way back from it, go by the number."""
+    await bench.committed(5)
+    await bench.staged(6)
+    requests = len(bench.engine.requests)
+    other = bench.prepare(5, fingerprint=weights_of(6), announcement_id="a6")
+    with pytest.raises(RefitError) as caught:
+        await bench.agent.answer(other)
+    for what in ("version 5", weights_of(5), weights_of(6), "restart this worker"):
+        assert what in str(caught.value)
+    assert len(bench.engine.requests) == requests
     status = bench.agent.status()
-    assert (status.version, status.fingerprint) == (5, weights_of(6))
+    assert (status.version, status.fingerprint) == (5, weights_of(5))
+    assert status.pending == 6

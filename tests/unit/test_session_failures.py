@@ -14,10 +14,11 @@ import torch
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.fingerprint import Batch
 from dynamo.refit.protocol import StagingMode
-from dynamo.refit.rank import session
+from dynamo.refit.rank import session, stager
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions, Session
+from dynamo.refit.rank.stager import RankStager
 from tests.support.fake_nixl import NEVER
 from tests.support.layouts import ALWAYS_EXACT, ROOMY
 from tests.support.rank import Rank, bytes_of, layer
@@ -269,3 +270,73 @@ def test_too_many_abandoned_sessions_are_an_error_until_one_ends(
     assert len(abandoned) == MAX_ABANDONED
     assert ranks[1].agent.registered == {}
     assert len(ranks[0].agent.registered) == len(ranks[2].agent.registered) == 3
+
+
+def _stager_of(rank: Rank) -> RankStager:
+    """What a stager knows of sessions, without an engine."""
+    made = object.__new__(RankStager)
+    made._session = made._proven = rank.session
+    made._spare, made._arena = None, rank.arena
+    made._abandoned = AbandonedSessions()
+    return made
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StagingCancelled("superseded"), TransferFailed("another source broke off")],
+    ids=["superseded", "failed"],
+)
+def test_a_pull_that_is_given_up_keeps_the_arena_if_its_reads_end(
+    follower: Submit, error: Exception
+) -> None:
+    """Over a network one read is under way for nearly the whole transfer."""
+    rank = layer()
+    _give_up(rank, follower)
+    rank.agent.late = 50
+    made = _stager_of(rank)
+    made._retire(rank.session, error)
+    assert rank.agent.active == 0
+    assert (made._session, made._proven, made._arena, len(made._abandoned)) == (
+        rank.session,
+        rank.session,
+        rank.arena,
+        0,
+    )
+
+    rank.agent.late = 0
+    if not isinstance(error, StagingCancelled):
+        rank.address()
+    full = rank.layout.random_tensors(seed=11)
+    rank.trainers.write(0, full)
+    rank.pull(0, follower)
+    assert bytes_of(rank.staged) == rank.loaded(full)
+
+
+def test_reads_that_do_not_end_are_waited_for_so_long_and_no_longer(
+    follower: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager, "SETTLE_SECONDS", 0.2)
+    rank = layer()
+    _give_up(rank, follower)
+    made, began = _stager_of(rank), time.monotonic()
+    made._retire(rank.session, StagingCancelled("superseded"))
+    assert 0.2 <= time.monotonic() - began < 5
+    assert (made._session, made._proven, made._arena) == (None, None, None)
+    assert len(made._abandoned) == 1
+
+
+def test_requests_to_a_source_that_was_loaded_anew_are_made_again(
+    follower: Submit,
+) -> None:
+    rank = layer()
+    fingerprint = rank.session.addressed_to
+    assert fingerprint is not None
+    rank.agent.held[-1].stale = True
+    assert rank.session.addressed_to is None
+
+    rank.address()
+    assert rank.session.addressed_to == fingerprint
+    full = rank.layout.random_tensors(seed=12)
+    rank.trainers.write(0, full)
+    rank.pull(0, follower)
+    assert bytes_of(rank.staged) == rank.loaded(full)

@@ -73,6 +73,11 @@ class Requests:
             self.close()
             raise
 
+    @property
+    def stale(self) -> bool:
+        """Can a read not be posted any more, see :attr:`Read.stale`?"""
+        return any(read.stale for read in self._reads())
+
     def poll_active(self) -> bool:
         """Is a read still under way? Drives the progress of all."""
         return any([_still_active(read) for read in self._reads()])

@@ -118,8 +118,11 @@ class Session:
 
     @property
     def addressed_to(self) -> str | None:
-        """Fingerprint of the manifest that the prepared requests read from."""
-        return self._requests.manifest if self._requests else None
+        """Fingerprint of the manifest that the prepared requests read from; ``None``
+        when a source was loaded anew since they were prepared."""
+        if self._requests is None or self._requests.stale:
+            return None
+        return self._requests.manifest
 
     @property
     def reads(self) -> tuple[tuple[int, Box], ...]:

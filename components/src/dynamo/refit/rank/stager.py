@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -64,6 +65,7 @@ from dynamo.refit.rank.load_check import (
 )
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
+from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import (
@@ -76,6 +78,11 @@ from dynamo.refit.rank.slices import (
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
+
+#: How long the reads of a pull that failed may take to end. NIXL cannot call them back,
+#: and a source that lives ends them in what the pull would have taken. Less than the
+#: coordinator's ``GRACE_SECONDS``, for which it waits for an answer after the deadline.
+SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -645,9 +652,14 @@ class RankStager:
             self._make_room()
 
     def _retire(self, session: Session, error: BaseException) -> None:
-        """After a failed pull: keep what is sound, and nothing that may change."""
+        """After a failed pull: keep what is sound, and nothing that may change.
+
+        Blocks until the pull's reads have ended, for :data:`SETTLE_SECONDS` at most: a
+        session that is abandoned takes the arena along, and the next version would
+        have to find memory for another.
+        """
         held = [s for s in (self._session, self._spare) if s is not None]
-        if not session.poll_active():
+        if _ends(session):
             if session not in held:
                 session.close()
             # Requests that were only given up are as good as before.
@@ -662,6 +674,16 @@ class RankStager:
         self._session = self._spare = self._proven = None
         if session.arena is self._arena:
             self._arena = None
+
+
+def _ends(session: Session) -> bool:
+    """Wait until the session's reads have ended; ``False``: they have not in time."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while session.poll_active():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(MAX_POLL_SECONDS)
+    return True
 
 
 def _forms(tensors: Sequence[TensorEntry]) -> frozenset[tuple]:

@@ -13,6 +13,7 @@ import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ class NixlAgent:
         if "UCX" not in self._agent.backends:
             raise TransferFailed("NIXL has no UCX backend here: reinstall nixl")
         self._users: Counter[str] = Counter()
+        #: What was loaded last of each peer that is known.
+        self._peers: dict[str, bytes] = {}
+        self._reads: WeakSet[Read] = WeakSet()
 
     def register(
         self, regions: list[tuple[int, int]], memory: Memory, device: int
@@ -95,11 +99,27 @@ class NixlAgent:
         """Make a peer known by its metadata; returns the peer's agent name.
 
         Every call is undone by one :meth:`disconnect`; the last one drops the peer.
+        Other metadata of a peer that is known already takes the place of what is known,
+        and the reads that were prepared on that are :attr:`Read.stale`. NIXL could add
+        the one to the other, but a region that the peer registered anew, with another
+        remote key, it refuses, and from then on all metadata of that peer's name.
+
+        Raises:
+            TransferFailed: the metadata are refused, or a read from the peer is active.
         """
+        known = self._known_peer(metadata)
+        if known is not None and self._peers[known] != metadata:
+            if any(read.active and read.peer == known for read in self._reads):
+                raise TransferFailed(
+                    f"{known!r} has registered its memory anew, and a read of what it "
+                    "had before has not ended: stage the version again"
+                )
+            self._forget(known)
         with _NixlErrors("cannot load a peer's NIXL metadata"):
             name = self._agent.add_remote_agent(metadata)
         peer = name.decode() if isinstance(name, bytes) else name
         self._users[peer] += 1
+        self._peers[peer] = metadata
         return peer
 
     def disconnect(self, peer: str) -> None:
@@ -107,8 +127,23 @@ class NixlAgent:
         if self._users[peer] > 0:
             return
         del self._users[peer]
+        self._forget(peer)
+
+    def _known_peer(self, metadata: bytes) -> str | None:
+        """Whose ``metadata`` these are: they have the name after its length."""
+        for peer in self._peers:
+            name = peer.encode()
+            if len(name).to_bytes(8, "little") + name in metadata:
+                return peer
+        return None
+
+    def _forget(self, peer: str) -> None:
         with _NixlErrors(f"cannot forget peer {peer!r}"):
             self._agent.remove_remote_agent(peer)
+        self._peers.pop(peer, None)
+        for read in self._reads:
+            if read.peer == peer:
+                read.stale = True
 
     def prepare_read(
         self,
@@ -131,7 +166,9 @@ class NixlAgent:
             )
             every = np.arange(len(local[0]), dtype=np.int32)
             handle = self._agent.make_prepped_xfer("READ", mine, every, theirs, every)
-        return Read(self._agent, peer, handle, [mine, theirs])
+        read = Read(self._agent, peer, handle, [mine, theirs])
+        self._reads.add(read)
+        return read
 
     def progress(self) -> None:
         """Let UCX answer peers that are connecting to this agent."""
@@ -140,7 +177,8 @@ class NixlAgent:
 
 
 class Read:
-    """A prepared READ from one peer."""
+    """A prepared READ from one peer; ``stale`` once the peer was forgotten, or loaded
+    anew: NIXL does not post it any more."""
 
     def __init__(self, agent: Any, peer: str, handle: Any, lists: list[Any]) -> None:
         self._agent = agent
@@ -148,6 +186,7 @@ class Read:
         self._lists = lists
         self.peer = peer
         self.active = False
+        self.stale = False
 
     def post(self) -> bool:
         """Start the read; True if it is done already.

@@ -169,7 +169,7 @@ class RefitAgent:
         self._expiring: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._labelling: asyncio.Task[None] | None = None
-        self._last_commit: tuple[int, Committed] | None = None
+        self._last_commit: Committed | None = None
         # A stage waits for a check that somebody asked for: ranks do one thing.
         self._verifying = asyncio.Lock()
 
@@ -290,11 +290,8 @@ class RefitAgent:
         # There may be a newer coordinator by now, or a fence.
         self._check(request)
         check_awake(self._engine)
-        if self._version is not None and request.version < self._version:
-            # A coordinator may have looked before another one's last commit was here.
-            raise RefitError(
-                f"version {self._version} is served here: {request.version} is older"
-            )
+        if (vote := self._vote_of_served(request)) is not None:
+            return vote
         while (current := self._transaction) is not None:
             if current.request == request and current.ending is None:
                 return await self._outcome(current)
@@ -303,13 +300,37 @@ class RefitAgent:
                     f"version {current.request.version} is being committed: wait"
                 )
             await self._give_up(current)
-        if self._last_commit and self._last_commit[1].version == request.version:
-            # Other weights under the same number are to be committed.
-            self._last_commit = None
         work = asyncio.create_task(self._stage(request))
         began = asyncio.get_running_loop().time()
         self._transaction = Transaction(request, work, began)
         return await self._outcome(self._transaction)
+
+    def _vote_of_served(self, request: Prepare) -> Vote | None:
+        """Where the version is served here already, a vote that no rank had to work
+        for; the commit that follows is answered as the one that installed it.
+
+        Raises:
+            RefitError: the version is older than the served one, or is other weights
+                under the served one's number.
+        """
+        current = self._transaction
+        if self._version is None or request.version > self._version:
+            return None
+        if request.version < self._version:
+            # A coordinator may have looked before another one's last commit was here.
+            raise RefitError(
+                f"version {self._version} is served here: {request.version} is older"
+            )
+        if request.fingerprint != self._fingerprint:
+            raise RefitError(
+                f"version {self._version} is served here with the fingerprint "
+                f"{self._fingerprint}, and other weights ({request.fingerprint}) were "
+                "announced under its number: publish them under a higher one, or "
+                "restart this worker"
+            )
+        if current is not None and current.phase == "committing":
+            return None
+        return Vote(version=self._version, fingerprint=self._fingerprint, ranks=())
 
     async def _leave_barrier(self) -> None:
         """Wait for the end of a commit with others: who prepares has given it up, but
@@ -427,10 +448,9 @@ class RefitAgent:
     # --- commit ---------------------------------------------------------------
 
     async def _commit(self, request: Commit) -> Message:
-        if self._last_commit and self._last_commit[0] == request.epoch:
-            committed = self._last_commit[1]
-            if committed.version == request.version:
-                return committed
+        committed = self._last_commit
+        if committed is not None and committed.version == request.version:
+            return committed
         current = self._transaction
         if current is None or current.request.version != request.version:
             raise NothingStaged(
@@ -494,7 +514,7 @@ class RefitAgent:
         finally:
             self._transaction = None
         self._routing.admit()
-        self._last_commit = (staged.epoch, committed)
+        self._last_commit = committed
         self._last.stall_ms = committed.timings.stall_ms
         self._publish(
             WorkerRefitted(

@@ -200,7 +200,11 @@ class Ranks:
         self._staged = None
         held = await self._fetch_manifest(request)
         known = self._ranks_manifest == held.fingerprint
-        proven = self._proven is not None and self._proven.layout == held.layout
+        proven = None
+        if self._proven is not None and self._proven.layout == held.layout:
+            # A rank that plans this layout anew says once what it reads. If the stage
+            # fails on another rank that answer is lost, and what is known is stale.
+            proven, self._proven = self._proven, None
         self._ranks_manifest = None
         await self._call(
             Stage(
@@ -210,14 +214,14 @@ class Ranks:
                 staging=self.staging,
                 seconds=request.stage_seconds,
                 payload=None if known else held.payload,
-                want_reads=not proven,
+                want_reads=proven is None,
             )
         )
         self._ranks_manifest = held.fingerprint
         published = await self._fetch_fingerprints(request, held.manifest)
         source = SourceWatch(self._trainers, request.endpoint, request.instance)
         staged = await self._poll(request.version, report, source)
-        self._proven = self._prove(held, staged)
+        self._proven = _prove(held, staged, proven)
         self.can_undo = all(reply.vote.can_undo for reply in staged)
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
@@ -225,20 +229,6 @@ class Ranks:
             request.version, request.fingerprint, held, published
         )
         return tuple(reply.vote for reply in staged)
-
-    def _prove(self, held: HeldManifest, staged: list[Staged]) -> _Proven:
-        """What the ranks' parts are of; made anew if one of them has a new plan.
-
-        Raises:
-            LayoutRefused: all ranks together do not read every tensor once.
-        """
-        reads = [reply.reads for reply in staged]
-        if self._proven is not None and self._proven.layout == held.layout:
-            if not any(reads):
-                return self._proven
-            before = self._proven.reads
-            reads = [new or old for new, old in zip(reads, before, strict=True)]
-        return _Proven(held.layout, reads, Proof(held.manifest, reads))
 
     async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
         if (
@@ -517,6 +507,21 @@ def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
         payload=payload,
         manifest=manifest,
     )
+
+
+def _prove(held: HeldManifest, staged: list[Staged], before: _Proven | None) -> _Proven:
+    """What the ranks' parts are of; made anew if a rank has a new plan for the layout
+    that was proven ``before``.
+
+    Raises:
+        LayoutRefused: all ranks together do not read every tensor once.
+    """
+    reads = [reply.reads for reply in staged]
+    if before is not None:
+        if not any(reads):
+            return before
+        reads = [new or old for new, old in zip(reads, before.reads, strict=True)]
+    return _Proven(held.layout, reads, Proof(held.manifest, reads))
 
 
 def _progress(replies: list[Running | Staged]) -> tuple[RankProgress, ...]:
