@@ -81,7 +81,7 @@ class IntakeLayout:
         #: By group, how many groups must have been converted before its bytes come.
         self.after: list[int] = []
         sizes = [sum(align(p.nbytes) for p in group) for group in self.groups]
-        half = max([limit, *sizes]) if sum(sizes) > limit else sum(sizes)
+        half = max([align(limit), *sizes]) if sum(sizes) > limit else sum(sizes)
         used, batches = 0, [0]
         for number, group in enumerate(self.groups):
             if used + sizes[number] > half:
