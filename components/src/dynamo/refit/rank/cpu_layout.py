@@ -11,7 +11,7 @@ are packed into temporary copies at each call, which gives the same bits and tak
 longer. On any other platform this does nothing.
 
 Convolutions (of linear-attention models) stay packed, in another shape, and are packed
-again by every refit, see :mod:`layerwise`.
+again by every refit, see :mod:`conversion`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def keep_plain_layout() -> None:
     """Turn weight packing off in this process; call it before the model loads.
 
     With ``DYN_REFIT_CPU_LAYOUT=packed`` it stays on, and every refit packs again,
-    layer by layer, see :mod:`layerwise`.
+    layer by layer, see :mod:`conversion`.
 
     Raises:
         UnsupportedConfiguration: the variable is neither ``plain`` nor ``packed``, or

@@ -375,7 +375,7 @@ class RankStager:
     def install(self, version: int) -> None:
         """Put the staged ``version`` into the live parameters.
 
-        Between two steps only; see :meth:`LiveParameters.copy_from` for when it is
+        Between two steps only; see :meth:`LiveModel.copy_from` for when it is
         done. Repeating it is safe.
 
         Raises:
