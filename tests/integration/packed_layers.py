@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own models in the layout of vLLM's CPU build, which packs their weights.
 
-Run by test_layerwise.py in a process of its own, since other tests turn packing off
+Run by test_conversion.py in a process of its own, since other tests turn packing off
 for good. Every version that is installed must be equal, bit for bit, to a model that
 was freshly loaded from that version's checkpoint.
 """
@@ -55,16 +55,14 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 )
 
 from dynamo.refit.errors import UnsupportedConfiguration  # noqa: E402
-from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
+from dynamo.refit.rank.conversion import LayerFailed, RuntimeForm  # noqa: E402
 from dynamo.refit.rank.cpu_layout import (  # noqa: E402
     LAYOUT_VARIABLE,
     keep_plain_layout,
 )
-from dynamo.refit.rank.install import LiveParameters  # noqa: E402
-from dynamo.refit.rank.layerwise import LayerFailed, ProcessedLayers  # noqa: E402
 from dynamo.refit.rank.runtime_layout import MLA_DERIVED, find_layout  # noqa: E402
-from dynamo.refit.rank.slices import ArenaLayout  # noqa: E402
 from dynamo.refit.rank.twin import build_twin  # noqa: E402
+from tests.support.served import Served  # noqa: E402
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "models"
 ARCHITECTURES = ("qwen3", "qwen3-tied", "qwen3moe", "mla")
@@ -164,9 +162,8 @@ class Case:
     config: VllmConfig
     model: nn.Module
     twin: nn.Module
-    layout: ArenaLayout
-    live: LiveParameters
-    weights: dict[int, list[torch.Tensor]]
+    served: Served
+    weights: dict[int, dict[str, torch.Tensor]]
     expected: dict[int, dict[str, torch.Tensor]]
 
     def outputs(self) -> dict[str, torch.Tensor]:
@@ -183,17 +180,12 @@ def _case(architecture: str) -> Case:
     config = _config(_checkpoint(architecture, 1))
     model = _load(config)
     twin = build_twin(config, model)
-    layout = ArenaLayout(describe_parameters(twin, model))
-    weights = {}
-    for seed in (1, 2, 3):
-        loaded = _as_loaded(_checkpoint(architecture, seed))
-        weights[seed] = [loaded[parameter.name] for parameter in layout.parameters]
+    weights = {seed: _as_loaded(_checkpoint(architecture, seed)) for seed in (1, 2, 3)}
     return Case(
         config=config,
         model=model,
         twin=twin,
-        layout=layout,
-        live=LiveParameters(model, layout, ProcessedLayers(model, twin, config)),
+        served=Served(model, twin, config),
         weights=weights,
         expected={seed: _expected(architecture, seed) for seed in (1, 2, 3)},
     )
@@ -244,43 +236,49 @@ def _addresses(model: nn.Module) -> dict[str, int]:
 
 def test_versions_follow_each_other(case: Case) -> None:
     """Three versions and the first one again, the last of them twice."""
-    assert not case.live.can_copy_out
+    assert case.served.processed
     logits = [expected["logits"] for expected in case.expected.values()]
     assert not torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[1], logits[2])
     _assert_equal(case.outputs(), case.expected[1])
     addresses = _addresses(case.model)
     kept = {
-        seed: [tensor.clone() for tensor in tensors]
+        seed: {name: tensor.clone() for name, tensor in tensors.items()}
         for seed, tensors in case.weights.items()
     }
+    live = 1
     for version in (2, 3, 1, 1):
-        case.live.copy_from(case.weights[version])
+        made = case.served.make(case.weights[version])
+        _assert_equal(case.outputs(), case.expected[live])
+        case.served.install(made)
+        live = version
         _assert_equal(case.outputs(), case.expected[version])
         assert _addresses(case.model) == addresses
     for seed, tensors in case.weights.items():
-        assert all(map(torch.equal, tensors, kept[seed]))
+        assert all(torch.equal(tensors[name], kept[seed][name]) for name in tensors)
 
 
 def test_what_is_processed_and_what_is_not(dense: Case) -> None:
     layout = find_layout(dense.twin, dense.model)
-    names = {parameter.name for parameter in dense.layout.parameters}
+    names = dense.served.form.parameters.keys()
     assert {name for name in names if "norm" in name} == layout.plain.keys()
-    assert dense.live.processed == names - layout.plain.keys()
+    assert dense.served.processed == names - layout.plain.keys()
 
 
-def test_a_backup_holds_what_is_plain_and_leaves_the_rest(dense: Case) -> None:
-    backup = [torch.full_like(tensor, 7) for tensor in dense.weights[1]]
-    dense.live.copy_to(backup)
-    for parameter, saved, loaded in zip(
-        dense.layout.parameters, backup, dense.weights[1], strict=True
-    ):
-        processed = parameter.name in dense.live.processed
-        expected = torch.full_like(loaded, 7) if processed else loaded
-        assert torch.equal(saved, expected), parameter.name
+def test_what_was_live_can_be_put_back(case: Case) -> None:
+    """Tensors are copied, and functions that hold packed weights take turns."""
+    live = case.served.live
+    backup = {name: torch.empty_like(t) for name, t in live.filled.items()}
+    live.copy_to(backup)
+    replaced = case.served.install(case.served.make(case.weights[2]))
+    _assert_equal(case.outputs(), case.expected[2])
+    live.copy_from(backup)
+    for function in replaced:
+        function.install()
+    _assert_equal(case.outputs(), case.expected[1])
 
 
-def test_a_layer_that_fails_keeps_its_weights_and_can_be_tried_again(
+def test_a_layer_that_fails_leaves_all_as_it_was_and_can_be_tried_again(
     dense: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = UnquantizedLinearMethod.process_weights_after_loading
@@ -296,23 +294,11 @@ def test_a_layer_that_fails_keeps_its_weights_and_can_be_tried_again(
         UnquantizedLinearMethod, "process_weights_after_loading", fail_at_the_third
     )
     with pytest.raises(LayerFailed, match="no memory for a packed copy") as caught:
-        dense.live.copy_from(dense.weights[2])
-    failed = "model.layers.0.mlp.gate_up_proj"
-    assert caught.value.tensor == failed
+        dense.served.refit(dense.weights[2])
+    assert caught.value.tensor == "model.layers.0.mlp.gate_up_proj"
+    _assert_equal(dense.outputs(), dense.expected[1])
 
-    found = dense.outputs()
-    before = {
-        "model.layers.0.self_attn.qkv_proj()",
-        "model.layers.0.self_attn.o_proj()",
-    }
-    for name in (name for name in found if name.endswith("_proj()")):
-        version = 2 if name in before else 1
-        assert torch.equal(found[name], dense.expected[version][name]), name
-    # What needs no processing comes last.
-    norm = "model.norm.weight"
-    assert torch.equal(found[norm], dense.expected[1][norm])
-
-    dense.live.copy_from(dense.weights[2])
+    dense.served.refit(dense.weights[2])
     _assert_equal(dense.outputs(), dense.expected[2])
 
 
@@ -326,9 +312,10 @@ def test_a_layer_that_would_be_laid_out_otherwise_is_not_written(
 
     monkeypatch.setattr(_custom_ops, "create_onednn_mm", refuse)
     with pytest.raises(LayerFailed, match=r"weight is \(0,\) torch.bfloat16 on cpu"):
-        dense.live.copy_from(dense.weights[2])
+        dense.served.refit(dense.weights[2])
     monkeypatch.undo()
-    dense.live.copy_from(dense.weights[2])
+    _assert_equal(dense.outputs(), dense.expected[1])
+    dense.served.refit(dense.weights[2])
     _assert_equal(dense.outputs(), dense.expected[2])
 
 
@@ -345,17 +332,17 @@ def test_what_cannot_be_processed_again_is_refused_before_the_first_version(
         UnsupportedConfiguration,
         match=r"layers\.0\.self_attn\.qkv_proj.*only at a load",
     ):
-        ProcessedLayers(dense.model, dense.twin, dense.config)
+        RuntimeForm(dense.model, dense.twin, dense.config)
 
 
 def test_packed_weights_under_compiled_code_are_refused(
     dense: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch._dynamo.config.patch(disable=False):
-        ProcessedLayers(dense.model, dense.twin, dense.config)
+        RuntimeForm(dense.model, dense.twin, dense.config)
         monkeypatch.setattr(dense.model.model, "do_not_compile", False)
         with pytest.raises(UnsupportedConfiguration, match="--enforce-eager"):
-            ProcessedLayers(dense.model, dense.twin, dense.config)
+            RuntimeForm(dense.model, dense.twin, dense.config)
 
 
 def test_an_output_layer_that_was_tied_after_the_load_is_refused(dense: Case) -> None:
@@ -367,9 +354,7 @@ def test_an_output_layer_that_was_tied_after_the_load_is_refused(dense: Case) ->
 
 def test_experts_that_are_packed_in_the_same_shape_are_processed() -> None:
     case = _case("qwen3moe")
-    loaded = dict(
-        zip((p.name for p in case.layout.parameters), case.weights[1], strict=True)
-    )
+    loaded = case.weights[1]
     experts = [name for name in loaded if "w13_weight" in name or "w2_weight" in name]
     assert len(experts) == 8
     for name in experts:
@@ -377,7 +362,7 @@ def test_experts_that_are_packed_in_the_same_shape_are_processed() -> None:
         assert (live.shape, live.dtype) == (loaded[name].shape, loaded[name].dtype)
         assert live.is_contiguous()
         assert not torch.equal(live, loaded[name])
-        assert name in case.live.processed
+        assert name in case.served.processed
 
 
 class Convolution(nn.Module):
@@ -408,11 +393,10 @@ def test_convolutions_are_packed_again(dense: Case, plain_layout: None) -> None:
 
     first, second = torch.randn(2, 64, 1, 4).bfloat16()
     model, twin, expected = loaded(first), build("meta"), loaded(second)
-    layout = ArenaLayout(describe_parameters(twin, model))
-    live = LiveParameters(model, layout, ProcessedLayers(model, twin, dense.config))
-    assert live.processed == {"conv1d.weight"}
+    served = Served(model, twin, dense.config)
+    assert served.processed == {"conv1d.weight"}
     addresses = _addresses(model)
-    live.copy_from([second])
+    served.refit({"conv1d.weight": second})
     assert _addresses(model) == addresses
     assert torch.equal(model.conv1d.weight, expected.conv1d.weight)
     kept = "_cpu_unpacked_conv_weight"
@@ -429,9 +413,7 @@ def test_copies_that_mla_made_are_made_again_where_they_are() -> None:
         for name in MLA_DERIVED:
             copied = getattr(layer, name).detach().clone()
             setattr(layer, name, nn.Parameter(copied, requires_grad=False))
-    layers_of = ProcessedLayers(case.model, case.twin, case.config)
-    live = LiveParameters(case.model, case.layout, layers_of)
-    live.copy_from(case.weights[2])
+    Served(case.model, case.twin, case.config).refit(case.weights[2])
     _assert_equal(case.outputs(), case.expected[2])
 
 
@@ -456,22 +438,21 @@ def test_packing_stays_on_where_it_is_asked_for(
 ) -> None:
     monkeypatch.setenv(LAYOUT_VARIABLE, "packed")
     keep_plain_layout()
-    assert not _case("qwen3").live.can_copy_out
+    assert _case("qwen3").served.processed
     monkeypatch.setenv(LAYOUT_VARIABLE, "tiled")
     with pytest.raises(UnsupportedConfiguration, match="'tiled', and has to be plain"):
         keep_plain_layout()
 
 
-def test_with_packing_off_everything_is_plain(plain_layout: None, case: Case) -> None:
-    assert case.live.can_copy_out
-    assert not case.live.processed
+def test_with_packing_off_all_but_mla_s_source_is_plain(
+    plain_layout: None, case: Case
+) -> None:
+    assert {name for name in case.served.processed if "kv_b_proj" not in name} == set()
     for version in (2, 1):
-        case.live.copy_from(case.weights[version])
+        case.served.refit(case.weights[version])
         found = dict(case.model.named_parameters())
-        for parameter, loaded in zip(
-            case.layout.parameters, case.weights[version], strict=True
-        ):
-            assert torch.equal(found[parameter.name], loaded), parameter.name
+        for name in case.served.form.parameters:
+            assert torch.equal(found[name], case.weights[version][name]), name
         # The same kernels' sums in another order: not bit by bit.
         torch.testing.assert_close(
             case.outputs()["logits"],

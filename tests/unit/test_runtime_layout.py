@@ -217,14 +217,47 @@ LAYERS = "vllm.model_executor.layers.attention."
 BACKENDS = "vllm.v1.attention."
 
 
+def _with_projection(module: str, *, meta: bool) -> nn.Module:
+    """A model with an attention layer that has a linear layer of its own."""
+    model = _attention(module, impl=_impl(f"{BACKENDS}backend"))
+    method = _method(UnquantizedLinearMethod)
+    model.attention.kv_b_proj = _layer(method, meta=meta).layer
+    return model
+
+
 @pytest.mark.parametrize(
-    ("layer", "found"),
-    [("attention", 0), ("mm_encoder_attention", 0), ("mla_attention", 1)],
+    ("layer", "copied"),
+    [("attention", False), ("mm_encoder_attention", False), ("mla_attention", True)],
 )
-def test_attention_that_vllm_processes_in_known_ways(layer: str, found: int) -> None:
-    live = _attention(LAYERS + layer, impl=_impl(f"{BACKENDS}backend"))
-    names = [name for name, _ in find_layout(nn.Module(), live).attention]
-    assert names == ["attention"] * found
+def test_attention_that_vllm_processes_in_known_ways(
+    cuda: None, layer: str, copied: bool
+) -> None:
+    """MLA keeps copies of a layer that is plain otherwise."""
+    live = _with_projection(LAYERS + layer, meta=False)
+    twin = _with_projection(LAYERS + layer, meta=True)
+    layout = find_layout(twin, live)
+    name = "attention.kv_b_proj.weight"
+    assert list(layout.plain) == ([] if copied else [name])
+    assert [p.parameters for p in layout.processed] == [{"weight": name}] * copied
+    assert [p.attention for p in layout.processed] == (
+        [("attention", live.attention)] * copied
+    )
+
+
+def test_views_of_what_is_processed_are_known(platform: str) -> None:
+    """Mamba-2's kernels read ``conv_weights``: what they are a view of at the load."""
+
+    def build(meta: bool) -> nn.Module:
+        model = _layer(_method(PaddedLinearMethod), meta=meta)
+        weight = model.layer.weight.data
+        model.register_buffer("rows", weight[1:3, 1:], persistent=False)
+        model.register_buffer("other", torch.zeros(2))
+        return model
+
+    live = build(meta=False)
+    live.layer.weight.data = torch.ones(16)
+    (layer,) = find_layout(build(meta=True), live).processed
+    assert layer.views == (("rows", "weight", ((2, 3), (4, 1), 5)),)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +280,7 @@ def test_backends_with_copies_of_their_own_are_refused(
 def test_flashinfer_without_sinks_keeps_no_copies() -> None:
     impl = _impl(f"{BACKENDS}backends.flashinfer", sinks=None)
     live = _attention(f"{LAYERS}attention", impl=impl)
-    assert find_layout(nn.Module(), live).attention == ()
+    assert find_layout(nn.Module(), live).processed == ()
 
 
 def test_a_model_with_a_hook_of_its_own_is_refused() -> None:

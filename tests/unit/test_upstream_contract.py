@@ -70,7 +70,7 @@ from vllm.v1.worker import worker_base  # noqa: E402
 
 from dynamo.refit.rank import cpu_layout  # noqa: E402
 from dynamo.refit.rank.extension import RefitWorkerExtension  # noqa: E402
-from dynamo.refit.rank.load_check import ONLINE_LOADER  # noqa: E402
+from dynamo.refit.rank.twin import ONLINE_LOADER  # noqa: E402
 from dynamo.refit.worker.hook import on_user_taints, on_worker_ready  # noqa: E402
 from dynamo.refit.worker.main import EXTENSION  # noqa: E402
 
@@ -770,13 +770,13 @@ def test_importing_the_extension_has_replaced_them_on_a_cpu() -> None:
     assert experts.apply is cpu_layout.apply_plain_experts
 
 
-# --- vLLM's processing after a load: rank/runtime_layout.py, rank/layerwise.py -
+# --- vLLM's processing after a load: rank/runtime_layout.py, rank/conversion.py
 
 
 def test_every_layer_is_processed_by_its_quantization_method_and_by_nothing_else() -> (
     None
 ):
-    """What ``layerwise`` does to a copy of a layer is all that a load does to one."""
+    """What ``conversion`` does to a copy of a layer is all that a load does to one."""
     loader = importlib.import_module("vllm.model_executor.model_loader.utils")
     process = loader.process_weights_after_loading
     source = inspect.getsource(process)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Installs into layers that run on something else than what was loaded into them.
+"""Versions of layers that run on something else than what was loaded into them.
 
 Here with a quantization method made up for the test, which does what vLLM's do: it
 replaces weights, adds scales, keeps a workspace and a kernel of its own, and works in
@@ -32,9 +32,8 @@ from vllm.model_executor.layers.quantization.kv_cache import (  # noqa: E402
 
 from dynamo.refit.errors import PointerMoved, UnsupportedConfiguration  # noqa: E402
 from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
-from dynamo.refit.rank.install import LiveParameters  # noqa: E402
-from dynamo.refit.rank.layerwise import LayerFailed, ProcessedLayers  # noqa: E402
-from dynamo.refit.rank.slices import ArenaLayout  # noqa: E402
+from dynamo.refit.rank.conversion import LayerFailed, RuntimeForm  # noqa: E402
+from tests.support.served import Served  # noqa: E402
 
 pytestmark = [
     pytest.mark.integration,
@@ -150,15 +149,13 @@ def _twin(method: Callable[[], QuantizeMethodBase]) -> Model:
         return Model(method)
 
 
-def _live(model: Model, twin: Model) -> tuple[LiveParameters, ArenaLayout]:
-    layout = ArenaLayout(describe_parameters(twin, model))
-    layers = ProcessedLayers(model, twin, CONFIG)
-    return LiveParameters(model, layout, layers), layout
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _staged(layout: ArenaLayout, seed: int) -> list[torch.Tensor]:
-    weights = _weights(seed)
-    return [weights[parameter.name] for parameter in layout.parameters]
+def _assert_is(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def _graph_addresses(model: Model) -> list[int]:
@@ -179,15 +176,18 @@ def _graph_addresses(model: Model) -> list[int]:
 @torch.no_grad()
 def test_versions_follow_each_other_where_they_are() -> None:
     model, twin = _loaded(Eighths, 1), _twin(Eighths)
-    live, layout = _live(model, twin)
-    assert live.processed == {"first.weight", "second.weight"}
+    served = Served(model, twin, CONFIG)
+    assert served.processed == {"first.weight", "second.weight"}
     x, addresses = torch.randn(3, 4), _graph_addresses(model)
     layers = (model.first, model.second)
     kernels = [layer.quant_method.kernel for layer in layers]
     for version in (2, 3, 1, 1):
-        staged = _staged(layout, version)
-        live.copy_from(staged)
-        assert all(map(torch.equal, staged, _staged(layout, version)))
+        weights, before = _weights(version), _state(model)
+        made = served.make(weights)
+        _assert_is(model, before)
+        for name, loaded in _weights(version).items():
+            assert torch.equal(weights[name], loaded), name
+        served.install(made)
         fresh = _loaded(Eighths, version)
         assert torch.equal(model(x), fresh(x))
         assert torch.equal(model.first.weight, fresh.first.weight)
@@ -205,10 +205,10 @@ def test_versions_follow_each_other_where_they_are() -> None:
 
 def test_a_workspace_that_moved_is_named() -> None:
     model = _loaded(Eighths, 1)
-    live, layout = _live(model, _twin(Eighths))
+    served = Served(model, _twin(Eighths), CONFIG)
     model.second.workspace = torch.zeros(4)
     with pytest.raises(PointerMoved) as caught:
-        live.copy_from(_staged(layout, 2))
+        served.refit(_weights(2))
     assert caught.value.tensor == "second.workspace"
 
 
@@ -223,7 +223,7 @@ class Baked(Eighths):
 def test_a_number_that_depends_on_the_weights_is_refused() -> None:
     model = _loaded(Baked, 1)
     with pytest.raises(UnsupportedConfiguration, match=r"first.*peak is .*would be 1"):
-        ProcessedLayers(model, _twin(Baked), CONFIG)
+        RuntimeForm(model, _twin(Baked), CONFIG)
 
 
 class Sparse(Eighths):
@@ -235,19 +235,44 @@ class Sparse(Eighths):
         layer.weight = nn.Parameter(layer.weight[:, rows], requires_grad=False)
 
 
-def test_another_shape_leaves_the_layer_as_it_was() -> None:
+def test_another_shape_leaves_the_model_as_it_was() -> None:
     model = _loaded(Sparse, 1)
-    live, layout = _live(model, _twin(Sparse))
-    staged = _staged(layout, 2)
-    staged[-1][0, 0] = 0
-    before = {name: t.clone() for name, t in model.second.state_dict().items()}
+    served = Served(model, _twin(Sparse), CONFIG)
+    weights = _weights(2)
+    weights["second.weight"][0, 0] = 0
+    before = _state(model)
     with pytest.raises(LayerFailed, match=r"weight is \(4, 6\) torch.int8") as caught:
-        live.copy_from(staged)
+        served.refit(weights)
     assert caught.value.tensor == "second.weight"
-    for name, tensor in model.second.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    live.copy_from(_staged(layout, 2))
+    _assert_is(model, before)
+    served.refit(_weights(2))
     assert torch.equal(model.second.weight, _loaded(Sparse, 2).second.weight)
+
+
+@torch.no_grad()
+def test_what_was_live_can_be_put_back() -> None:
+    model = _loaded(Eighths, 1)
+    served = Served(model, _twin(Eighths), CONFIG)
+    x = torch.randn(3, 4)
+    answer = model(x)
+    backup = {name: torch.empty_like(t) for name, t in served.live.filled.items()}
+    served.live.copy_to(backup)
+    served.refit(_weights(2))
+    assert not torch.equal(model(x), answer)
+    served.live.copy_from(backup)
+    assert torch.equal(model(x), answer)
+
+
+def test_a_weight_that_is_held_transposed_is_copied_in_the_order_of_memory() -> None:
+    """A copy of contiguous memory is the quickest."""
+    model = _loaded(Eighths, 1)
+    assert not model.first.weight.is_contiguous()
+    served = Served(model, _twin(Eighths), CONFIG)
+    filled = served.live.filled["first.weight"]
+    assert (filled.is_contiguous(), filled.shape) == (True, (6, 4))
+    assert filled.data_ptr() == model.first.weight.data_ptr()
+    made = served.make(_weights(2)).tensors["first.weight"]
+    assert torch.equal(made, _loaded(Eighths, 2).first.weight.t())
 
 
 class Scales(BaseKVCacheMethod):
