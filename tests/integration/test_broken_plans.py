@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
 """Ranks whose plan is not what vLLM's loader does: refused at the start, or at the
-first version where nothing was loaded at the start; never installed."""
+first version where nothing was loaded at the start; never installed. And ranks of which
+one fails while it makes what the engine computes with."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.broken_ranks import BrokenRanks
+from tests.support.architectures import checkpoint as architecture
+from tests.support.broken_ranks import FAILING, BrokenRanks
 from tests.support.rank_group import RanksRefused
 from tests.support.raw_sources import RawSources
 from tests.support.variants import checkpoint
@@ -84,4 +86,43 @@ def test_the_first_version_of_a_dummy_start_is_refused(
     group.load(weightless, load_format="dummy")
     group.refit(version)
     assert group.digests() == group.golden(checkpoint("qwen3", "B"))
+    held.release()
+
+
+@pytest.fixture
+def nemotron(group: BrokenRanks) -> BrokenRanks:
+    """Its loader computes the decay, and vLLM packs its convolutions."""
+    group.breaks("nothing")
+    group.load(architecture("nemotronh", 1))
+    group.talk.start()
+    return group
+
+
+@pytest.mark.parametrize("step", FAILING)
+def test_one_rank_that_fails_leaves_all_on_the_old_version(
+    nemotron: BrokenRanks, sources: RawSources, step: str
+) -> None:
+    group, old, new = (
+        nemotron,
+        architecture("nemotronh", 1),
+        architecture("nemotronh", 2),
+    )
+    held = sources.hold(new, 1)
+    version = held.write(0, new)
+    for _ in range(2):
+        group.breaks(step)
+        with pytest.raises(RanksRefused) as refused:
+            group.talk.stage(version)
+        assert {f.rank for f in refused.value.failures} == {1}
+        (failure,) = refused.value.failures
+        assert failure.message.endswith(f"{step} is broken") or (
+            f"RuntimeError: {step} is broken" in failure.message
+        )
+        assert group.differences(old) == []
+
+    group.breaks("nothing")
+    group.talk.stage(version)
+    group.talk.install()
+    group.talk.verify()
+    assert group.differences(new) == []
     held.release()

@@ -9,40 +9,57 @@ with BrokenRanks(2, logs) as group:
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from dynamo.refit.manifest import TensorEntry
-from dynamo.refit.rank import stager
+from dynamo.refit.rank import conversion, stager
 from dynamo.refit.rank.capture import LoadGeometry, capture_load
 from dynamo.refit.rank.plan import ReadSlice
 from tests.support.child import answer_requests
-from tests.support.rank_group import RankGroup
-from tests.support.rank_process import RankProcess
+from tests.support.survey import SurveyedRanks
+from tests.support.surveyed_rank import SurveyedRankProcess
+
+#: Steps of a conversion that can be made to fail.
+FAILING = ("_load", "_process", "convert")
 
 
-class BrokenRanks(RankGroup):
-    """A :class:`RankGroup` of processes that get one thing wrong."""
+class BrokenRanks(SurveyedRanks):
+    """Ranks that get one thing wrong."""
 
     module = "tests.support.broken_ranks"
 
     def breaks(self, what: str) -> None:
         """``row``: the slices of a query are a row off. ``parts``: gate and up are
-        exchanged. ``nothing``: all is right again."""
+        exchanged. ``_load``, ``_process``, ``convert``: this method of
+        :class:`RuntimeForm` fails on rank 1. ``nothing``: all is right again."""
         self._ask("breaks", what)
 
 
-class BrokenRankProcess(RankProcess):
+class BrokenRankProcess(SurveyedRankProcess):
     """Carries out what the test asks for; each public method is a request."""
 
     what = "nothing"
 
     def breaks(self, what: str) -> None:
         self.what = what
+
+    def may_fail(self, step: str, method: Callable) -> Callable:
+        """``method``, which fails once it is done while ``step`` is broken."""
+
+        @functools.wraps(method)
+        def carry_out(*arguments: object) -> object:
+            result = method(*arguments)
+            if self.what == step and self._rank == 1:
+                raise RuntimeError(f"{step} is broken")
+            return result
+
+        return carry_out
 
     def capture(self, twin: nn.Module, tensors: Sequence[TensorEntry]) -> LoadGeometry:
         geometry = capture_load(twin, tensors)
@@ -80,6 +97,9 @@ def main() -> None:
     descriptor, rank, ranks, port = map(int, sys.argv[1:])
     process = BrokenRankProcess(rank, ranks, port)
     stager.capture_load = process.capture
+    for step in FAILING:
+        method = getattr(conversion.RuntimeForm, step)
+        setattr(conversion.RuntimeForm, step, process.may_fail(step, method))
     answer_requests(descriptor, process)
     # A process group that is torn down would wait for its peers.
     os._exit(0)
