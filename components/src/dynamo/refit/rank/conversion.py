@@ -132,8 +132,8 @@ class Converted:
 class RuntimeForm:
     """The tensors that a live model computes with, and how each of them is made.
 
-    Every kind of processed layer is processed once at construction, with made-up
-    weights, so that what could not be made is refused here and not at a version. Where
+    Every processed layer is processed once at construction, with made-up weights, so
+    that what could not be made is refused here and not at a version. Where
     a quantization method talks to the other ranks (scales of quantization at load), all
     ranks have to construct this, and convert, together.
 
@@ -165,8 +165,8 @@ class RuntimeForm:
             self._rehearse(model)
 
     def live(self, loaded: Iterable[str] = ()) -> dict[str, torch.Tensor]:
-        """By name, every live tensor that a version fills: flat memory, in which no
-        element comes twice. ``loaded`` are the tensors that the loader fills.
+        """By name, every live tensor that a version fills, with its dimensions in the
+        order of memory. ``loaded`` are the tensors that the loader fills.
 
         Raises:
             LayoutRefused: the engine has no such tensor.
@@ -185,7 +185,7 @@ class RuntimeForm:
         return found
 
     def taken_in(self) -> list[list[Parameter]]:
-        """What processed layers are made of, where slices fill all of them."""
+        """What each processed layer is made of, where slices fill all of it."""
         return [
             [self.parameters[name] for name in layer.parameters.values()]
             for layer in self.layers
@@ -194,7 +194,8 @@ class RuntimeForm:
     def conversions(
         self, geometry: LoadGeometry, tensors: Sequence[TensorEntry]
     ) -> list[Conversion]:
-        """What has to be made of ``tensors``, in the model's order."""
+        """What has to be made of ``tensors``: in the model's order of layers, and then
+        what belongs to no processed layer."""
         published = {tensor.name: tensor for tensor in tensors}
         groups = _load_small_together(_group(self, geometry), published)
         return [self._conversion(group, published) for group in groups]
@@ -213,7 +214,8 @@ class RuntimeForm:
                 if name not in group.loaded
             ]
         return Conversion(
-            sources=tuple(published[name] for name in sorted(group.sources)),
+            # In the order of a load: a loader may wait for the last one.
+            sources=tuple(t for name, t in published.items() if name in group.sources),
             loaded=tuple(group.loaded),
             sliced=tuple(sliced),
             layers=tuple(group.layers),

@@ -56,7 +56,7 @@ def determine_with_staging(worker: Worker) -> int:
             available,
             os.environ.get(STAGING_VARIABLE, "auto"),
             arena=ArenaLayout(filled).nbytes,
-            scratch=2 * limit + IntakeLayout(form.taken_in(), limit).nbytes,
+            scratch=2 * limit + IntakeLayout(form.taken_in(), limit).working_nbytes,
         )
     logger.info(
         "dynamo-refit: of %d bytes for the KV cache, %d are left for staging",

@@ -93,7 +93,15 @@ class IntakeLayout:
             for parameter in group:
                 self.offsets[parameter.name] = start + used
                 used += align(parameter.nbytes)
+        #: Bytes of the intake, and of the largest group.
         self.nbytes = half * min(2, len(batches))
+        self.largest = max(sizes, default=0)
+
+    @property
+    def working_nbytes(self) -> int:
+        """Bytes that conversions take beside arena and scratch, at the most: the
+        intake, one group's parameters as they are loaded, and what is made of them."""
+        return self.nbytes + 2 * self.largest
 
 
 class ArenaLayout:

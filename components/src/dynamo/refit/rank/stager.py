@@ -207,6 +207,10 @@ class RankStager:
         checkpoint = StartCheckpoint(config)
         try:
             entries = checkpoint.entries(self._twin)
+            if not (entries and checkpoint.is_live):
+                # A version may fill any buffer, and nothing that is not one.
+                filled = *self._form.live().values(), *self._model.buffers()
+                check_other_tensors(self._model, self._twin, filled)
             if not entries:
                 return None
             if not checkpoint.is_live:
@@ -303,7 +307,7 @@ class RankStager:
         return choose(
             staging,
             arena=self.nbytes,
-            scratch=2 * self._limits.scratch + self._intake().nbytes,
+            scratch=2 * self._limits.scratch + self._intake().working_nbytes,
             free=free_memory(self._device, self._ranks),
             held=held,
         )
