@@ -28,7 +28,7 @@ INTRODUCTION = """\
 <!-- Made by `make survey` from tests/support/architectures.py: change it there. -->
 # Architectures
 
-{loaded} architectures that vLLM {vllm} loads on a CPU, each as a tiny random checkpoint of transformers {transformers} (torch {torch}): {refitted} are refitted, {refused} are refused when their worker starts; none is refused later, and none was found corrupt. An architecture that is not here is judged in the same way when its worker starts, with all of its tensors.
+{loaded} architectures that vLLM {vllm} loads on a CPU, each as a tiny random checkpoint of transformers {transformers} (torch {torch}): {refitted} are refitted, and {refused} refused when the worker starts; none is refused later, and none was found corrupt. An architecture that is not here is judged in the same way when its worker starts, with all of its tensors.
 
 - **refitted**: two versions were staged, installed and verified, and after each every parameter, buffer and other tensor that a module of a rank holds was, bit for bit, that of a model that vLLM loads afresh from this version's checkpoint.
 - **refused**: the worker ends at its start and says which tensors a refit would get wrong; serve it with `python -m dynamo.vllm`.

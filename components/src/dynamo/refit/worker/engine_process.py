@@ -84,7 +84,3 @@ class MarkingEngineCore(EngineCoreProc):
 
     def _is_queued(self, step: object) -> bool:
         return any(queued is step for queued in self.batch_queue)
-
-
-def _has_installed(answer: bytes) -> bool:
-    return isinstance(msgspec.msgpack.decode(answer, type=RankAnswer).reply, Installed)
