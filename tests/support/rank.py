@@ -111,9 +111,9 @@ class Rank:
         cycle: Cycle | None = None,
     ) -> np.ndarray:
         self.arena.begin()
-        self.handover = self.session.begin()
+        self.handover = handover = self.session.hand_over()
         limit = limit or Limit(time.monotonic() + 60, lambda: False)
-        return self.session.pull(slot, limit, submit, cycle or Cycle())
+        return self.session.pull(slot, limit, submit, cycle or Cycle(), handover)
 
     def pull_and_convert(self, slot: int, submit: Submit, step: int = 1) -> np.ndarray:
         """:meth:`pull`, while this thread is the model's: it carries out ``step``

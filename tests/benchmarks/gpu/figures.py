@@ -106,9 +106,9 @@ def _pull(
     with ThreadPoolExecutor(1, initializer=use_device) as follower:
         for _ in range(REPEATS):
             cycle = Cycle()
-            session.begin()
+            handover = session.hand_over()
             began = time.perf_counter()
-            parts = session.pull(0, limit, follower.submit, cycle)
+            parts = session.pull(0, limit, follower.submit, cycle, handover)
             seconds.append(time.perf_counter() - began)
             wires.append(cycle.ms["wire"] / 1e3)
     if columns == LENT_ROWS:

@@ -114,7 +114,6 @@ class Session:
         self._converted_parts = np.zeros(len(converted), dtype=np.uint64)
         #: What was converted for it and is no tensor.
         self.functions: list[Function] = []
-        self._handover: Handover | None = None
 
     @property
     def addressed_to(self) -> str | None:
@@ -149,19 +148,30 @@ class Session:
         )
         self._former, self._requests = self._requests, requests
 
-    def begin(self) -> Handover:
-        """Before a pull: its conversions, for the model's thread."""
-        shadow = self.arena.target
-        self.functions = []
-        self._handover = Handover(len(self._conversions), self._convert_into(shadow))
-        return self._handover
+    def hand_over(self) -> Handover:
+        """The conversions of the next pull, for the model's thread.
 
-    def pull(self, slot: int, limit: Limit, submit: Submit, cycle: Cycle) -> np.ndarray:
+        Not kept here: they refer to this session, and a session that is closed has to
+        be free at once, without a collection of garbage.
+        """
+        self.functions = []
+        convert = self._convert_into(self.arena.target)
+        return Handover(len(self._conversions), convert)
+
+    def pull(
+        self,
+        slot: int,
+        limit: Limit,
+        submit: Submit,
+        cycle: Cycle,
+        handover: Handover,
+    ) -> np.ndarray:
         """Read every byte of ``slot`` into the arena's target; the parts of its
         fingerprint, uint64, as ``reads``.
 
         Args:
             submit: runs local work in order, on one other thread.
+            handover: of this pull.
 
         Raises:
             TransferFailed: a source broke off. StagingCancelled: see ``limit``.
@@ -174,7 +184,7 @@ class Session:
         self._current = self._works[shadow]
         limit.progress.nbytes = 0
         limit.progress.total_nbytes = self.plan.wire_nbytes
-        settle = functools.partial(self._settle, cycle, limit)
+        settle = functools.partial(self._settle, cycle, limit, handover)
         pipeline = Pipeline(limit, submit, settle)
         try:
             for number, reads in enumerate(self._requests.waves[shadow][slot]):
@@ -186,15 +196,17 @@ class Session:
             pipeline.join()
             cycle.add("wire", pipeline.wire_seconds)
         with cycle.time("convert"):
-            self._handover.wait(self._handover.total, limit)
+            handover.wait(handover.total, limit)
             self._converted_parts = self._converted[shadow].fold()
         self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 
-    def _settle(self, cycle: Cycle, limit: Limit, number: int) -> None:
+    def _settle(
+        self, cycle: Cycle, limit: Limit, handover: Handover, number: int
+    ) -> None:
         """What follows the arrival of a wave, on the follower's thread."""
         wave = self.plan.waves[number]
-        self._handover.wait(wave.after, limit)
+        handover.wait(wave.after, limit)
         for begun in wave.begins:
             for tensor in self._padded[begun]:
                 tensor.zero_()
@@ -202,7 +214,7 @@ class Session:
             self._current[number].run()
         # The next wave overwrites scratch, outside of any stream.
         synchronize(self.arena.device)
-        self._handover.offer(wave.ready)
+        handover.offer(wave.ready)
         limit.progress.nbytes += self._wave_nbytes[number]
 
     def _convert_into(self, shadow: int) -> Callable[[int], None]:

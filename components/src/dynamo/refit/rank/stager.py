@@ -611,10 +611,10 @@ class RankStager:
             if self._keeping is not None:
                 wait([self._keeping])
             arena.begin()
-        self.handover = session.begin()
+        self.handover = handover = session.hand_over()
         backup = self._backup.submit(self._preserve, arena, cycle)
         try:
-            parts = session.pull(slot, limit, submit, cycle)
+            parts = session.pull(slot, limit, submit, cycle, handover)
         finally:
             self.handover = None
             wait([backup])
