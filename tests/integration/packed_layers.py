@@ -55,11 +55,12 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 )
 
 from dynamo.refit.errors import UnsupportedConfiguration  # noqa: E402
-from dynamo.refit.rank.conversion import LayerFailed, RuntimeForm  # noqa: E402
+from dynamo.refit.rank.conversion import RuntimeForm  # noqa: E402
 from dynamo.refit.rank.cpu_layout import (  # noqa: E402
     LAYOUT_VARIABLE,
     keep_plain_layout,
 )
+from dynamo.refit.rank.processing import LayerFailed  # noqa: E402
 from dynamo.refit.rank.runtime_layout import MLA_DERIVED, find_layout  # noqa: E402
 from dynamo.refit.rank.twin import build_twin  # noqa: E402
 from tests.support.served import Served  # noqa: E402

@@ -32,7 +32,8 @@ from vllm.model_executor.layers.quantization.kv_cache import (  # noqa: E402
 
 from dynamo.refit.errors import PointerMoved, UnsupportedConfiguration  # noqa: E402
 from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
-from dynamo.refit.rank.conversion import LayerFailed, RuntimeForm  # noqa: E402
+from dynamo.refit.rank.conversion import RuntimeForm  # noqa: E402
+from dynamo.refit.rank.processing import LayerFailed  # noqa: E402
 from tests.support.served import Served  # noqa: E402
 
 pytestmark = [

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dynamo.refit.rank.capture import LoadGeometry
-from dynamo.refit.rank.conversion import Function, RuntimeForm
+from dynamo.refit.rank.conversion import RuntimeForm
 from dynamo.refit.rank.install import LiveModel
+from dynamo.refit.rank.processing import Function
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.rank.capture import capture_load, describe_parameters
-from dynamo.refit.rank.conversion import Conversion, LayerFailed, RuntimeForm
+from dynamo.refit.rank.conversion import Conversion, RuntimeForm
 from dynamo.refit.rank.load_check import (
     check_other_tensors,
     compare_with_live,
@@ -22,6 +22,7 @@ from dynamo.refit.rank.load_check import (
     rehearse_conversions,
 )
 from dynamo.refit.rank.plan import ReadSlice
+from dynamo.refit.rank.processing import LayerFailed
 from dynamo.refit.rank.twin import same_bits
 from tests.support.toy_models import (
     COLUMNS,

@@ -21,12 +21,13 @@ from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import boxes
 from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, views_of
-from dynamo.refit.rank.conversion import Conversion, Converted, Function
+from dynamo.refit.rank.conversion import Conversion, Converted
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.install import synchronize
 from dynamo.refit.rank.pipeline import Pipeline, Submit
 from dynamo.refit.rank.plan import Piece, Plan, Wave
+from dynamo.refit.rank.processing import Function
 from dynamo.refit.rank.requests import Requests
 from dynamo.refit.rank.slices import ReadSlice
 from dynamo.refit.transport.nixl import NixlAgent

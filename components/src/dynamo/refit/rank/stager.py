@@ -47,12 +47,7 @@ from dynamo.refit.protocol import (
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.capture import LoadGeometry, capture_load
-from dynamo.refit.rank.conversion import (
-    Conversion,
-    Function,
-    LayerFailed,
-    RuntimeForm,
-)
+from dynamo.refit.rank.conversion import Conversion, RuntimeForm
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.install import LiveModel
@@ -67,6 +62,7 @@ from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
+from dynamo.refit.rank.processing import Function, LayerFailed
 from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
 from dynamo.refit.rank.slices import (
     ArenaLayout,
