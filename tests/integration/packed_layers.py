@@ -71,7 +71,7 @@ TOKENS = torch.tensor([5, 77, 4000, 1, 2, 900, 31])
 
 
 def _checkpoint(architecture: str, seed: int) -> Path:
-    directory = CACHE / f"layerwise-{architecture}-{seed}"
+    directory = CACHE / f"packed-{architecture}-{seed}"
     if architecture != "mla":
         return make_checkpoint(directory, seed=seed, architecture=architecture)
     if not (directory / "model.safetensors").exists():

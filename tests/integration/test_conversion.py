@@ -276,6 +276,106 @@ def test_a_weight_that_is_held_transposed_is_copied_in_the_order_of_memory() -> 
     assert torch.equal(made, _loaded(Eighths, 2).first.weight.t())
 
 
+class Kept(Eighths):
+    """Leaves what was loaded as it is, and computes with a copy of it."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        kept = layer.weight.detach().clone()
+        layer.weight = nn.Parameter(kept, requires_grad=False)
+        super().process_weights_after_loading(layer)
+
+
+def _with_views(model: Model) -> Model:
+    """As Mamba-2 does for its kernels, when it is built."""
+    for layer in (model.first, model.second):
+        rows = layer.weight.data[1:4, 1:]
+        model.register_buffer(f"rows_{len(model._buffers)}", rows, persistent=False)
+    return model
+
+
+def test_views_of_what_was_loaded_follow_it_where_they_are() -> None:
+    model = _with_views(Model(Kept))
+    with torch.no_grad():
+        model.load_state_dict(_weights(1), strict=False)
+        for layer in (model.first, model.second):
+            layer.quant_method.process_weights_after_loading(layer)
+    served = Served(model, _with_views(_twin(Kept)), CONFIG)
+    views = {"rows_0": "first.weight", "rows_1": "second.weight"}
+    addresses = [getattr(model, view).data_ptr() for view in views]
+    for version in (2, 3, 1):
+        before = {view: getattr(model, view).clone() for view in views}
+        made = served.make(_weights(version))
+        for view in views:
+            assert torch.equal(getattr(model, view), before[view]), view
+        served.install(made)
+        for view, name in views.items():
+            expected = _weights(version)[name][1:4, 1:]
+            assert torch.equal(getattr(model, view), expected), view
+        fresh = _loaded(Kept, version)
+        assert torch.equal(model.first.weight, fresh.first.weight)
+        assert [getattr(model, view).data_ptr() for view in views] == addresses
+
+
+class Sorted(Eighths):
+    """Writes an order of the rows, which depends on the weights, into a buffer."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.map.copy_(layer.weight.amax(1).argsort())
+        super().process_weights_after_loading(layer)
+
+
+def test_a_buffer_that_processing_writes_into_waits_for_the_install() -> None:
+    model, twin = _loaded(Sorted, 1), _twin(Sorted)
+    served = Served(model, twin, CONFIG)
+    address = model.first.map.data_ptr()
+    # The first processing of all, with made-up weights, has not written it either.
+    live = _loaded(Sorted, 1).first.map
+    for version in (2, 3, 1):
+        assert torch.equal(model.first.map, live)
+        made = served.make(_weights(version))
+        assert torch.equal(model.first.map, live)
+        served.install(made)
+        fresh = _loaded(Sorted, version).first.map
+        assert not torch.equal(fresh, live)
+        live = fresh
+        assert torch.equal(model.first.map, live)
+    assert model.first.map.data_ptr() == address
+
+
+class Tuner:
+    """A kernel that is there before the load, and is set up by the first layer."""
+
+    def __init__(self) -> None:
+        self.sizes: tuple[int, ...] | None = None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        assert self.sizes is None
+        self.sizes = tuple(layer.weight.shape)
+
+
+class Tuned(Eighths):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuner = Tuner()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.tuner.process_weights_after_loading(layer)
+        super().process_weights_after_loading(layer)
+
+
+def test_kernels_of_the_twin_and_of_the_model_are_not_set_up_again() -> None:
+    model, twin = _loaded(Tuned, 1), _twin(Tuned)
+    served = Served(model, twin, CONFIG)
+    tuners = [layer.quant_method.tuner for layer in (model.first, model.second)]
+    for version in (2, 3):
+        served.refit(_weights(version))
+        fresh = _loaded(Tuned, version)
+        assert torch.equal(model.first.weight, fresh.first.weight)
+        assert twin.first.quant_method.tuner.sizes is None
+    assert [tuner.sizes for tuner in tuners] == [(6, 4), (6, 4)]
+    assert tuners == [layer.quant_method.tuner for layer in (model.first, model.second)]
+
+
 class Scales(BaseKVCacheMethod):
     def __init__(self) -> None:
         super().__init__(quant_config=None)

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.refit.errors import LayoutRefused, RefitError, StagingCancelled
@@ -21,7 +21,10 @@ from dynamo.refit.worker.ranks import CONVERT_MS, ConversionSteps
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
-FOREVER = Limit(math.inf, lambda: False)
+
+def patient() -> Limit:
+    """A wait that a broken handover does not make endless."""
+    return Limit(time.monotonic() + 10, lambda: False)
 
 
 def test_what_is_ready_is_done_once_in_order_and_no_further_than_asked() -> None:
@@ -40,7 +43,7 @@ def test_what_is_ready_is_done_once_in_order_and_no_further_than_asked() -> None
     handover.offer(0)
     handover.run(5)
     assert done == [0, 1, 2, 3, 4]
-    handover.wait(5, FOREVER)
+    handover.wait(5, patient())
 
 
 def test_who_waits_goes_on_when_it_is_done() -> None:
@@ -48,7 +51,7 @@ def test_who_waits_goes_on_when_it_is_done() -> None:
     waited: list[int] = []
 
     def wait() -> None:
-        handover.wait(2, FOREVER)
+        handover.wait(2, patient())
         waited.append(handover.done)
 
     thread = threading.Thread(target=wait)
@@ -62,22 +65,21 @@ def test_who_waits_goes_on_when_it_is_done() -> None:
 
 
 def test_a_failure_reaches_who_waits_and_nothing_comes_after_it() -> None:
-    done: list[int] = []
+    tried: list[int] = []
 
     def convert(number: int) -> None:
+        tried.append(number)
         if number == 1:
             raise RefitError("no memory")
-        done.append(number)
 
     handover = Handover(3, convert)
     handover.offer(3)
     # The model's thread serves on.
     handover.run(3)
     handover.run(3)
-    assert (done, handover.done) == ([0], 1)
-    handover_limit = Limit(time.monotonic() + 10, lambda: False)
+    assert (tried, handover.done) == ([0, 1], 1)
     with pytest.raises(RefitError, match="no memory"):
-        handover.wait(3, handover_limit)
+        handover.wait(3, patient())
 
 
 def test_waiting_ends_when_it_is_cancelled() -> None:
@@ -89,6 +91,7 @@ def running(total: int | None, ready: int, done: int, ms: float = 0.0) -> Runnin
     return Running(conversions=total, ready=ready, converted=done, convert_ms=ms)
 
 
+@settings(deadline=None)
 @given(
     total=st.integers(0, 40),
     costs=st.lists(st.floats(0.01, 5), min_size=40, max_size=40),
@@ -123,6 +126,21 @@ def test_quick_ones_are_done_together_and_slow_ones_alone() -> None:
     assert sizes[3] > 4
     assert sizes[5] == max(1, int(sizes[4] * CONVERT_MS / 4.0))
     assert sizes[6] <= 2 * sizes[5]
+
+
+def test_the_slowest_rank_says_how_many_are_done_together() -> None:
+    """Whatever its place among the ranks is."""
+    for slow in (0, 1):
+        steps = ConversionSteps()
+        sizes = []
+        for ms in (0.1, 0.1, 0.1, 8.0):
+            before = steps.before
+            replies = [running(1000, 1000, before, 0.1) for _ in range(2)]
+            replies[slow] = running(1000, 1000, before, ms)
+            assert steps.go_on(replies)
+            sizes.append(steps.before - before)
+        assert sizes[2] > 2
+        assert sizes[3] == 1
 
 
 def test_a_rank_that_does_not_know_yet_is_waited_for() -> None:

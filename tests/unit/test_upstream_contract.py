@@ -770,13 +770,13 @@ def test_importing_the_extension_has_replaced_them_on_a_cpu() -> None:
     assert experts.apply is cpu_layout.apply_plain_experts
 
 
-# --- vLLM's processing after a load: rank/runtime_layout.py, rank/conversion.py
+# --- vLLM's processing after a load: rank/runtime_layout.py, processing.py, twin.py
 
 
 def test_every_layer_is_processed_by_its_quantization_method_and_by_nothing_else() -> (
     None
 ):
-    """What ``conversion`` does to a copy of a layer is all that a load does to one."""
+    """What ``processing`` does to a copy of a layer is all that a load does to one."""
     loader = importlib.import_module("vllm.model_executor.model_loader.utils")
     process = loader.process_weights_after_loading
     source = inspect.getsource(process)
@@ -860,6 +860,33 @@ def test_a_meta_parameter_is_given_memory_in_its_class() -> None:
     assert (made.device.type, made.shape, made.output_dim) == ("cpu", (2, 3), 0)
     assert isinstance(made, torch.nn.Parameter)
     assert planned.is_meta
+
+
+def test_a_parameter_goes_to_the_meta_device_in_its_class() -> None:
+    """A parameter of the twin loses its values, and keeps what its loader reads."""
+    reload = importlib.import_module("vllm.model_executor.model_loader.reload.meta")
+    parameter = torch.nn.Parameter(torch.ones(2, 3).t(), requires_grad=False)
+    parameter.output_dim = 0
+    made = reload.to_meta_tensor(parameter)
+    assert isinstance(made, torch.nn.Parameter)
+    assert (made.is_meta, made.shape, made.stride()) == (True, (3, 2), (1, 3))
+    assert made.output_dim == 0
+    # The twin's parameter may be given attributes that the live one must not have.
+    made.initial_value = parameter.detach()
+    assert not hasattr(parameter, "initial_value")
+    assert torch.equal(parameter, torch.ones(3, 2))
+
+
+def test_mamba_2_s_kernels_read_a_view_of_a_weight_that_is_a_buffer() -> None:
+    """Buffers are where ``runtime_layout`` looks for views."""
+    module = importlib.import_module(
+        "vllm.model_executor.layers.mamba.mamba_mixer2"
+    ).MambaMixer2
+    source = ast.unparse(tree(module.__init__))
+    assert "conv_weights = self.conv1d.weight.view(" in source
+    assert "self.register_buffer('conv_weights', conv_weights, persistent=False)" in (
+        source
+    )
 
 
 def test_the_scales_of_a_kv_cache_are_gone_after_a_load() -> None:
