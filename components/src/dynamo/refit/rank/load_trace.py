@@ -50,17 +50,15 @@ class LoadRecorder:
         self.zeroed: dict[str, tuple[int, ...]] = {}
         self.copies_elsewhere = False
         self._twin = twin
-        # Meta storages have no address: the storage object tells them apart.
-        self._names: dict[int, str] = {}
+        self._names = _names_by_storage(twin)
         self._laid_out: dict[int, bool] = {}
         for name, parameter in twin.named_parameters():
             storage = _storage(parameter)
-            alone = self._names.setdefault(storage, name) == name
             self._laid_out[storage] = (
-                alone and parameter.storage_offset() == 0 and parameter.is_contiguous()
+                self._names[storage] == name
+                and parameter.storage_offset() == 0
+                and parameter.is_contiguous()
             )
-        for name, _, _, tensor in held_tensors(twin):
-            self._names.setdefault(_storage(tensor), name)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -106,7 +104,23 @@ class LoadRecorder:
 
 
 def _storage(tensor: torch.Tensor) -> int:
+    """Meta storages have no address: the storage object tells them apart."""
     return tensor.untyped_storage()._cdata
+
+
+def _named_tensors(twin: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What modules of ``twin`` hold, parameters first."""
+    yield from twin.named_parameters()
+    for name, _, _, tensor in held_tensors(twin):
+        yield name, tensor
+
+
+def _names_by_storage(twin: nn.Module) -> dict[int, str]:
+    """By storage, the first name of what ``twin`` holds in it."""
+    names: dict[int, str] = {}
+    for name, tensor in _named_tensors(twin):
+        names.setdefault(_storage(tensor), name)
+    return names
 
 
 def _forms(model: nn.Module) -> dict[str, tuple]:
@@ -217,11 +231,10 @@ class SourceTrace(TorchDispatchMode):
         super().__init__()
         self.written: dict[str, set[str]] = {}
         self.elements: dict[str, int] = {}
-        self._names: dict[int, str] = {}
+        self._names = _names_by_storage(twin)
         padding = vocabulary_padding(twin)
-        held = ((name, tensor) for name, _, _, tensor in held_tensors(twin))
-        for name, tensor in (*twin.named_parameters(), *held):
-            if self._names.setdefault(_storage(tensor), name) == name:
+        for name, tensor in _named_tensors(twin):
+            if self._names[_storage(tensor)] == name:
                 self.elements[name] = tensor.numel() - padding.get(name, 0)
         #: By name, the views through which it was filled: each counts once.
         self._views: dict[str, set[tuple]] = {}
