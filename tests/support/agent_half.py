@@ -50,6 +50,7 @@ class Offer:
     fingerprint: str
     manifest: bytes
     fingerprints: bytes
+    runtime_fingerprint: str = ""
 
 
 def offer(
@@ -152,6 +153,7 @@ class AgentHalf:
             manifest_digest=offered.announced,
             slot=offered.slot,
             fingerprint=offered.fingerprint,
+            runtime_fingerprint=offered.runtime_fingerprint,
             stage_seconds=seconds,
             keep_seconds=STAGE_SECONDS,
         )

@@ -41,6 +41,10 @@ class CountedRanks(RankGroup):
         """Per rank, what its NIXL agent holds."""
         return [NixlUse(*held) for held in self._ask("nixl")]
 
+    def spoil_shadows(self) -> None:
+        """Change a bit of every shadow."""
+        self._ask("spoil_shadows")
+
 
 class CountingAgent(NixlAgent):
     """The real agent, which keeps books of what was not given back."""
@@ -98,6 +102,10 @@ class CountingRankProcess(RankProcess):
 
     def nixl(self) -> tuple[int, int, int, int]:
         return self._worker._refit_rank()._stager._agent.use()
+
+    def spoil_shadows(self) -> None:
+        for shadow in self._worker._refit_rank()._stager._arena.shadows:
+            shadow.buffer.bytes[0] ^= 1
 
 
 def main() -> None:

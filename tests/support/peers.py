@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
 
 from dynamo.refit.errors import RefitError
-from dynamo.refit.manifest import Manifest, Region, Source
 from dynamo.refit.protocol import (
     GetFingerprints,
     GetManifest,
-    HeldBlock,
-    Offered,
     RankVote,
     ReleaseLease,
     ServeWeights,
     StagingChoice,
     WeightsServed,
 )
-from dynamo.refit.worker.peer import PeerSource, as_sources, compose
+from dynamo.refit.worker.peer import PeerSource
 from dynamo.refit.worker.ranks import RanksFailed
 from tests.support.agent_half import AgentHalf, Offer
-from tests.support.rank import Rank
 from tests.support.rank_group import STAGE_SECONDS, RankGroup
 
 #: A reader's lease.
@@ -84,6 +79,7 @@ class PeerHalf(AgentHalf):
             fingerprint=self._fingerprints[version],
             manifest=manifest.payload,
             fingerprints=self.fingerprints(served.announcement_id),
+            runtime_fingerprint=served.runtime_fingerprint,
         )
 
     def ask(
@@ -127,29 +123,3 @@ class PeerHalf(AgentHalf):
     def restore(self, cause: RanksFailed) -> None:
         """Undo the newest install."""
         self._runner.run(self._ranks.restore(self._version, cause))
-
-
-def composed(
-    manifest: Manifest, ranks: Sequence[Rank], held: Sequence[Sequence[HeldBlock]]
-) -> Manifest:
-    """What ``ranks`` together say that they hold, of a manifest that they staged."""
-    offered = [
-        Offered(
-            rank=number,
-            slot=rank.arena.target,
-            source=Source(
-                agent=f"refit-{number}",
-                metadata=f"refit-{number}".encode(),
-                memory="DRAM",
-                device=0,
-                slots=tuple(
-                    (Region(s.buffer.bytes.data_ptr(), s.buffer.bytes.numel()),)
-                    for s in rank.arena.shadows
-                ),
-            ),
-            blocks=tuple(blocks),
-        )
-        for number, (rank, blocks) in enumerate(zip(ranks, held, strict=True))
-    ]
-    _, sources = as_sources(offered)
-    return compose(manifest, offered, sources)

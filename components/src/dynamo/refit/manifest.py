@@ -108,13 +108,25 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[Shard, ...]
 
 
+def image_prefix(rank: int) -> str:
+    """What the names of ``rank``'s tensors begin with in a manifest of images."""
+    return f"rank {rank}: "
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Every tensor of a model, where its shards lie, and who serves them."""
+    """Every tensor of a model, where its shards lie, and who serves them.
+
+    With ``layouts`` it is one of *images*: not of what was published, but of what the
+    ranks of a replica compute with, for the same ranks of other replicas. Source
+    number ``n`` is rank ``n``, its tensors have the model's own names after
+    :func:`image_prefix`, and ``layouts[n]`` is the fingerprint of their form.
+    """
 
     model: str
     # More of them are refused before the first one is decoded.
     tensors: Annotated[tuple[TensorEntry, ...], msgspec.Meta(max_length=MAX_TENSORS)]
     sources: tuple[Source, ...]
+    layouts: tuple[str, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -127,7 +139,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(math.prod(t.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
 
     def layout_fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and shard boxes: what a plan rests on."""
+        """SHA-256 over names, dtypes, shapes, shard boxes and the form of images: what
+        a plan rests on."""
         layout = [
             (
                 t.name,
@@ -137,7 +150,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             )
             for t in self.tensors
         ]
-        return _digest([self.model, layout])
+        return _digest([self.model, layout, self.layouts])
 
     def fingerprint(self) -> str:
         """SHA-256 over the whole manifest: the layout, the agents and the addresses."""

@@ -187,9 +187,11 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
 
     The worker reads the manifest with the digest ``manifest_digest`` from instance
     ``instance`` of ``endpoint``, and votes only for bytes that have this
-    ``fingerprint``. ``stage_seconds`` bounds the staging; ``keep_seconds`` is how long
-    after that bound the worker keeps the version for a commit before it gives it up by
-    itself. ``traceparent`` (W3C) is the caller's span, here and in :class:`Commit`.
+    ``fingerprint``; or, where another worker is read, this ``runtime_fingerprint``,
+    which that one has checked to be of the same version. ``stage_seconds`` bounds the
+    staging; ``keep_seconds`` is how long after that bound the worker keeps the version
+    for a commit before it gives it up by itself. ``traceparent`` (W3C) is the caller's
+    span, here and in :class:`Commit`.
     """
 
     version: int
@@ -201,6 +203,7 @@ class Prepare(Command, frozen=True, kw_only=True, tag=True):
     fingerprint: str
     stage_seconds: float
     keep_seconds: float
+    runtime_fingerprint: str = ""
     traceparent: str | None = None
 
 
@@ -295,11 +298,13 @@ class Stepped(Message, frozen=True, kw_only=True, tag=True):
 
 
 class WeightsServed(Message, frozen=True, kw_only=True, tag=True):
-    """Where the version can be read: as in ``WeightVersionReady``."""
+    """Where the version can be read: as in ``WeightVersionReady``, but in the form that
+    the worker computes with, whose bytes have this ``runtime_fingerprint``."""
 
     announcement_id: str
     manifest_digest: str
     slot: int
+    runtime_fingerprint: str
 
 
 class Aborted(Message, frozen=True, kw_only=True, tag=True):
@@ -327,7 +332,8 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     serves nobody. ``since`` (Unix seconds) it serves that version, which cost it
     ``stall_ms``; ``staging`` and ``cache`` are the last stage's. ``release`` and
     ``schema`` (of the events) say what it runs, and are empty and 0 in releases that
-    did not tell.
+    did not tell. Workers of one ``layout`` compute with the same form of the weights,
+    rank by rank, and can read them from each other.
     """
 
     model: str
@@ -345,6 +351,7 @@ class WorkerStatus(Message, frozen=True, kw_only=True, tag=True):
     cache: CacheUse | None = None
     release: str = ""
     schema: int = 0
+    layout: str = ""
 
 
 # --- anyone to trainer ------------------------------------------------------
@@ -687,14 +694,12 @@ class Offer(Message, frozen=True, kw_only=True, tag=True):
     ``seconds``. Repeating it is safe, and never shortens it.
 
     ``live`` asks for the copy of what was installed, otherwise for what is staged.
-    ``want_blocks`` asks for what the copy holds; see :class:`Offered`. Answered with
-    ``Running`` while that is being worked out: ask again.
+    Answered with ``Running`` while the copy is checked: ask again.
     """
 
     version: int
     live: bool
     seconds: float
-    want_blocks: bool
 
 
 class Withdraw(Message, frozen=True, kw_only=True, tag=True):
@@ -704,13 +709,15 @@ class Withdraw(Message, frozen=True, kw_only=True, tag=True):
 
 
 class Described(Message, frozen=True, kw_only=True, tag=True):
-    """A rank's identity, the bytes of its parameters, and where it would stage."""
+    """A rank's identity, the bytes of its parameters, where it would stage, and the
+    fingerprint of the form in which it computes (``layout``)."""
 
     rank: int
     ranks: int
     parameters: int
     nbytes: int
     memory: MemoryUse
+    layout: str
 
 
 class Running(Message, frozen=True, kw_only=True, tag=True):
@@ -744,26 +751,30 @@ class Staged(Message, frozen=True, kw_only=True, tag=True):
     reads: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
-class HeldBlock(msgspec.Struct, frozen=True, array_like=True):
-    """A row-major box of tensor number ``tensor``, from ``byte_offset`` of the rank's
-    region on. The number is the one in the manifest the version was staged from."""
+class HeldTensor(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor that a rank computes with: it lies contiguously from ``byte_offset`` of
+    the rank's region on."""
 
-    tensor: int
-    box: tuple[tuple[int, int], ...]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
     byte_offset: int
 
 
 class Offered(Message, frozen=True, kw_only=True, tag=True):
     """The rank's copy can be read from ``slot`` of ``source``, which has one region.
 
-    ``blocks`` says, if it was asked for, what lies there; it is the same in every slot
-    and for every version of one layout.
+    ``tensors`` lie there, in every slot; ``parts`` are their fingerprints in ``slot``,
+    little-endian uint64. ``layout`` is the fingerprint of the form that they have; see
+    :func:`dynamo.refit.rank.image.runtime_layout`.
     """
 
     rank: int
     slot: int
     source: Source
-    blocks: tuple[HeldBlock, ...]
+    tensors: tuple[HeldTensor, ...]
+    parts: bytes
+    layout: str
 
 
 class Installed(Message, frozen=True, kw_only=True, tag=True):

@@ -417,6 +417,7 @@ class Coordinator:
             instance=ready.instance if served is None else action.peer,
             manifest_digest=source.manifest_digest,
             slot=source.slot,
+            runtime_fingerprint=served.runtime_fingerprint if served else "",
             stage_seconds=policy.stage_seconds,
             keep_seconds=policy.keep_seconds(len(self._reconciler.fleet)),
         )

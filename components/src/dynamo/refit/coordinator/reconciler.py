@@ -479,9 +479,12 @@ class Reconciler:
             if member.status.version == ready.version
             and member.status.fingerprint == ready.fingerprint
         }
+        layouts = {w: member.status.layout for w, member in self.fleet.items()}
         lease = bool(ready.announcement_id)
         if catch_up:
-            lease = lease and (not holders or self._upkeep.ask_trainer)
+            served = {layouts[worker] for worker in holders}
+            by_peers = any(layouts[worker] in served for worker in behind)
+            lease = lease and (not by_peers or self._upkeep.ask_trainer)
             # Answers to an earlier try must not be taken for this one's.
             name = f"catch-up {next(self._catch_ups)} to version {ready.version}"
             ready = msgspec.structs.replace(
@@ -491,7 +494,7 @@ class Reconciler:
             )
         self.transaction = Transaction(
             ready=ready,
-            staging=Staging(ready, behind, holders, self.policy),
+            staging=Staging(ready, behind, holders, layouts, self.policy),
             began=now if catch_up else self._announcements.heard,
             deadline=now + self.policy.stage_seconds + GRACE_SECONDS,
             catch_up=catch_up,

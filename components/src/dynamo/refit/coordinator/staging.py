@@ -3,15 +3,15 @@
 """Who reads a version from whom, until everyone holds it.
 
 The trainer serves a bounded number of readers; whoever holds the version serves
-others, so that a large fleet fills as a tree does.
+others of its own layout, so that a large fleet fills as a tree does.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +58,8 @@ class Staging:
         ready: the version.
         readers: workers that need it.
         holders: workers that serve it already.
+        layouts: the form in which each worker computes; see
+            :class:`dynamo.refit.protocol.WorkerStatus`.
         policy: bounds the readers of each source.
     """
 
@@ -66,6 +68,7 @@ class Staging:
         ready: WeightVersionReady,
         readers: Iterable[int],
         holders: Iterable[int],
+        layouts: Mapping[int, str],
         policy: Policy,
     ) -> None:
         self.readers = {worker: Reader() for worker in sorted(readers)}
@@ -76,6 +79,7 @@ class Staging:
         #: Those that left without it.
         self.lost: dict[int, Failure] = {}
         self._ready = ready
+        self._layouts = layouts
         self._policy = policy
         self._bad: set[int] = set()
         #: May have something of it staged.
@@ -98,11 +102,14 @@ class Staging:
         actions: list[Action] = []
         room = self._room()
         direct = room.get(None, 0)
-        # Those with the most room first.
-        peers = [(-n, peer) for peer, n in room.items() if peer is not None and n > 0]
-        heapq.heapify(peers)
+        # By layout, those with the most room first.
+        by_layout: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        for peer, n in room.items():
+            if peer is not None and n > 0:
+                heapq.heappush(by_layout[self._layouts[peer]], (-n, peer))
         for worker in waiting:
             reader = self.readers[worker]
+            peers = by_layout[self._layouts[worker]]
             if direct > 0:
                 direct -= 1
                 reader.state = "reading"
@@ -116,9 +123,7 @@ class Staging:
                     heapq.heappop(peers)
                 reader.state, reader.peer = "asking", peer
                 actions.append(SendServe(peer, worker, self._ready))
-        under_way = any(r.state in ("asking", "reading") for r in self.readers.values())
-        if not under_way and not room:
-            self._out_of_sources()
+        self._out_of_sources(room)
         return actions
 
     def _room(self) -> dict[int | None, float]:
@@ -133,13 +138,21 @@ class Staging:
         busy = Counter(r.peer for r in readers if r.state in ("asking", "reading"))
         return {source: room[source] - busy[source] for source in room}
 
-    def _out_of_sources(self) -> None:
+    def _out_of_sources(self, room: Mapping[int | None, float]) -> None:
+        """Those that wait for nobody fail."""
+        sources = {self._layouts[peer] for peer in room if peer is not None}
+        sources |= {
+            self._layouts[worker]
+            for worker, reader in self.readers.items()
+            if reader.state in ("asking", "reading")
+        }
         for worker, reader in list(self.readers.items()):
-            if reader.state == "waiting":
+            served = None in room or self._layouts[worker] in sources
+            if reader.state == "waiting" and not served:
                 why = f" ({reader.unserved})" if reader.unserved else ""
                 error = NoSource(
-                    "the trainer does not keep it any more, and no worker can serve "
-                    f"it{why}: publish a new version"
+                    "the trainer does not keep it any more, and no worker of the same "
+                    f"layout can serve it{why}: publish a new version"
                 )
                 self.fail(worker, reader.refused or self._failure(error, worker))
 

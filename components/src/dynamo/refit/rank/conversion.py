@@ -124,7 +124,8 @@ class RuntimeForm:
         self._twin = twin
         self._config = config
         self._device = next(model.parameters()).device
-        self._held = {name: tensor for name, _, _, tensor in held_tensors(model)}
+        #: By name, every tensor that a module of the live model holds.
+        self.held = {name: tensor for name, _, _, tensor in held_tensors(model)}
         #: By the layer's name, the names of what is made of it.
         self._made: dict[str, tuple[str, ...]] = {}
         #: By name, the live tensors that are made of a processed layer's weights.
@@ -144,12 +145,12 @@ class RuntimeForm:
         for name in loaded:
             if name in found or name in of_layers:
                 continue
-            if name not in self._held:
+            if name not in self.held:
                 raise LayoutRefused(
                     "the loader fills it, and the engine does not have it any more",
                     tensor=name,
                 )
-            found[name] = _in_memory_order(self._held[name].detach())
+            found[name] = _in_memory_order(self.held[name].detach())
         return found
 
     def taken_in(self) -> list[list[Parameter]]:
@@ -206,9 +207,9 @@ class RuntimeForm:
         with self._as_after_a_load(), _failing(conversion.name):
             loaded = self._load(conversion, inputs)
             filled = {
-                id(self._held[name]): tensor
+                id(self.held[name]): tensor
                 for name, tensor in loaded.items()
-                if name in self._held
+                if name in self.held
             }
             for layer in conversion.layers:
                 weights = {
@@ -222,7 +223,7 @@ class RuntimeForm:
                     for name, live, new in update.copies
                 }
             for name in loaded.keys() & conversion.outputs:
-                tensors[name] = _in_memory_order(loaded[name], self._held[name])
+                tensors[name] = _in_memory_order(loaded[name], self.held[name])
             if missing := [n for n in conversion.outputs if n not in tensors]:
                 raise LayerFailed("it was not made this time", tensor=missing[0])
         return Converted(tensors, tuple(functions))
@@ -253,7 +254,7 @@ class RuntimeForm:
             size, stride, offset = view
             made = weights[leaf].contiguous()
             made = made.as_strided(size, stride, made.storage_offset() + offset)
-            update.copies.append((name, self._held[name], made))
+            update.copies.append((name, self.held[name], made))
         return update
 
     def _rehearse(self, model: nn.Module) -> None:

@@ -143,6 +143,7 @@ class RefitRank:
             parameters=self._stager.parameters,
             nbytes=self._stager.nbytes,
             memory=self._stager.plan_memory(request.staging),
+            layout=self._stager.layout,
         )
 
     def _stage(self, request: Stage) -> RankReply:

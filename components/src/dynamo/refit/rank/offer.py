@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's shadows as a source for other replicas: what lies in them, who may still be
-reading, and what must not be overwritten meanwhile.
+"""A rank's shadows as a source for other replicas: who may be reading, and what must
+not be overwritten meanwhile.
 
 A shadow is registered with NIXL from the start, so a version is served from where it
 is, without a copy. Nothing is written here.
@@ -9,33 +9,24 @@ is, without a copy. Nothing is written here.
 
 from __future__ import annotations
 
-import itertools
-import math
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from vllm.logger import init_logger
 
 from dynamo.refit.errors import LeaseHeld, PeerUnsuitable, TransferFailed
-from dynamo.refit.manifest import ITEMSIZE, Box, Region, Source
-from dynamo.refit.protocol import HeldBlock
-from dynamo.refit.rank import boxes
+from dynamo.refit.manifest import Region, Source
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.plan import Piece, Plan
-from dynamo.refit.rank.slices import ArenaLayout
 from dynamo.refit.transport.nixl import NixlAgent, memory_of
 
 logger = init_logger("vllm.dynamo_refit")
-
-#: Contiguous parts that one box may fall into: the experts of a fused tensor do.
-MAX_RUNS = 512
 
 #: UCX answers a reader that connects when it is polled: enough for that, and no load.
 PROGRESS_SECONDS = 0.002
@@ -51,9 +42,6 @@ LINGER_SECONDS = 30.0
 WAIT_SECONDS = 0.05
 
 
-# --- what is held -----------------------------------------------------------
-
-
 def as_source(arena: Arena, agent: NixlAgent) -> Source:
     """``arena`` as readers see it: every shadow is a slot, of one region."""
     buffers = [shadow.buffer.bytes for shadow in arena.shadows]
@@ -65,132 +53,6 @@ def as_source(arena: Arena, agent: NixlAgent) -> Source:
         device=device,
         slots=tuple((Region(b.data_ptr(), b.numel()),) for b in buffers),
     )
-
-
-def find_blocks(plan: Plan, layout: ArenaLayout) -> tuple[HeldBlock, ...]:
-    """The boxes of published tensors that lie in an arena of ``layout`` as they were
-    published, in as few blocks as that takes.
-
-    They do not depend on how a trainer cut its tensors, so that a reader's plan holds
-    for every version that comes with the same names and shapes.
-
-    Raises:
-        PeerUnsuitable: a parameter has not the bytes that were published.
-    """
-    pieces: dict[int, list[Piece]] = defaultdict(list)
-    for piece in plan.pieces:
-        if piece.parameter in plan.intake.offsets:
-            raise PeerUnsuitable(
-                "it is served in another form than it is published in, which is all "
-                "that is kept: read from the trainer",
-                tensor=piece.parameter,
-            )
-        pieces[piece.tensor].append(piece)
-    return tuple(
-        block
-        for tensor in sorted(pieces)
-        for block in _blocks_of_tensor(tensor, pieces[tensor], layout)
-    )
-
-
-def _blocks_of_tensor(
-    tensor: int, pieces: Sequence[Piece], layout: ArenaLayout
-) -> list[HeldBlock]:
-    # Pieces that meet are equal: two parameters may be loaded from one tensor.
-    wanted = sum(boxes.volume(box) for box in {piece.box for piece in pieces})
-    found: list[HeldBlock] = []
-    for parameter in dict.fromkeys(piece.parameter for piece in pieces):
-        mine = [p for p in pieces if p.parameter == parameter and not p.converts]
-        blocks = _blocks_of_parameter(tensor, mine, layout)
-        if _volume(blocks) == wanted:
-            return blocks
-        found += blocks
-    every = list({block.box: block for block in found}.values())
-    if _volume(every) != wanted:
-        raise _unsuitable(pieces)
-    return every
-
-
-def _volume(blocks: Sequence[HeldBlock]) -> int:
-    return sum(boxes.volume(block.box) for block in blocks)
-
-
-def _blocks_of_parameter(
-    tensor: int, pieces: Sequence[Piece], layout: ArenaLayout
-) -> list[HeldBlock]:
-    """The contiguous ones; what falls into too many runs is left out."""
-    # What the loader copied at once has one mapping, however the source was cut.
-    cuts: dict[tuple[tuple[int, ...], int], set[Box]] = defaultdict(set)
-    for piece in pieces:
-        origin = piece.offset - boxes.first_element(
-            piece.box, [0] * len(piece.box), piece.strides
-        )
-        cuts[piece.strides, origin].add(piece.box)
-    blocks = []
-    for (strides, origin), parts in cuts.items():
-        start = layout.offsets[pieces[0].parameter]
-        for box in join(parts):
-            for run in _contiguous(box, strides):
-                first = boxes.first_element(run, [0] * len(run), strides)
-                offset = start + (origin + first) * ITEMSIZE[pieces[0].dtype]
-                blocks.append(HeldBlock(tensor, run, offset))
-    return blocks
-
-
-def join(parts: set[Box]) -> list[Box]:
-    """The disjoint ``parts`` with neighbours joined, until none can be."""
-    joined = sorted(parts)
-    count = 0
-    while len(joined) != count:
-        count = len(joined)
-        for dim in range(len(joined[0])):
-            joined = _join_along(joined, dim)
-    return joined
-
-
-def _join_along(parts: list[Box], dim: int) -> list[Box]:
-    rows: dict[Box, list[tuple[int, int]]] = defaultdict(list)
-    for box in sorted(parts, key=lambda box: box[dim]):
-        spans = rows[box[:dim] + box[dim + 1 :]]
-        if spans and spans[-1][1] == box[dim][0]:
-            spans[-1] = (spans[-1][0], box[dim][1])
-        else:
-            spans.append(box[dim])
-    return [
-        (*rest[:dim], span, *rest[dim:])
-        for rest, spans in rows.items()
-        for span in spans
-    ]
-
-
-def _contiguous(box: Box, strides: Sequence[int]) -> Iterator[Box]:
-    """``box`` in row-major runs of a parameter where it has ``strides``; nothing if
-    they are too many."""
-    sizes = boxes.extent(box)
-    _, outer = boxes.run_length(sizes, boxes.row_major(sizes), strides)
-    if math.prod(sizes[:outer]) > MAX_RUNS:
-        return
-    for place in itertools.product(*(range(lo, hi) for lo, hi in box[:outer])):
-        yield (*((n, n + 1) for n in place), *box[outer:])
-
-
-def _unsuitable(pieces: Sequence[Piece]) -> PeerUnsuitable:
-    converted = next((piece for piece in pieces if piece.converts), None)
-    if converted is not None:
-        return PeerUnsuitable(
-            f"published as {converted.dtype} and held in another dtype, so that its "
-            "bytes are not the published ones: read from the trainer, or publish in "
-            "the dtype that is served",
-            tensor=converted.parameter,
-        )
-    return PeerUnsuitable(
-        f"the engine's loader scatters it over more than {MAX_RUNS} places, so that it "
-        "cannot be read here as it was published: read from the trainer",
-        tensor=pieces[0].parameter,
-    )
-
-
-# --- who reads --------------------------------------------------------------
 
 
 @dataclass
@@ -221,7 +83,8 @@ class Offers:
         self._agent = agent
         self._submit = submit
         self._source: Source | None = None
-        self._blocks: tuple[Plan, Future[tuple[HeldBlock, ...]]] | None = None
+        #: By version and shadow, what was found there.
+        self._parts: dict[tuple[int, int], Future[np.ndarray]] = {}
         self._changed = threading.Condition()
         self._open: list[_Open] = []
         #: What a version is coming into: it cannot be offered.
@@ -234,14 +97,18 @@ class Offers:
         How others see it stays the same for as long as it is, and so does what they
         have built on that.
         """
-        self._source, self._blocks = as_source(arena, self._agent), None
+        with self._changed:
+            self._source, self._parts = as_source(arena, self._agent), {}
 
-    def find_blocks(self, plan: Plan, arena: Arena) -> tuple[HeldBlock, ...] | None:
-        """As the function, once a plan, and without waiting: ``None`` is not yet."""
-        if self._blocks is None or self._blocks[0] is not plan:
-            # There may be very many.
-            self._blocks = plan, self._submit(find_blocks, plan, arena.layout)
-        found = self._blocks[1]
+    def parts(
+        self, version: int, shadow: int, find: Callable[[], np.ndarray]
+    ) -> np.ndarray | None:
+        """What ``find`` makes of ``version`` in ``shadow``: once, and without waiting;
+        ``None`` is not yet. Only while it is offered."""
+        with self._changed:
+            found = self._parts.get((version, shadow))
+            if found is None:
+                found = self._parts[version, shadow] = self._submit(find)
         return found.result() if found.done() else None
 
     def add(self, version: int, arena: Arena, shadow: int, seconds: float) -> Source:
@@ -314,6 +181,8 @@ class Offers:
             ]:
                 self._await(reading[0], limit)
             self._taken = arena, shadows
+            kept = {p: f for p, f in self._parts.items() if p[1] not in shadows}
+            self._parts = kept
         try:
             yield
         finally:

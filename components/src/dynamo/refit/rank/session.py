@@ -20,7 +20,7 @@ from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import boxes
-from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, views_of
+from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, Shadow, views_of
 from dynamo.refit.rank.conversion import Conversion, Converted
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
@@ -77,7 +77,7 @@ class Session:
         self._convert = convert
         read = [p for p in plan.pieces if p.parameter not in plan.intake.offsets]
         converted = [name for each in conversions for name in each.outputs]
-        self.live_parts = LiveParts(read, converted, live)
+        self.live_parts = RuntimeParts(read, converted, live)
         #: What of the pull's parts are of pieces that are served as they are read.
         self._read = np.array(
             [p.parameter not in plan.intake.offsets for p in plan.pieces], dtype=bool
@@ -106,7 +106,7 @@ class Session:
                 for shadow in arena.shadows
             ]
             self._converted = [
-                _whole_parts(shadow.by_name[name] for name in converted)
+                whole_parts(shadow.by_name[name] for name in converted)
                 for shadow in arena.shadows
             ]
             undo.pop_all()
@@ -304,29 +304,32 @@ class _WaveWork:
             self.landed[self._converted] = self._placed.fold()
 
 
-class LiveParts:
-    """Shows that the live tensors are those of one version; views made once.
+class RuntimeParts:
+    """Shows that the live tensors, or their image in a shadow, are those of one
+    version; views made once.
 
     Args:
         pieces: the boxes that make the parameters up that are served as read.
         converted: names of the other tensors.
-        live: the live tensors, by name.
+        tensors: what is looked at, by name.
     """
 
     def __init__(
         self,
         pieces: Sequence[Piece],
         converted: Sequence[str],
-        live: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
     ) -> None:
+        self._of = pieces, converted
         self._names = [*(piece.parameter for piece in pieces), *converted]
         self._pieces = Batch(
-            [
-                Part(piece_view(piece, live[piece.parameter]), piece.box, piece.shape)
-                for piece in pieces
-            ]
+            [Part(piece_view(p, tensors[p.parameter]), p.box, p.shape) for p in pieces]
         )
-        self._converted = _whole_parts(live[name] for name in converted)
+        self._converted = whole_parts(tensors[name] for name in converted)
+
+    def in_shadow(self, shadow: Shadow) -> RuntimeParts:
+        """The same of the image in ``shadow``."""
+        return RuntimeParts(*self._of, shadow.by_name)
 
     def check(self, landed: np.ndarray, rank: int) -> None:
         """Compare with ``landed``, one part per piece and per converted tensor.
@@ -338,7 +341,7 @@ class LiveParts:
         wrong = np.flatnonzero(found != landed)
         if len(wrong):
             raise FingerprintMismatch(
-                f"{len(wrong)} blocks of the live weights are not what was staged: "
+                f"{len(wrong)} blocks of the weights are not what was staged: "
                 "something else wrote them",
                 tensor=self._names[wrong[0]],
                 rank=rank,
@@ -381,7 +384,8 @@ class AbandonedSessions:
             )
 
 
-def _whole_parts(tensors: Iterable[torch.Tensor]) -> Batch:
+def whole_parts(tensors: Iterable[torch.Tensor]) -> Batch:
+    """One part of each of ``tensors``: its fingerprint."""
     return Batch(
         [Part(t, tuple((0, size) for size in t.shape), tuple(t.shape)) for t in tensors]
     )
@@ -389,6 +393,9 @@ def _whole_parts(tensors: Iterable[torch.Tensor]) -> Batch:
 
 def piece_view(piece: Piece | ReadSlice, parameter: torch.Tensor) -> torch.Tensor:
     """The elements of ``parameter`` that ``piece`` fills, in the box's shape."""
+    if not parameter.is_contiguous():
+        # What is loaded has no gaps: it is of an image, and the box one of its own.
+        return parameter[tuple(slice(start, stop) for start, stop in piece.box)]
     flat = parameter.view(-1)
     offset = flat.storage_offset() + piece.offset
     return flat.as_strided(boxes.extent(piece.box), piece.strides, offset)

@@ -50,6 +50,13 @@ from dynamo.refit.rank.capture import LoadGeometry, capture_load
 from dynamo.refit.rank.conversion import Conversion, RuntimeForm
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
+from dynamo.refit.rank.image import (
+    check_image,
+    held_tensors,
+    read_image,
+    runtime_layout,
+    tensors_of_image,
+)
 from dynamo.refit.rank.install import LiveModel
 from dynamo.refit.rank.load_check import (
     StartCheckpoint,
@@ -61,13 +68,19 @@ from dynamo.refit.rank.load_check import (
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
-from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
+from dynamo.refit.rank.plan import LIMITS, make_plan
 from dynamo.refit.rank.processing import Function, LayerFailed
-from dynamo.refit.rank.session import AbandonedSessions, LiveParts, Session
+from dynamo.refit.rank.session import (
+    AbandonedSessions,
+    RuntimeParts,
+    Session,
+    whole_parts,
+)
 from dynamo.refit.rank.slices import (
     ArenaLayout,
     IntakeLayout,
     Parameter,
+    ReadSlice,
     check_slices,
     order_of_arrival,
 )
@@ -76,19 +89,20 @@ from dynamo.refit.transport.nixl import NixlAgent
 logger = init_logger("vllm.dynamo_refit")
 
 #: How long the reads of a pull that failed may take to end. NIXL cannot call them back,
-#: and a source that lives ends them in what the pull would have taken. Less than the
+#: and a source that lives ends them in what the pull would have filling. Less than the
 #: coordinator's ``GRACE_SECONDS``, for which it waits for an answer after the deadline.
 SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class _Live:
-    """A version that was installed, and what the parts of the live weights must be."""
+    """A version that was installed, and what the parts of the live weights must be;
+    with ``functions`` tensors are not all that the engine computes with."""
 
     version: int
-    parts: LiveParts
+    parts: RuntimeParts
     landed: np.ndarray
-    plan: Plan
+    functions: bool
 
 
 @dataclass(frozen=True)
@@ -98,14 +112,11 @@ class _Staged:
     version: int
     session: Session
 
-    @property
-    def plan(self) -> Plan:
-        return self.session.plan
-
     def as_live(self) -> _Live:
         """It, once it is installed."""
         session = self.session
-        return _Live(self.version, session.live_parts, session.landed, session.plan)
+        functions = bool(session.functions)
+        return _Live(self.version, session.live_parts, session.landed, functions)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,17 @@ class CheckedLoad:
     forms: frozenset[tuple]
     geometry: LoadGeometry
     conversions: list[Conversion]
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """What a manifest fills: ``parameters`` by ``slices``, and with what is made of it
+    in the end the ``live`` tensors."""
+
+    parameters: Sequence[Parameter]
+    slices: Sequence[ReadSlice]
+    conversions: Sequence[Conversion]
+    live: Mapping[str, torch.Tensor]
 
 
 class RankStager:
@@ -143,6 +165,8 @@ class RankStager:
         self._device = next(model.parameters()).device
         self._limits = LIMITS[self._device.type]
         self._form = RuntimeForm(model, twin, config)
+        #: Fingerprint of the form in which this rank computes.
+        self.layout = runtime_layout(self._form, rank, ranks)
         #: Elements that the loader leaves as they are constructed, by tensor.
         self._unfilled: Mapping[str, int] = {}
         #: Of tensors that were shown to give what the engine's loader gives.
@@ -289,7 +313,7 @@ class RankStager:
     @property
     def nbytes(self) -> int:
         """Bytes of what this rank computes with."""
-        return self._layout().nbytes
+        return self._layout(self._form.live(self._loaded())).nbytes
 
     def plan_memory(self, staging: StagingChoice) -> MemoryUse:
         """Where a version would be staged, as things are now.
@@ -300,10 +324,14 @@ class RankStager:
         held = self._arena.memory if self._arena is not None else None
         if held is not None and staging == "auto":
             staging = held.mode
+        groups = self._form.taken_in()
+        if self._checked is not None:
+            groups = [each.inputs for each in self._checked.conversions]
+        intake = IntakeLayout(groups, self._limits.scratch)
         return choose(
             staging,
             arena=self.nbytes,
-            scratch=2 * self._limits.scratch + self._intake().working_nbytes,
+            scratch=2 * self._limits.scratch + intake.working_nbytes,
             free=free_memory(self._device, self._ranks),
             held=held,
         )
@@ -452,41 +480,56 @@ class RankStager:
     # --- peers ------------------------------------------------------------------
 
     def offer(self, request: Offer) -> Offered | None:
-        """Let others read a version from the shadow that has it; ``None``: ask again.
+        """Let others read a version from the shadow that has it; ``None``: ask again,
+        the shadow is being compared with what was staged.
 
         Raises:
-            PeerUnsuitable: no shadow has it, or not as it was published.
+            PeerUnsuitable: no shadow has it, or not all of it.
+            FingerprintMismatch: the shadow was written by something else.
         """
-        arena, shadow, plan = self._find_copy(request)
-        blocks = self._offers.find_blocks(plan, arena)
-        if blocks is None:
-            return None
+        held, arena, shadow = self._find_copy(request)
+        tensors = held_tensors(arena.layout)
         source = self._offers.add(request.version, arena, shadow, request.seconds)
+
+        def find() -> np.ndarray:
+            image = arena.shadows[shadow]
+            held.parts.in_shadow(image).check(held.landed, self._rank)
+            return whole_parts(image.by_name[t.name] for t in tensors).fold()
+
+        parts = self._offers.parts(request.version, shadow, find)
+        if parts is None:
+            return None
         return Offered(
             rank=self._rank,
             slot=shadow,
             source=source,
-            blocks=blocks if request.want_blocks else (),
+            tensors=tensors,
+            parts=parts.astype("<u8").tobytes(),
+            layout=self.layout,
         )
 
     def withdraw(self, version: int) -> None:
         """Nobody reads ``version`` here any more."""
         self._offers.end(version)
 
-    def _find_copy(self, request: Offer) -> tuple[Arena, int, Plan]:
-        """The shadow with the version, and the plan that says what it holds."""
-        held: _Staged | _Live | None = self._staged
-        arena, plan = self._arena, held and held.plan
+    def _find_copy(self, request: Offer) -> tuple[_Live, Arena, int]:
+        """The version, and the shadow that has it."""
+        arena = self._arena
+        held = self._staged and self._staged.as_live()
         shadow = arena and arena.target
         if request.live:
             held, shadow = self._installed, arena and arena.live
-            plan = held and held.plan
         if held is None or held.version != request.version or shadow is None:
             raise PeerUnsuitable(
                 f"this rank's staging buffers do not have version {request.version} "
                 "any more: read the one that is served now, or from another replica"
             )
-        return arena, shadow, plan
+        if held.functions:
+            raise PeerUnsuitable(
+                "this engine keeps packed weights in functions, which cannot be read: "
+                "read from the trainer"
+            )
+        return held, arena, shadow
 
     # --- staging ----------------------------------------------------------------
 
@@ -515,21 +558,22 @@ class RankStager:
         self, manifest: Manifest, fingerprint: str, staging: StagingChoice, cycle: Cycle
     ) -> Session:
         with cycle.time("plan"):
-            checked = self._check_manifest(manifest)
+            filling = self._filling(manifest)
             memory = self.plan_memory(staging)
-            geometry = checked.geometry
-            layout = self._layout(order_of_arrival(manifest, geometry.slices))
+            layout = self._layout(
+                filling.live, order_of_arrival(manifest, filling.slices)
+            )
             if self._arena is not None:
                 layout = self._arena.layout
-                self._check_room(layout)
+                self._check_room(layout, filling.live)
             plan = make_plan(
                 manifest,
-                self._sliced(geometry),
-                geometry.slices,
+                filling.parameters,
+                filling.slices,
                 rank=self._rank,
                 limits=self._limits,
                 arena=layout,
-                intake=self._intake(),
+                intake=self._intake(filling.conversions),
             )
         logger.info(
             "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
@@ -542,7 +586,7 @@ class RankStager:
             plan.descriptors,
         )
         if self._arena is None:
-            self._live.filled = self._form.live(self._loaded())
+            self._live.filled = dict(filling.live)
             self._arena = Arena(self._agent, layout, memory, self._device, cycle)
             self._offers.know(self._arena)
         return Session(
@@ -553,13 +597,31 @@ class RankStager:
             self._arena,
             self._live.filled,
             cycle,
-            checked.conversions,
+            filling.conversions,
             self._form.convert,
         )
 
-    def _layout(self, first: Sequence[str] = ()) -> ArenaLayout:
-        """Of the arena that the tensors checked last need."""
-        live = self._form.live(self._loaded())
+    def _filling(self, manifest: Manifest) -> _Filling:
+        """How the live tensors are made of what ``manifest`` names."""
+        if not manifest.layouts:
+            checked = self._check_manifest(manifest)
+            return _Filling(
+                self._sliced(checked.geometry),
+                checked.geometry.slices,
+                checked.conversions,
+                self._form.live(checked.geometry.loaded),
+            )
+        tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
+        live = self._form.live(name for name in tensors if name in self._form.held)
+        check_image(tensors, live)
+        check_other_tensors(self._model, self._twin, live.values())
+        parameters, slices = read_image(tensors)
+        return _Filling(parameters, slices, (), live)
+
+    def _layout(
+        self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()
+    ) -> ArenaLayout:
+        """Of an arena for images of ``live``."""
         unloaded = {p.name: p.unloaded for p in self._form.parameters.values()}
         return ArenaLayout(
             [
@@ -569,18 +631,15 @@ class RankStager:
             first,
         )
 
-    def _intake(self) -> IntakeLayout:
-        """For the conversions of the tensors checked last."""
-        groups = self._form.taken_in()
-        if self._checked is not None:
-            groups = [each.inputs for each in self._checked.conversions]
-        return IntakeLayout(groups, self._limits.scratch)
+    def _intake(self, conversions: Sequence[Conversion]) -> IntakeLayout:
+        return IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
 
-    def _check_room(self, layout: ArenaLayout) -> None:
+    def _check_room(
+        self, layout: ArenaLayout, filled: Mapping[str, torch.Tensor]
+    ) -> None:
         """The arena is for what earlier versions filled: another list is refused."""
         there = {parameter.name for parameter in layout.parameters}
-        filled = self._form.live(self._loaded()).keys()
-        if different := sorted(there ^ filled):
+        if different := sorted(there ^ filled.keys()):
             raise LayoutRefused(
                 "earlier versions, or this one, did not fill it: restart this worker",
                 tensor=different[0],

@@ -258,6 +258,7 @@ class RefitAgent:
             cache=self._last.cache,
             release=RELEASE,
             schema=SCHEMA,
+            layout=self._ranks.layout,
         )
 
     def _check_not_fenced(self) -> None:

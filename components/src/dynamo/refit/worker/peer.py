@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A replica as a source: what its ranks hold together, as a trainer would say it.
+"""A replica as a source: its ranks' images, offered as a trainer offers its tensors.
 
 Another worker reads the manifest, the fingerprints and then the bytes as it does a
-trainer's, and proves them against the same fingerprints. Knows who reads and until
-when, and nothing of coordinators, epochs or pauses.
+trainer's. Knows who reads and until when, and nothing of coordinators, epochs or
+pauses.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
-from dynamo.refit.errors import ManifestInvalid, PeerUnsuitable, SourceLost
-from dynamo.refit.manifest import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    Shard,
-    Source,
-    TensorEntry,
-)
+from dynamo.refit.errors import PeerUnsuitable, SourceLost
+from dynamo.refit.fingerprint import version_fingerprint
+from dynamo.refit.manifest import Manifest, Shard, Source, TensorEntry, image_prefix
 from dynamo.refit.protocol import (
     Done,
     FingerprintsReply,
@@ -36,25 +32,18 @@ from dynamo.refit.protocol import (
     ServeWeights,
     WeightsServed,
 )
-from dynamo.refit.worker.ranks import HeldManifest, HeldVersion, Ranks
-
-
-@dataclass(frozen=True)
-class _Served:
-    """The manifest of what all ranks hold of a layout, and what it was made of."""
-
-    layout: str
-    sources: tuple[Source, ...]
-    fingerprint: str
-    payload: bytes
+from dynamo.refit.worker.ranks import HeldVersion, Ranks
 
 
 @dataclass(frozen=True)
 class _Lease:
-    """One reader of a version, until ``ends`` (monotonic seconds)."""
+    """One reader of a version, until ``ends`` (monotonic seconds): the encoded manifest
+    that it is given, its digest, and the fingerprint of every tensor in it."""
 
     held: HeldVersion
-    served: _Served
+    digest: str
+    payload: bytes
+    tensors: np.ndarray
     ends: float
 
 
@@ -69,7 +58,6 @@ class PeerSource:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._served: _Served | None = None
         self._leases: dict[str, _Lease] = {}
         # Ranks are asked in turn: who comes last must not withdraw what another has
         # just been promised.
@@ -79,23 +67,27 @@ class PeerSource:
         """Let somebody read a version.
 
         Raises:
-            PeerUnsuitable: it is not held here, or not as it was published.
+            PeerUnsuitable: it is not held here, or not in tensors alone.
             RanksFailed: a rank says so.
         """
         async with self._turn:
             held = self._ranks.held(request.version, request.fingerprint)
             ends = time.monotonic() + request.seconds
             try:
-                served, slot = await self._offer(held, request.seconds)
+                offered = await self._ranks.offer(held, request.seconds)
+                slot, sources = as_sources(offered)
             except Exception:
                 await self._withdraw_unread(held.version)
                 raise
+            # The engine's requests go through this loop, too.
+            lease = await asyncio.to_thread(_lease, held, offered, sources, ends)
             announcement_id = f"peer-{uuid.uuid4().hex}"
-            self._leases[announcement_id] = _Lease(held, served, ends)
+            self._leases[announcement_id] = lease
         return WeightsServed(
             announcement_id=announcement_id,
-            manifest_digest=served.fingerprint,
+            manifest_digest=lease.digest,
             slot=slot,
+            runtime_fingerprint=version_fingerprint(lease.tensors),
         )
 
     def manifest(self, request: GetManifest) -> ManifestReply:
@@ -104,15 +96,15 @@ class PeerSource:
             SourceLost: nobody may read it now.
         """
         for lease in self._leases.values():
-            if lease.served.fingerprint == request.manifest_digest:
-                return ManifestReply(payload=lease.served.payload)
+            if lease.digest == request.manifest_digest:
+                return ManifestReply(payload=lease.payload)
         raise SourceLost(
             f"no manifest {request.manifest_digest[:12]} is served here: ask the "
             "coordinator for a source"
         )
 
     def fingerprints(self, request: GetFingerprints) -> FingerprintsReply:
-        """Those that the version was proven with here.
+        """Those of the images, which were compared here with what was proven.
 
         Raises:
             SourceLost: the announcement has ended, or the version was given up.
@@ -121,7 +113,7 @@ class PeerSource:
         if lease is None or time.monotonic() > lease.ends:
             raise SourceLost(f"announcement {request.announcement_id} has ended here")
         self._ranks.held(lease.held.version, lease.held.fingerprint)
-        return FingerprintsReply(payload=lease.held.tensors.astype("<u8").tobytes())
+        return FingerprintsReply(payload=lease.tensors.tobytes())
 
     async def release(self, request: ReleaseLease) -> Done:
         """One reader has ended; one that is not known has ended before."""
@@ -148,23 +140,6 @@ class PeerSource:
         }
         if all(lease.held.version != version for lease in self._leases.values()):
             await self._ranks.withdraw(version)
-
-    async def _offer(self, held: HeldVersion, seconds: float) -> tuple[_Served, int]:
-        """What others see, made anew only if a layout or an address has changed."""
-        layout = held.manifest.layout
-        known = self._served is not None and self._served.layout == layout
-        offered = await self._ranks.offer(held, seconds, want_blocks=not known)
-        slot, sources = as_sources(offered)
-        if known and self._served.sources != sources:
-            offered = await self._ranks.offer(held, seconds, want_blocks=True)
-            slot, sources = as_sources(offered)
-            known = False
-        if not known:
-            # The engine's requests go through this loop, too.
-            self._served = await asyncio.to_thread(
-                _serve, held.manifest, offered, sources
-            )
-        return self._served, slot
 
 
 def as_sources(offered: Sequence[Offered]) -> tuple[int, tuple[Source, ...]]:
@@ -194,62 +169,46 @@ def as_sources(offered: Sequence[Offered]) -> tuple[int, tuple[Source, ...]]:
 
 
 def compose(
-    manifest: Manifest, offered: Sequence[Offered], sources: tuple[Source, ...]
+    model: str, offered: Sequence[Offered], sources: tuple[Source, ...]
 ) -> Manifest:
-    """What all ranks hold of ``manifest``, under its names and in its order.
-
-    Raises:
-        PeerUnsuitable: together they do not hold every element once.
-    """
-    shards: list[list[Shard]] = [[] for _ in manifest.tensors]
-    for source, reply in enumerate(offered):
-        for block in reply.blocks:
-            shards[block.tensor].append(
-                Shard(
-                    source=source,
-                    region=0,
-                    byte_offset=block.byte_offset,
-                    offset=tuple(start for start, _ in block.box),
-                    shape=tuple(stop - start for start, stop in block.box),
+    """The images that all ranks hold, rank by rank."""
+    tensors = []
+    for number, reply in enumerate(offered):
+        for held in reply.tensors:
+            shard = Shard(
+                source=number,
+                region=0,
+                byte_offset=held.byte_offset,
+                offset=(0,) * len(held.shape),
+                shape=held.shape,
+            )
+            tensors.append(
+                TensorEntry(
+                    name=image_prefix(number) + held.name,
+                    dtype=held.dtype,
+                    shape=held.shape,
+                    shards=(shard,),
                 )
             )
-    composed = Manifest(
-        model=manifest.model,
-        tensors=tuple(
-            TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                shards=tuple(held),
-            )
-            for tensor, held in zip(manifest.tensors, shards, strict=True)
-        ),
+    return Manifest(
+        model=model,
+        tensors=tuple(tensors),
         sources=sources,
+        layouts=tuple(reply.layout for reply in offered),
     )
-    try:
-        composed.validate()
-    except ManifestInvalid as error:
-        raise PeerUnsuitable(
-            f"the ranks of this replica do not hold the version as it was published "
-            f"({error}): read from the trainer",
-            tensor=error.tensor,
-        ) from error
-    return composed
 
 
-def _serve(
-    held: HeldManifest, offered: Sequence[Offered], sources: tuple[Source, ...]
-) -> _Served:
-    composed = compose(held.manifest, offered, sources)
-    payload = msgspec.msgpack.encode(composed)
-    if len(payload) > MAX_MANIFEST_BYTES:
-        raise PeerUnsuitable(
-            f"its manifest would have {len(payload)} bytes, at most "
-            f"{MAX_MANIFEST_BYTES} are read: read from the trainer"
-        )
-    return _Served(
-        layout=held.layout,
-        sources=sources,
-        fingerprint=composed.fingerprint(),
-        payload=payload,
+def _lease(
+    held: HeldVersion,
+    offered: Sequence[Offered],
+    sources: tuple[Source, ...],
+    ends: float,
+) -> _Lease:
+    manifest = compose(held.model, offered, sources)
+    return _Lease(
+        held=held,
+        digest=manifest.fingerprint(),
+        payload=msgspec.msgpack.encode(manifest),
+        tensors=np.concatenate([np.frombuffer(r.parts, "<u8") for r in offered]),
+        ends=ends,
     )

@@ -10,6 +10,7 @@ nothing of coordinators, epochs or pauses.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -94,7 +95,7 @@ HANG_SECONDS = 60.0
 #: How long ranks may take to let go of a stage that was cancelled.
 DISCARD_SECONDS = 60.0
 
-#: How long ranks may take to work out what they hold.
+#: How long ranks may take to compare a copy with what was staged.
 OFFER_SECONDS = 60.0
 
 
@@ -128,13 +129,11 @@ class HeldManifest:
 
 @dataclass(frozen=True)
 class HeldVersion:
-    """A version that was proven here: its fingerprint, the manifest it came with, and
-    the trainer's fingerprint of every tensor, uint64."""
+    """A version of ``model`` that was proven here, with this ``fingerprint``."""
 
+    model: str
     version: int
     fingerprint: str
-    manifest: HeldManifest
-    tensors: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,8 @@ class Ranks:
         self._proven: _Proven | None = None
         self._staged: HeldVersion | None = None
         self._live: HeldVersion | None = None
+        #: Fingerprint of the form in which all ranks compute, from :meth:`describe` on.
+        self.layout = ""
         self._previous: HeldVersion | None = None
         #: An install of what was staged last can be undone.
         self.can_undo = True
@@ -180,6 +181,8 @@ class Ranks:
         version that is undone on some ranks only would be a mixture.
         """
         described = await self._call(Describe(staging=self.staging))
+        layouts = ",".join(reply.layout for reply in described)
+        self.layout = hashlib.sha256(layouts.encode()).hexdigest()
         modes = get_args(StagingMode)
         self.staging = max((reply.memory.mode for reply in described), key=modes.index)
         return described
@@ -226,7 +229,7 @@ class Ranks:
         parts = [np.frombuffer(reply.parts, dtype="<u8") for reply in staged]
         self._proven.proof.check(published, parts)
         self._staged = HeldVersion(
-            request.version, request.fingerprint, held, published
+            held.manifest.model, request.version, request.fingerprint
         )
         return tuple(reply.vote for reply in staged)
 
@@ -261,7 +264,8 @@ class Ranks:
                 f"{len(manifest.tensors)} tensors have {expected}"
             )
         published = np.frombuffer(reply.payload, dtype="<u8")
-        if version_fingerprint(published) != request.fingerprint:
+        expected = request.runtime_fingerprint or request.fingerprint
+        if version_fingerprint(published) != expected:
             raise FingerprintMismatch(
                 "the trainer's fingerprints are not the ones it announced: it holds "
                 "another version now"
@@ -424,21 +428,15 @@ class Ranks:
             "another replica, or from the trainer"
         )
 
-    async def offer(
-        self, held: HeldVersion, seconds: float, *, want_blocks: bool
-    ) -> list[Offered]:
+    async def offer(self, held: HeldVersion, seconds: float) -> list[Offered]:
         """Let others read ``held`` from every rank for ``seconds``, while serving.
 
         Raises:
             RanksFailed: a rank cannot; the others may still be read:
                 :meth:`withdraw` follows.
         """
-        request = Offer(
-            version=held.version,
-            live=held is self._live,
-            seconds=seconds,
-            want_blocks=want_blocks,
-        )
+        live = held is self._live
+        request = Offer(version=held.version, live=live, seconds=seconds)
         deadline = time.monotonic() + OFFER_SECONDS
         while True:
             replies = await self._call(request)
@@ -446,8 +444,8 @@ class Ranks:
                 return replies
             if time.monotonic() > deadline:
                 raise PeerUnsuitable(
-                    f"the ranks did not say within {OFFER_SECONDS:g} s what they hold "
-                    f"of version {held.version}: ask again"
+                    f"the ranks did not compare their copies of version {held.version} "
+                    f"with what was staged within {OFFER_SECONDS:g} s: ask again"
                 )
             await asyncio.sleep(POLL_SECONDS)
 
