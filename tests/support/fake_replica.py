@@ -42,7 +42,7 @@ from dynamo.refit.protocol import (
     Done,
     FingerprintsReply,
     GetFingerprints,
-    HeldBlock,
+    HeldTensor,
     Install,
     Installed,
     ManifestReply,
@@ -102,8 +102,18 @@ def manifest(address: int = 0x1000) -> Manifest:
     )
 
 
-def reads_of(rank: int) -> tuple[tuple[int, Box], ...]:
-    """``w`` is row-parallel: each of two ranks reads its half; both read ``norm``."""
+#: What each rank computes with: its half of ``w``, and ``norm``.
+IMAGE = (
+    HeldTensor("w", "float32", (2, 2), 0),
+    HeldTensor("norm", "float32", (2,), 16),
+)
+
+
+def reads_of(rank: int, *, images: bool = False) -> tuple[tuple[int, Box], ...]:
+    """``w`` is row-parallel: each of two ranks reads its half; both read ``norm``. Of
+    images each rank reads its own, whole."""
+    if images:
+        return (2 * rank, ((0, 2), (0, 2))), (2 * rank + 1, ((0, 2),))
     rows = (2 * rank, 2 * rank + 2)
     return (0, (rows, (0, 2))), (1, ((0, 2),))
 
@@ -171,6 +181,7 @@ class FakeRank:
         #: Until when others read a shadow, on the loop's clock.
         self.offered: dict[int, float] = {}
         self._sources: tuple[str, ...] = ()
+        self._images = False
 
     @property
     def memory(self) -> MemoryUse:
@@ -211,12 +222,14 @@ class FakeRank:
                     parameters=2,
                     nbytes=24,
                     memory=self.memory,
+                    layout=f"form of rank {self.rank}",
                 )
             case Stage():
                 if request.payload is not None:
                     self.manifest = request.manifest
                     sent = msgspec.msgpack.decode(request.payload, type=Manifest)
                     self._sources = tuple(source.agent for source in sent.sources)
+                    self._images = bool(sent.layouts)
                 if self.manifest != request.manifest:
                     raise RefitError(f"this rank has no manifest {request.manifest}")
                 self.staged = None
@@ -287,11 +300,12 @@ class FakeRank:
         parts = parts_of(content, self.rank)
         for number, error in self.wrong.items():
             parts[number] = (int(parts[number]) + error) % 2**64
-        reads = reads_of(self.rank) if request.want_reads else ()
+        known = reads_of(self.rank, images=self._images)
+        reads = known if request.want_reads else ()
         if self.reordered:
             parts, reads = parts[::-1], reads[::-1]
             if not self._said_reordered:
-                self._said_reordered, reads = True, reads_of(self.rank)[::-1]
+                self._said_reordered, reads = True, known[::-1]
         vote = vote_of(self.rank, self.mode)
         return Staged(vote=vote, parts=parts.tobytes(), reads=reads)
 
@@ -309,7 +323,8 @@ class FakeRank:
             raise PeerUnsuitable(f"version {request.version} is not in its shadows")
         now = asyncio.get_running_loop().time()
         self.offered[shadow] = max(self.offered.get(shadow, 0.0), now + request.seconds)
-        rows, norm = reads_of(self.rank)
+        content = self.shadows[shadow]
+        parts = () if content is None else parts_of(content, self.rank)
         region = Region(0x1000, 24)
         return Offered(
             rank=self.rank,
@@ -321,7 +336,9 @@ class FakeRank:
                 device=0,
                 slots=((region,), (region,)),
             ),
-            blocks=(HeldBlock(*rows, 0), HeldBlock(*norm, 16)),
+            tensors=IMAGE,
+            parts=np.asarray(parts, "<u8").tobytes(),
+            layout=f"form of rank {self.rank}",
         )
 
     def _install(self, request: Install) -> RankReply:

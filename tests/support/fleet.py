@@ -154,7 +154,10 @@ def not_leased(announced: WeightVersionReady) -> LeaseTaken:
 
 def serves(peer: int, reader: int, announced: WeightVersionReady) -> ServeAnswered:
     reply = WeightsServed(
-        announcement_id=f"at {peer} for {reader}", manifest_digest="of a peer", slot=1
+        announcement_id=f"at {peer} for {reader}",
+        manifest_digest="of a peer",
+        slot=1,
+        runtime_fingerprint="of images",
     )
     return ServeAnswered(peer, reader, announced.announcement_id, reply)
 

@@ -189,7 +189,12 @@ class Worker:
             return refused("PeerUnsuitable", self.number)
         name = f"lease {next(fleet.names)}"
         self.leases.add(name)
-        return WeightsServed(announcement_id=name, manifest_digest="of a peer", slot=0)
+        return WeightsServed(
+            announcement_id=name,
+            manifest_digest="of a peer",
+            slot=0,
+            runtime_fingerprint="of images",
+        )
 
     def holds(self, ready: WeightVersionReady) -> bool:
         what = ready.version, ready.fingerprint

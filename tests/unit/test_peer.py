@@ -18,29 +18,18 @@ from dynamo.refit.protocol import (
     Done,
     GetFingerprints,
     GetManifest,
-    HeldBlock,
+    HeldTensor,
     Offered,
     ReleaseLease,
     ServeWeights,
     WeightsServed,
 )
-from dynamo.refit.worker import peer
 from dynamo.refit.worker.peer import PeerSource, as_sources
-from dynamo.refit.worker.ranks import HeldManifest, HeldVersion, RanksFailed
-from tests.support.layouts import SourceMemory, make_manifest, make_tensor
+from dynamo.refit.worker.ranks import HeldVersion, RanksFailed
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
-ROWS = ((0, 4), (0, 3)), ((4, 8), (0, 3))
-TENSORS = np.array([11, 22], dtype=np.uint64)
-
-
-def trained() -> Manifest:
-    """A tensor that two ranks have half of each, and one that both have."""
-    memory = SourceMemory()
-    split = make_tensor(memory, "split", (8, 3), dtype="float32")
-    both = make_tensor(memory, "both", (5,), dtype="float32")
-    return make_manifest(split, both, memory=memory)
+PARTS = np.array([11, 22], dtype=np.uint64)
 
 
 def source(rank: int, address: int = 0, slots: int = 2) -> Source:
@@ -54,40 +43,35 @@ def source(rank: int, address: int = 0, slots: int = 2) -> Source:
     )
 
 
-def held_by(rank: int) -> tuple[HeldBlock, ...]:
-    return HeldBlock(0, ROWS[rank], 256), HeldBlock(1, ((0, 5),), 0)
+#: Of both ranks, in the order of memory.
+TENSORS = (
+    HeldTensor("norm", "float32", (5,), 0),
+    HeldTensor("w", "bfloat16", (4, 3), 256),
+)
+
+
+def parts_of(version: int, rank: int) -> np.ndarray:
+    return PARTS + np.uint64(100 * version + 1000 * rank)
 
 
 @dataclass
 class FakeRanks:
     """A test fake of :class:`dynamo.refit.worker.ranks.Ranks` of two ranks.
 
-    ``slot`` is per rank where a version is, ``asked`` whether blocks were wanted.
+    ``slot`` is per rank where a version is.
     """
 
     versions: list[HeldVersion] = field(default_factory=list)
     slot: list[int] = field(default_factory=lambda: [0, 0])
     address: int = 0
     slots: list[int] = field(default_factory=lambda: [2, 2])
-    blocks: list[tuple[HeldBlock, ...]] = field(
-        default_factory=lambda: [held_by(0), held_by(1)]
-    )
     refusal: Exception | None = None
-    asked: list[bool] = field(default_factory=list)
     withdrawn: list[int] = field(default_factory=list)
 
-    def hold(self, version: int, manifest: Manifest | None = None) -> ServeWeights:
+    def hold(self, version: int) -> ServeWeights:
         """Hold one more version; the request for it."""
-        manifest = manifest or trained()
-        encoded = HeldManifest(
-            fingerprint=manifest.fingerprint(),
-            layout=manifest.layout_fingerprint(),
-            payload=b"",
-            manifest=manifest,
-        )
-        tensors = TENSORS + np.uint64(version)
-        weights = version_fingerprint(tensors)
-        self.versions.append(HeldVersion(version, weights, encoded, tensors))
+        weights = f"published as {version}"
+        self.versions.append(HeldVersion("tiny", version, weights))
         return ServeWeights(
             model="tiny", version=version, fingerprint=weights, epoch=1, seconds=30.0
         )
@@ -98,19 +82,18 @@ class FakeRanks:
                 return held
         raise PeerUnsuitable("not held here")
 
-    async def offer(
-        self, held: HeldVersion, seconds: float, *, want_blocks: bool
-    ) -> list[Offered]:
+    async def offer(self, held: HeldVersion, seconds: float) -> list[Offered]:
         await asyncio.sleep(0)
         if self.refusal is not None:
             raise self.refusal
-        self.asked.append(want_blocks)
         return [
             Offered(
                 rank=rank,
                 slot=self.slot[rank],
                 source=source(rank, self.address, self.slots[rank]),
-                blocks=self.blocks[rank] if want_blocks else (),
+                tensors=TENSORS,
+                parts=parts_of(held.version, rank).astype("<u8").tobytes(),
+                layout=f"form of rank {rank}",
             )
             for rank in range(2)
         ]
@@ -147,38 +130,40 @@ def ended(there: PeerSource, served: WeightsServed) -> ReleaseLease:
 
 
 async def test_what_a_reader_is_told(ranks: FakeRanks, there: PeerSource) -> None:
-    request = ranks.hold(3)
-    served = await there.serve(request)
+    """The images of all ranks, each for the same rank of the reader, and what their
+    bytes come to; the version keeps the trainer's name."""
+    served = await there.serve(ranks.hold(3))
     manifest = manifest_of(there, served)
-    published = trained()
-    assert manifest.model == published.model
-    assert [(t.name, t.dtype, t.shape) for t in manifest.tensors] == [
-        (t.name, t.dtype, t.shape) for t in published.tensors
-    ]
-    split, both = (
-        [(s.source, s.region, s.byte_offset, s.box) for s in tensor.shards]
+    assert manifest.model == "tiny"
+    assert [
+        (tensor.name, tensor.dtype, tensor.shape, s.source, s.region, s.byte_offset)
         for tensor in manifest.tensors
-    )
-    assert split == [(0, 0, 256, ROWS[0]), (1, 0, 256, ROWS[1])]
-    assert both == [(0, 0, 0, ((0, 5),)), (1, 0, 0, ((0, 5),))]
+        for s in tensor.shards
+    ] == [
+        ("rank 0: norm", "float32", (5,), 0, 0, 0),
+        ("rank 0: w", "bfloat16", (4, 3), 0, 0, 256),
+        ("rank 1: norm", "float32", (5,), 1, 0, 0),
+        ("rank 1: w", "bfloat16", (4, 3), 1, 0, 256),
+    ]
     assert manifest.sources == (source(0), source(1))
+    assert manifest.layouts == ("form of rank 0", "form of rank 1")
     assert served.slot == 0
     reply = there.fingerprints(GetFingerprints(announcement_id=served.announcement_id))
     parts = np.frombuffer(reply.payload, dtype="<u8")
-    assert version_fingerprint(parts) == request.fingerprint
+    assert parts.tolist() == [311, 322, 1311, 1322]
+    assert version_fingerprint(parts) == served.runtime_fingerprint
 
 
 async def test_versions_take_turns_in_one_manifest(
     ranks: FakeRanks, there: PeerSource
 ) -> None:
-    """Ranks say what they hold once."""
     seen = []
     for version in range(4):
         ranks.slot = [version % 2] * 2
         seen.append(await there.serve(ranks.hold(version)))
     assert [served.slot for served in seen] == [0, 1, 0, 1]
     assert len({served.manifest_digest for served in seen}) == 1
-    assert ranks.asked == [True, False, False, False]
+    assert len({served.runtime_fingerprint for served in seen}) == 4
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -219,51 +204,6 @@ async def test_new_memory_is_another_manifest(
     assert before.manifest_digest != after.manifest_digest
     assert manifest_of(there, before).sources[0] == source(0)
     assert manifest_of(there, after).sources[0] == source(0, 1 << 16)
-    assert ranks.asked == [True, False, True]
-
-
-async def test_a_trainer_that_is_cut_otherwise_does_not_show(
-    ranks: FakeRanks, there: PeerSource
-) -> None:
-    memory = SourceMemory(sources=2)
-    split = make_tensor(memory, "split", (8, 3), dtype="float32", parts=2)
-    both = make_tensor(memory, "both", (5,), dtype="float32")
-    other = make_manifest(split, both, memory=memory)
-    before = await there.serve(ranks.hold(1))
-    after = await there.serve(ranks.hold(2, other))
-    assert before.manifest_digest == after.manifest_digest
-
-
-MISSING = {
-    "a gap": ([held_by(0), held_by(1)[1:]], "split", "hold 12 of 24 elements"),
-    "a tensor": ([held_by(0)[:1], held_by(1)[:1]], "both", "hold 0 of 5 elements"),
-    "an overlap": (
-        [held_by(0), (HeldBlock(0, ((3, 8), (0, 3)), 256), *held_by(1)[1:])],
-        "split",
-        "overlap",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MISSING)
-async def test_ranks_that_do_not_hold_every_element(
-    ranks: FakeRanks, there: PeerSource, case: str
-) -> None:
-    ranks.blocks, tensor, says = MISSING[case]
-    with pytest.raises(PeerUnsuitable, match=says) as refused:
-        await there.serve(ranks.hold(1))
-    assert refused.value.tensor == tensor
-    assert ranks.withdrawn == [1]
-    ranks.blocks = [held_by(0), held_by(1)]
-    assert manifest_of(there, await there.serve(ranks.hold(2)))
-
-
-async def test_a_manifest_that_nobody_would_read(
-    ranks: FakeRanks, there: PeerSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peer, "MAX_MANIFEST_BYTES", 100)
-    with pytest.raises(PeerUnsuitable, match="at most 100 are read"):
-        await there.serve(ranks.hold(1))
 
 
 async def test_a_rank_that_refuses(ranks: FakeRanks, there: PeerSource) -> None:
@@ -334,7 +274,14 @@ async def test_what_nobody_was_promised(ranks: FakeRanks, there: PeerSource) -> 
 def test_one_slot_is_one_slot() -> None:
     """On a device there is one shadow."""
     offered = [
-        Offered(rank=rank, slot=0, source=source(rank, slots=1), blocks=())
+        Offered(
+            rank=rank,
+            slot=0,
+            source=source(rank, slots=1),
+            tensors=(),
+            parts=b"",
+            layout="",
+        )
         for rank in range(2)
     ]
     assert as_sources(offered) == (0, (source(0, slots=1), source(1, slots=1)))

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from dynamo.refit.coordinator.actions import (
     Action,
@@ -17,12 +18,13 @@ from dynamo.refit.coordinator.actions import (
     SendPrepare,
     SendServe,
     ServeAnswered,
+    TakeLease,
     Tick,
 )
 from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.events import RefitFailed, WeightVersionReady
-from dynamo.refit.protocol import Refused, WeightsServed
+from dynamo.refit.protocol import FleetMember, Refused, WeightsServed
 from tests.support.fleet import (
     POLICY,
     STAGE_DEADLINE,
@@ -30,6 +32,7 @@ from tests.support.fleet import (
     V6,
     aborts,
     commits,
+    done,
     events,
     failure,
     fleet,
@@ -171,6 +174,52 @@ def test_who_could_read_from_no_peer_says_why_itself() -> None:
         actions = reconciler.handle(vote_refused(3, what), 2.0)
     [event] = events(actions)
     assert event.failure == failure(3)
+
+
+def of_layout(layout: str, worker: FleetMember) -> FleetMember:
+    return replace_struct(worker, status=replace_struct(worker.status, layout=layout))
+
+
+def test_a_worker_reads_from_workers_of_its_own_layout() -> None:
+    """Also where others have room."""
+    wide, narrow = (
+        [of_layout(name, member(n)) for n in numbers]
+        for name, numbers in (("wide", (1, 3)), ("narrow", (2, 4)))
+    )
+    reconciler = new(*wide, *narrow, policy=TREE)
+    reconciler.handle(V5, 0.0)
+    assert reconciler.handle(leased(V5), 1.0) == prepares(V5, 1)
+    # The trainer is free again; 1 could serve two.
+    actions = reconciler.handle(voted(1, V5), 2.0)
+    assert (of_type(actions, SendPrepare), asked(actions)) == (prepares(V5, 2), {3: 1})
+    actions = reconciler.handle(voted(2, V5), 3.0)
+    assert (of_type(actions, SendPrepare), asked(actions)) == (prepares(V5, 4), {})
+
+
+def test_a_joiner_of_another_layout_asks_the_trainer_at_once() -> None:
+    wide = [of_layout("wide", member(n)) for n in (1, 2)]
+    reconciler = done(V5, *wide)
+    serving = [of_layout("wide", member(n, 5)) for n in (1, 2)]
+    seen = fleet(*serving, of_layout("narrow", joiner(3)))
+    [lease] = of_type(reconciler.handle(seen, 4.0), TakeLease)
+    assert lease.ready.version == 5
+
+
+def test_a_joiner_whose_layout_nobody_has_and_no_trainer_says_so() -> None:
+    """Those whose layout somebody has are served meanwhile."""
+    reconciler = new(
+        of_layout("wide", member(1, 5)),
+        of_layout("wide", joiner(2)),
+        of_layout("narrow", joiner(3)),
+    )
+    what = catching_up(reconciler)
+    reader = reconciler.transaction.staging.readers
+    assert {w: r.state for w, r in reader.items()} == {2: "asking"}
+    why = reconciler.transaction.staging.failures[3]
+    assert why.kind == "NoSource"
+    assert "no worker of the same layout can serve it" in why.message
+    actions = reconciler.handle(serves(1, 2, what), 1.0)
+    assert [prepare.worker for prepare in of_type(actions, SendPrepare)] == [2]
 
 
 def test_readers_of_a_bad_peer_go_back_to_the_trainer() -> None:
