@@ -64,7 +64,8 @@ async def test_four_versions_under_load(bench: Bench) -> None:
     assert load.truncated == []
     assert len(load.completions) >= 4
     for first in counters[0]:
-        assert (first.allocations, first.registrations) == (3, 3)
+        # Scratch; the shadows were there before the first version.
+        assert (first.allocations, first.registrations) == (1, 1)
         assert first.descriptor_builds > 0
         assert first.hits == 0
     for warm in (rank for cycle in counters[1:] for rank in cycle):

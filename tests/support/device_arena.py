@@ -55,6 +55,7 @@ class DeviceEngine:
             self.live = {name: t.to(device) for name, t in self.live.items()}
         memory = MemoryUse(mode="device", device_nbytes=0, host_nbytes=0)
         self.arena = Arena(AnyMemory(), LAYOUT, memory, device, Cycle())
+        self.arena.preserve(self)
 
     def copy_to(self, backup: dict[str, torch.Tensor]) -> None:
         for name, kept in backup.items():
@@ -62,7 +63,6 @@ class DeviceEngine:
 
     def stage(self, seed: int) -> None:
         self.arena.begin()
-        self.arena.preserve(self)
         for name, tensor in version(seed).items():
             self.arena.staged[name].copy_(tensor)
 

@@ -56,6 +56,7 @@ from dynamo.refit.protocol import (
     RankRequest,
     RankVote,
     Refused,
+    Reserve,
     Restore,
     Running,
     Stage,
@@ -224,6 +225,8 @@ class FakeRank:
                     memory=self.memory,
                     layout=f"form of rank {self.rank}",
                 )
+            case Reserve():
+                return Done()
             case Stage():
                 if request.payload is not None:
                     self.manifest = request.manifest

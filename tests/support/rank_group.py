@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -36,11 +36,13 @@ from dynamo.refit.protocol import (
     RankRequest,
     RankVote,
     Refused,
+    Reserve,
     Restore,
     Running,
     Stage,
     Staged,
     StagingChoice,
+    StagingMode,
     Verified,
     Verify,
 )
@@ -183,13 +185,17 @@ class Conversation:
         self._version = 0
 
     def start(self) -> None:
-        """Let every rank get ready, as a worker does before it is admitted; once.
+        """Let every rank get ready, with the memory for a version, as a worker does
+        before it is admitted; once.
 
         Raises:
             RanksRefused: a rank cannot be refitted.
         """
         if not self._described:
-            self._finish(Describe(staging=self.staging))
+            described = self._finish(Describe(staging=self.staging))
+            modes = [reply.memory.mode for reply in described]
+            mode = max(modes, key=get_args(StagingMode).index)
+            self._finish(Reserve(staging=mode))
             self._described = True
 
     def stage(

@@ -61,10 +61,10 @@ class Engine:
         memory = MemoryUse(mode=mode, device_nbytes=0, host_nbytes=0)
         device = torch.device("cpu")
         self.arena = Arena(self.agent, LAYOUT, memory, device, self.cycle)
+        self.arena.preserve(self.live)
 
     def stage(self, version: int) -> None:
         self.arena.begin()
-        self.arena.preserve(self.live)
         for tensor in self.arena.staged.values():
             tensor.fill_(version)
 
@@ -168,6 +168,32 @@ def test_an_install_is_repeated_after_a_restore() -> None:
     assert engine.live.version == 1
     engine.stage(2)
     assert _version(engine.arena.old) == 1
+
+
+def test_an_arena_that_no_version_has_come_into_can_be_laid_out_anew() -> None:
+    """In the order in which a trainer publishes; what was live at the start can be put
+    back all the same, and later versions find the order that there is."""
+    engine, turned = Engine(), ArenaLayout(LAYOUT.parameters, ["packed"])
+    assert turned.offsets != LAYOUT.offsets
+    engine.arena.arrange(turned)
+    engine.stage(1)
+    (first, _) = engine.arena.shadows
+    at = turned.offsets["plain"]
+    assert first.buffer.bytes[:8].any()
+    assert torch.equal(
+        first.buffer.bytes[at : at + 12].view(torch.float32), torch.ones(3)
+    )
+    assert _version(engine.arena.old) == 0
+    engine.install()
+    engine.restore()
+    assert engine.live.version == 0
+    engine.arena.arrange(LAYOUT)
+    assert engine.arena.layout is turned
+    for version in (2, 3, 4):
+        engine.stage(version)
+        engine.install()
+        assert _version(engine.arena.old) == (version - 1 if version > 2 else 0)
+        assert engine.live.version == version
 
 
 def test_a_first_version_that_is_given_up_leaves_the_way_back_as_it_is() -> None:
@@ -274,8 +300,10 @@ def test_a_shadow_that_nixl_refuses_takes_the_one_before_it_along(
 # --- on a device --------------------------------------------------------------------
 
 
-@pytest.fixture
-def device_engine(monkeypatch: pytest.MonkeyPatch) -> DeviceEngine:
+@pytest.fixture(params=["as at the start", "as published"])
+def device_engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> DeviceEngine:
     """Serves version 2, and served 1 before."""
 
     def allocate(nbytes: int, device: object) -> torch.Tensor:
@@ -285,6 +313,10 @@ def device_engine(monkeypatch: pytest.MonkeyPatch) -> DeviceEngine:
     monkeypatch.setattr(buffers, "memory_of", lambda device: ("VRAM", 0))
     engine = DeviceEngine(DISGUISED)
     assert (len(engine.arena.shadows), engine.arena.live) == (1, None)
+    if request.param == "as published":
+        layout = engine.arena.layout
+        engine.arena.arrange(ArenaLayout(layout.parameters, ["packed"]))
+        assert engine.arena.layout.offsets != layout.offsets
     for seed in (1, 2):
         engine.stage(seed)
         assert_is(engine.arena.old, seed - 1)

@@ -382,10 +382,10 @@ def test_vocabulary_padding_is_zero_in_every_version() -> None:
     layout = ArenaLayout([Parameter("embed", (4, 2), "float32", unloaded=4)])
     arena = Arena(FakeRegistrar(), layout, use("device", ON_CPU), CPU, Cycle())
     live = torch.full((4, 2), 1.5)
+    arena.preserve(FakeLive(live))
     for version in range(4):
         arena.begin()
         arena.staged["embed"][:2] = version
-        arena.preserve(FakeLive(live))
         live.copy_(arena.staged["embed"])
         arena.installed()
         assert live.tolist() == [[version] * 2] * 2 + [[0.0, 0.0]] * 2

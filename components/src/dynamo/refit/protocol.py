@@ -632,6 +632,14 @@ class Describe(Message, frozen=True, kw_only=True, tag=True):
     staging: StagingChoice
 
 
+class Reserve(Message, frozen=True, kw_only=True, tag=True):
+    """Take the memory that a version will need, in the mode of all ranks, and keep a
+    copy of what is live, if it is known already what a version fills; before serving.
+    """
+
+    staging: StagingMode
+
+
 class Stage(Message, frozen=True, kw_only=True, tag=True):
     """Start staging ``version`` in the background.
 
@@ -795,7 +803,16 @@ class Verified(Message, frozen=True, kw_only=True, tag=True):
 
 
 RankRequest = (
-    Describe | Stage | Poll | Install | Restore | Verify | Discard | Offer | Withdraw
+    Describe
+    | Reserve
+    | Stage
+    | Poll
+    | Install
+    | Restore
+    | Verify
+    | Discard
+    | Offer
+    | Withdraw
 )
 RankReply = (
     Described | Running | Staged | Installed | Verified | Offered | Done | Refused

@@ -80,13 +80,14 @@ class Arena:
         #: The shadow that the next version comes into.
         self.target = 0
         self._padded = [p.name for p in layout.parameters if p.unloaded]
-        self._copied_out = False
+        #: What was live before the first version, as long as a shadow has it.
+        self._start_copy: dict[str, torch.Tensor] | None = None
+        self._is_used = False
         self._live: int | None = None
         self._old: int | None = None
         self._backup: dict[str, torch.Tensor] | None = None
         self._backup_bytes: torch.Tensor | None = None
-        self._is_kept = self._kept_one = False
-        self._backup_is_whole = False
+        self._is_kept = self._backup_is_whole = False
         on_host = memory.mode != "device" or device.type == "cpu"
         #: Where the shadows are.
         self.device = torch.device("cpu") if on_host else device
@@ -125,30 +126,42 @@ class Arena:
         """What was live when the last version came; ``None``: there is no way back."""
         if self._backup is not None:
             return self._backup if self._backup_is_whole else None
-        return None if self._old is None else self.shadows[self._old].by_name
+        if self._old is None:
+            return None
+        return self._start_copy or self.shadows[self._old].by_name
+
+    def arrange(self, layout: ArenaLayout) -> None:
+        """Before the first version comes: lay shadows out by ``layout``, which has the
+        same parameters in another order. What is live may have been copied out."""
+        if not self._is_used:
+            self.layout = layout
+            for shadow in self.shadows:
+                shadow.by_name = views_of(shadow.buffer.bytes, layout)
 
     def begin(self) -> None:
         """Before a version comes: choose its shadow."""
+        self._is_used = True
         if len(self.shadows) > 1:
             self._old = self._live
             self.target = 0 if self._live is None else 1 - self._live
-            if self.target == 1 and self._copied_out:
+            if self.target == 1 and self._start_copy is not None:
                 # No version fills the padding: what was live there must not stay.
                 for name in self._padded:
                     self.staged[name].zero_()
-                self._copied_out = False
+                self._start_copy = None
             return
         self._live = None
 
     def preserve(self, live: LiveModel) -> None:
-        """While the first one comes: see to it that what is live can be put back."""
-        if self._backup is not None and not self._kept_one:
+        """Before the first one comes: see to it that what is live can be put back;
+        blocks."""
+        if self._backup is not None:
             live.copy_to(self._backup)
             self._backup_is_whole = True
-        elif len(self.shadows) > 1 and self._old is None:
-            live.copy_to(self.shadows[1].by_name)
+        elif len(self.shadows) > 1:
+            self._start_copy = self.shadows[1].by_name
+            live.copy_to(self._start_copy)
             self._live = self._old = 1
-            self._copied_out = True
 
     def installed(self) -> None:
         """The target is live."""
@@ -161,7 +174,7 @@ class Arena:
         # A version that was given up may have overwritten it already.
         if self._backup_bytes is None or self._live is None or self._is_kept:
             return
-        self._kept_one, self._backup_is_whole = True, False
+        self._backup_is_whole = False
         shadow = self.shadows[self.target].buffer.bytes
         pairs = zip(
             shadow.split(KEPT_AT_ONCE),
@@ -172,6 +185,7 @@ class Arena:
             if in_a_hurry():
                 return
             copy_out([source], [target])
+        self._backup = views_of(self._backup_bytes, self.layout)
         self._backup_is_whole = self._is_kept = True
 
     def restored(self) -> None:

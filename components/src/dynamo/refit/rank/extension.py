@@ -50,6 +50,7 @@ from dynamo.refit.protocol import (
     RankReply,
     RankRequest,
     Refused,
+    Reserve,
     Restore,
     Running,
     Stage,
@@ -113,6 +114,9 @@ class RefitRank:
         match request:
             case Describe():
                 return self._describe(request)
+            case Reserve(staging=staging):
+                self._stager.reserve(staging)
+                return Done()
             case Stage():
                 return self._stage(request)
             case Poll():

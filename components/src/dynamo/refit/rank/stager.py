@@ -43,6 +43,7 @@ from dynamo.refit.protocol import (
     Stage,
     Staged,
     StagingChoice,
+    StagingMode,
 )
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
@@ -336,9 +337,21 @@ class RankStager:
             held=held,
         )
 
+    def reserve(self, staging: StagingMode) -> None:
+        """Have the memory for versions ready, with a copy of what is live, before the
+        first one comes: pinned memory takes half a second per GB. Where the start
+        checkpoint does not say what a version fills, its first one has to.
+
+        Raises:
+            MemoryShort: there is none.
+        """
+        if self._checked is not None and self._arena is None:
+            live = self._form.live(self._checked.geometry.loaded)
+            memory = self.plan_memory(staging)
+            self._make_arena(live, self._layout(live), memory, Cycle())
+
     def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
-        """Bring the version into the arena and, where there is room, keep a copy of
-        what is live.
+        """Bring the version into the arena.
 
         Blocks the calling thread, also while other replicas read what it would
         overwrite.
@@ -560,12 +573,12 @@ class RankStager:
         with cycle.time("plan"):
             filling = self._filling(manifest)
             memory = self.plan_memory(staging)
-            layout = self._layout(
-                filling.live, order_of_arrival(manifest, filling.slices)
-            )
+            first = order_of_arrival(manifest, filling.slices)
+            layout = self._layout(filling.live, first)
             if self._arena is not None:
+                self._check_room(self._arena.layout, filling.live)
+                self._arena.arrange(layout)
                 layout = self._arena.layout
-                self._check_room(layout, filling.live)
             plan = make_plan(
                 manifest,
                 filling.parameters,
@@ -586,9 +599,7 @@ class RankStager:
             plan.descriptors,
         )
         if self._arena is None:
-            self._live.filled = dict(filling.live)
-            self._arena = Arena(self._agent, layout, memory, self._device, cycle)
-            self._offers.know(self._arena)
+            self._make_arena(filling.live, layout, memory, cycle)
         return Session(
             self._agent,
             fingerprint,
@@ -617,6 +628,20 @@ class RankStager:
         check_other_tensors(self._model, self._twin, live.values())
         parameters, slices = read_image(tensors)
         return _Filling(parameters, slices, (), live)
+
+    def _make_arena(
+        self,
+        live: Mapping[str, torch.Tensor],
+        layout: ArenaLayout,
+        memory: MemoryUse,
+        cycle: Cycle,
+    ) -> None:
+        """Memory for versions that fill ``live``, and a copy of it as it is now."""
+        self._live.filled = dict(live)
+        self._arena = Arena(self._agent, layout, memory, self._device, cycle)
+        self._offers.know(self._arena)
+        with cycle.time("backup"):
+            self._arena.preserve(self._live)
 
     def _layout(
         self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()
@@ -659,26 +684,17 @@ class RankStager:
     def _pull(
         self, session: Session, slot: int, limit: Limit, cycle: Cycle
     ) -> np.ndarray:
-        """The version's bytes in the arena, and a copy of the live ones beside it."""
-        submit, arena = self._follower.submit, session.arena
+        """The version's bytes in the arena."""
         with cycle.time("backup"):
             self._in_a_hurry.set()
             if self._keeping is not None:
                 wait([self._keeping])
-            arena.begin()
+            session.arena.begin()
         self.handover = handover = session.hand_over()
-        backup = self._backup.submit(self._preserve, arena, cycle)
         try:
-            parts = session.pull(slot, limit, submit, cycle, handover)
+            return session.pull(slot, limit, self._follower.submit, cycle, handover)
         finally:
             self.handover = None
-            wait([backup])
-        backup.result()
-        return parts
-
-    def _preserve(self, arena: Arena, cycle: Cycle) -> None:
-        with cycle.time("backup"):
-            arena.preserve(self._live)
 
     def _holding(self, version: int) -> _Staged:
         staged = self._staged

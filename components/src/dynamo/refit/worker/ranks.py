@@ -53,6 +53,7 @@ from dynamo.refit.protocol import (
     RankRequest,
     RankVote,
     Refused,
+    Reserve,
     Restore,
     Running,
     Stage,
@@ -175,7 +176,7 @@ class Ranks:
         self._quiet_seconds = 0.0
 
     async def describe(self) -> list[Described]:
-        """Let every rank get ready to plan, and say who it is.
+        """Let every rank get ready, with the memory for a version, and say who it is.
 
         From here on all ranks stage in one mode, the one that has room on each: a
         version that is undone on some ranks only would be a mixture.
@@ -185,6 +186,7 @@ class Ranks:
         self.layout = hashlib.sha256(layouts.encode()).hexdigest()
         modes = get_args(StagingMode)
         self.staging = max((reply.memory.mode for reply in described), key=modes.index)
+        await self._call(Reserve(staging=self.staging))
         return described
 
     async def stage(
