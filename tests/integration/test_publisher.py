@@ -18,10 +18,16 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_s
 from torch import nn
 
 from dynamo.refit.bus import EventSubscriber
-from dynamo.refit.errors import LeaseHeld, ManifestInvalid, SourceLost
-from dynamo.refit.events import WeightVersionReady
+from dynamo.refit.errors import (
+    EventRefused,
+    LeaseHeld,
+    ManifestInvalid,
+    SourceLost,
+)
+from dynamo.refit.events import Event, WeightVersionReady
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import Manifest
+from dynamo.refit.presence import LastingPublisher
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
@@ -293,7 +299,14 @@ async def test_it_announces_until_the_version_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("version", "error"), [(-1, ValueError), (2**63, ValueError), ("5", TypeError)]
+    ("version", "error"),
+    [
+        (-1, ValueError),
+        (2**63, ValueError),
+        ("5", TypeError),
+        (5.0, TypeError),
+        (True, TypeError),
+    ],
 )
 def test_what_is_no_version_number_is_refused_and_takes_no_turn(
     publisher: WeightPublisher, version: object, error: type[Exception]
@@ -312,3 +325,29 @@ async def test_a_number_of_numpy_is_announced_as_any_other(
         heard = await asyncio.wait_for(anext(events), 30)
         again = await asyncio.wait_for(anext(events), 30)
     assert (type(heard.version), heard.version, again.version) == (int, 5, 5)
+
+
+def test_an_unknown_in_flight_policy_is_refused_and_takes_no_turn(
+    publisher: WeightPublisher,
+) -> None:
+    """The coordinator would take its announcements for malformed ones."""
+    with pytest.raises(ValueError, match=r"'Drain'.*continue, recompute, drain"):
+        publisher.publish(1, in_flight="Drain")
+    assert publisher.counters.published == 0
+
+
+async def test_a_part_of_rank_0_that_fails_ends_every_handle_with_its_error(
+    publisher: WeightPublisher, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: LastingPublisher, event: Event) -> Event:
+        raise EventRefused(f"version {event.version} does not fit into an event")
+
+    published = [publisher.publish(version) for version in (1, 2)]
+    await until_ready(caller, published[1])
+    monkeypatch.setattr(LastingPublisher, "publish", refuse)
+    for handle in published:
+        with pytest.raises(SourceLost, match=r"EventRefused: version \d does not fit"):
+            await asyncio.wait_for(handle.released(), 10)
+    with pytest.raises(SourceLost, match=r"publisher is closed|rank 0 failed"):
+        publisher.publish(3)
+    publisher.close()

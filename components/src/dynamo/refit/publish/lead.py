@@ -123,6 +123,26 @@ class Lead:
             asyncio.create_task(keep_present(self._endpoint, self._events)),
         ]
 
+    async def run(self) -> None:
+        """Until a part of this seat fails; everything that is out ends with its error.
+
+        Raises:
+            Exception: the one that the part failed with.
+            SourceLost: the endpoint is served no more.
+        """
+        parts = [self._serving, *self._tasks]
+        ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            for part in ended:
+                part.result()
+            raise SourceLost("the endpoint of the weights is served no more")
+        except Exception as error:
+            self.group.close(
+                f"the publisher of rank 0 failed: {type(error).__name__}: {error}; "
+                "make the publishers of all ranks anew"
+            )
+            raise
+
     async def stop(self) -> None:
         """Tell the other ranks that this is the end, and stop serving."""
         self.group.close("the publisher of rank 0 was closed before the release")

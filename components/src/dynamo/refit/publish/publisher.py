@@ -40,7 +40,7 @@ import threading
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import torch
@@ -72,6 +72,8 @@ from dynamo.refit.rpc import runtime_from_environment
 from dynamo.refit.tracing import current_traceparent
 
 logger = logging.getLogger(__name__)
+
+IN_FLIGHT_POLICIES = get_args(InFlightPolicy)
 
 #: UCX answers a connecting reader only when this process polls.
 PROGRESS_SECONDS = 0.002
@@ -201,11 +203,14 @@ class WeightPublisher:
                 handle of the version before the last.
             SourceLost: rank 0 does not answer, or the publisher is closed.
             ManifestInvalid: a tensor is not what it was when the publisher was made.
-            TypeError, ValueError: ``version`` is no such number.
+            TypeError, ValueError: ``version`` is no such number, or ``in_flight`` no
+                policy.
         """
-        version = operator.index(version)
-        if not 0 <= version <= MAX_VERSION:
-            raise ValueError(f"version {version} is no number from 0 to 2**63 - 1")
+        version = _version_number(version)
+        if in_flight not in (None, *IN_FLIGHT_POLICIES):
+            raise ValueError(
+                f"in_flight={in_flight!r} is none of {', '.join(IN_FLIGHT_POLICIES)}"
+            )
         self._turn += 1
         taken = self._ask(
             TakeSlot(
@@ -333,7 +338,10 @@ class WeightPublisher:
             self._main_task.cancel()
 
     def _ask(self, request: GroupRequest) -> GroupReply:
-        return self._on_loop(self._seat.ask(request)).result(START_SECONDS)
+        try:
+            return self._on_loop(self._seat.ask(request)).result(START_SECONDS)
+        except concurrent.futures.CancelledError as error:
+            raise SourceLost("this publisher is closed") from error
 
     def _serve(self) -> None:
         """The loop's thread. However it ends, nobody waits for it any longer."""
@@ -360,7 +368,7 @@ class WeightPublisher:
             await self._seat.start()
             await self._join()
             self._started.set_result(None)
-            await asyncio.Event().wait()
+            await self._seat.run()
         finally:
             await self._seat.stop()
 
@@ -421,6 +429,20 @@ class WeightPublisher:
         except Exception as error:
             published.end(error)
         self._open.discard(published)
+
+
+def _version_number(version: int) -> int:
+    """``version`` as an int of Python's; numpy has integers of its own.
+
+    Raises:
+        TypeError, ValueError: it is no integer, or not in the range of a version.
+    """
+    if isinstance(version, bool):
+        raise TypeError(f"version {version} is no number")
+    number = int(operator.index(version))
+    if not 0 <= number <= MAX_VERSION:
+        raise ValueError(f"version {number} is no number from 0 to 2**63 - 1")
+    return number
 
 
 def _group_of_environment(world_size: int, name: str) -> str:
