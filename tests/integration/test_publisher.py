@@ -327,6 +327,32 @@ async def test_a_number_of_numpy_is_announced_as_any_other(
     assert (type(heard.version), heard.version, again.version) == (int, 5, 5)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("model", "", "1 to 1024 characters"),
+        ("model", "m" * 1025, "1 to 1024 characters"),
+        ("mode", "in-place", "snapshot, in_place"),
+        ("namespace", "a.b", "without dots"),
+        ("component", "", "without dots"),
+        ("component", "c" * 201, "1 to 200 characters"),
+        ("rank", -1, "from 0 to 0"),
+        ("rank", 1, "from 0 to 0"),
+        ("world_size", 0, "above 0"),
+        ("ready_seconds", float("nan"), "above 0"),
+        ("ready_seconds", -1.0, "above 0"),
+        ("ready_seconds", float("inf"), "above 0"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_refused_at_once(
+    weights: dict[str, torch.Tensor], setting: str, value: object, allowed: str
+) -> None:
+    """No runtime is made for it: there is no fixture of one."""
+    settings = {"model": "tiny", "tensors": weights, setting: value}
+    with pytest.raises(ValueError, match=f"{setting}=.*{allowed}"):
+        WeightPublisher(**settings)
+
+
 def test_an_unknown_in_flight_policy_is_refused_and_takes_no_turn(
     publisher: WeightPublisher,
 ) -> None:

@@ -33,24 +33,22 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import operator
 import os
 import queue
 import threading
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import torch
 import uvloop
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
+from dynamo.refit.errors import SourceLost, failure_from
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
-    MAX_VERSION,
     AwaitGroup,
     AwaitRelease,
     GroupReply,
@@ -67,13 +65,17 @@ from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.handle import PublishedVersion, Release
 from dynamo.refit.publish.lead import Lead
 from dynamo.refit.publish.memory import Mode, RankMemory
+from dynamo.refit.publish.settings import (
+    check_in_flight,
+    check_settings,
+    group_of_environment,
+    version_number,
+)
 from dynamo.refit.publish.shard import LocalShard
 from dynamo.refit.rpc import runtime_from_environment
 from dynamo.refit.tracing import current_traceparent
 
 logger = logging.getLogger(__name__)
-
-IN_FLIGHT_POLICIES = get_args(InFlightPolicy)
 
 #: UCX answers a connecting reader only when this process polls.
 PROGRESS_SECONDS = 0.002
@@ -127,6 +129,7 @@ class WeightPublisher:
     (``DYN_DISCOVERY_BACKEND``, ``DYN_REQUEST_PLANE``, ``DYN_EVENT_PLANE``, ...).
 
     Raises:
+        ValueError: an argument is not allowed; says what is.
         ManifestInvalid: the tensors cannot be published as they are, or the ranks'
             tensors do not fit together; on every rank.
         SourceLost: not all ranks have come within :data:`START_SECONDS`.
@@ -151,11 +154,20 @@ class WeightPublisher:
         self.rank = rank
         self.world_size = world_size
         self._namespace = namespace or os.environ.get("DYN_NAMESPACE", "dynamo")
+        check_settings(
+            model=model,
+            mode=mode,
+            namespace=self._namespace,
+            component=component,
+            rank=rank,
+            world_size=world_size,
+            ready_seconds=ready_seconds,
+        )
         self._component = component
         self._mode = mode
         self._ready_seconds = ready_seconds
         self._name = f"{component}-{rank}-{uuid.uuid4().hex[:12]}"
-        self._group = group or _group_of_environment(world_size, self._name)
+        self._group = group or group_of_environment(world_size, self._name)
         self._memory = RankMemory(
             self._name, tensors, mode, may_be_empty=world_size > 1
         )
@@ -206,11 +218,8 @@ class WeightPublisher:
             TypeError, ValueError: ``version`` is no such number, or ``in_flight`` no
                 policy.
         """
-        version = _version_number(version)
-        if in_flight not in (None, *IN_FLIGHT_POLICIES):
-            raise ValueError(
-                f"in_flight={in_flight!r} is none of {', '.join(IN_FLIGHT_POLICIES)}"
-            )
+        version = version_number(version)
+        check_in_flight(in_flight)
         self._turn += 1
         taken = self._ask(
             TakeSlot(
@@ -429,31 +438,3 @@ class WeightPublisher:
         except Exception as error:
             published.end(error)
         self._open.discard(published)
-
-
-def _version_number(version: int) -> int:
-    """``version`` as an int of Python's; numpy has integers of its own.
-
-    Raises:
-        TypeError, ValueError: it is no integer, or not in the range of a version.
-    """
-    if isinstance(version, bool):
-        raise TypeError(f"version {version} is no number")
-    number = int(operator.index(version))
-    if not 0 <= number <= MAX_VERSION:
-        raise ValueError(f"version {number} is no number from 0 to 2**63 - 1")
-    return number
-
-
-def _group_of_environment(world_size: int, name: str) -> str:
-    """torchrun's run id; a rank that is alone needs none."""
-    if world_size == 1:
-        return name
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # What torchrun says when nobody gave it an id.
-    if run == "none":
-        raise GroupUnnamed(
-            f"{world_size} trainer ranks need a name that no other job has: pass "
-            "group=..., or start them with torchrun --rdzv-id"
-        )
-    return run
