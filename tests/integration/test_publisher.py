@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dynamo.runtime import DistributedRuntime
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 from torch import nn
 
+from dynamo.refit import manifest as manifest_module
 from dynamo.refit.bus import EventSubscriber
 from dynamo.refit.errors import (
     EventRefused,
@@ -37,6 +39,8 @@ from dynamo.refit.protocol import (
     ManifestReply,
     Refused,
     ReleaseLease,
+    SlotTaken,
+    TakeSlot,
 )
 from dynamo.refit.publish.publisher import (
     PublishedVersion,
@@ -351,6 +355,33 @@ def test_a_setting_that_is_not_allowed_is_refused_at_once(
     settings = {"model": "tiny", "tensors": weights, setting: value}
     with pytest.raises(ValueError, match=f"{setting}=.*{allowed}"):
         WeightPublisher(**settings)
+
+
+def test_a_manifest_that_workers_would_not_read_is_refused_at_once(
+    caller: Caller, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(ManifestInvalid, match="at most 100: publish larger blocks"):
+        WeightPublisher("tiny", weights)
+
+
+async def test_two_threads_may_publish(
+    publisher: WeightPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each version takes a slot of its own, though one thread's request is slow."""
+    ask = publisher._ask
+
+    def slowly(request: TakeSlot) -> SlotTaken:
+        if request.turn == 1:
+            time.sleep(0.5)
+        return ask(request)
+
+    monkeypatch.setattr(publisher, "_ask", slowly)
+    published = await asyncio.gather(
+        *(asyncio.to_thread(publisher.publish, version) for version in (1, 2))
+    )
+    assert {handle.version for handle in published} == {1, 2}
+    assert {handle.slot for handle in published} == {0, 1}
 
 
 def test_an_unknown_in_flight_policy_is_refused_and_takes_no_turn(

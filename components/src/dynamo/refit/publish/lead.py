@@ -105,7 +105,6 @@ class Lead:
         self._tasks: list[asyncio.Task] = []
         self._merged: Merged | None = None
         self._manifest_digest = ""
-        self._payload = b""
 
     async def start(self) -> None:
         """Serve, and return when others can find this process.
@@ -174,7 +173,7 @@ class Lead:
                 if not digest or digest != self._manifest_digest:
                     raise SourceLost(f"no manifest {digest[:12]} is served here")
                 self.manifests_sent += 1
-                return ManifestReply(payload=self._payload)
+                return ManifestReply(payload=self._merged.encoded)
             case GetFingerprints(announcement_id=announcement_id):
                 publication = self.group.log.readable(announcement_id)
                 return FingerprintsReply(payload=publication.fingerprints)
@@ -237,7 +236,6 @@ class Lead:
         if self.group.merged is not self._merged:
             self._merged = self.group.merged
             self._manifest_digest = self._merged.manifest.fingerprint()
-            self._payload = msgspec.msgpack.encode(self._merged.manifest)
             self.manifests_built += 1
 
     # --- what the time and others bring ---------------------------------------

@@ -131,7 +131,7 @@ class WeightPublisher:
     Raises:
         ValueError: an argument is not allowed; says what is.
         ManifestInvalid: the tensors cannot be published as they are, or the ranks'
-            tensors do not fit together; on every rank.
+            tensors do not fit together or are too many blocks; on every rank.
         SourceLost: not all ranks have come within :data:`START_SECONDS`.
         GroupUnnamed: there are several ranks and no ``group``.
         TransferFailed: NIXL does not register the tensors.
@@ -171,6 +171,8 @@ class WeightPublisher:
         self._memory = RankMemory(
             self._name, tensors, mode, may_be_empty=world_size > 1
         )
+        #: Turns, slots and copies are of one publication at a time.
+        self._publishing = threading.Lock()
         self._turn = 0
         self._in_slot: dict[int, PublishedVersion] = {}
         self._open: set[PublishedVersion] = set()
@@ -203,8 +205,9 @@ class WeightPublisher:
     ) -> PublishedVersion:
         """Make the tensors as they are now readable as ``version``.
 
-        Blocks for the copy only (``snapshot``), never for a reader or another rank.
-        The version is announced when it is fingerprinted and every rank has written.
+        Blocks for the copy only (``snapshot``), never for a reader or another rank; a
+        thread that publishes meanwhile waits for it. The version is announced when it
+        is fingerprinted and every rank has written.
 
         Args:
             version: an integer from 0 to 2**63 - 1, higher than what was served before.
@@ -220,27 +223,28 @@ class WeightPublisher:
         """
         version = version_number(version)
         check_in_flight(in_flight)
-        self._turn += 1
-        taken = self._ask(
-            TakeSlot(
-                member=self._name,
-                turn=self._turn,
-                version=version,
-                in_flight=in_flight,
-                traceparent=current_traceparent(),
+        with self._publishing:
+            self._turn += 1
+            taken = self._ask(
+                TakeSlot(
+                    member=self._name,
+                    turn=self._turn,
+                    version=version,
+                    in_flight=in_flight,
+                    traceparent=current_traceparent(),
+                )
             )
-        )
-        published = PublishedVersion(version, taken.announcement_id, taken.slot)
-        self._in_slot[taken.slot] = published
-        self._open.add(published)
-        self._on_loop(self._follow(published))
-        try:
-            self._memory.write(taken.slot)
-        except Exception as error:
-            self._give_up(published, error)
-            raise
-        self._due.put(published)
-        return published
+            published = PublishedVersion(version, taken.announcement_id, taken.slot)
+            self._in_slot[taken.slot] = published
+            self._open.add(published)
+            self._on_loop(self._follow(published))
+            try:
+                self._memory.write(taken.slot)
+            except Exception as error:
+                self._give_up(published, error)
+                raise
+            self._due.put(published)
+            return published
 
     def close(self) -> None:
         """Stop serving and give the registration back. Open handles get an error.
