@@ -75,6 +75,9 @@ async def main(options: argparse.Namespace) -> None:
         newest.heard(status.completed)
         answered = 0
         while options.count is None or answered < options.count:
+            if following.done():
+                # It has ended with an error: no newer version would be heard of.
+                await following
             version = newest.version
             if version is None:
                 await asyncio.sleep(0.1)

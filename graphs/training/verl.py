@@ -18,11 +18,14 @@ DTensors as in :mod:`graphs.training.fsdp` spares the gather.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import torch
 
+from dynamo.refit.errors import RefitError
+from dynamo.refit.publish.handle import PublishedVersion
 from dynamo.refit.publish.publisher import WeightPublisher
 
 
@@ -49,6 +52,7 @@ class Engine:
         self._next_version = next_version
         self._copy: dict[str, torch.Tensor] = {}
         self._publisher: WeightPublisher | None = None
+        self._published: PublishedVersion | None = None
 
     def prepare(self) -> None:
         """Nothing to exchange: workers learn from the event where the weights are."""
@@ -74,9 +78,16 @@ class Engine:
     ) -> None:
         """Publish the stream as one version; returns when the fleet serves it.
 
+        A version whose call was cancelled may still be read: the next call waits for
+        its end before it takes a tensor.
+
         Raises:
             RuntimeError: the version is not served; with the coordinator's reason.
         """
+        if self._published is not None:
+            # However it ends: nobody reads the copy then.
+            with contextlib.suppress(RefitError):
+                await self._published.released()
         for name, tensor in weights:
             # The others take part in the gather behind the iterator.
             if self._is_master:
@@ -88,7 +99,8 @@ class Engine:
             self._publisher = WeightPublisher(self._model, self._copy, mode="in_place")
         version = self._next_version if global_steps is None else global_steps
         self._next_version = version + 1
-        release = await self._publisher.publish(version).released()
+        self._published = self._publisher.publish(version)
+        release = await self._published.released()
         if release.outcome != "completed":
             raise RuntimeError(f"version {version} {release.outcome}: {release.detail}")
 

@@ -541,13 +541,77 @@ async def test_close_right_after_start(endpoint: Endpoint) -> None:
 async def test_the_end_of_the_runtime_ends_the_iteration(
     runtime: DistributedRuntime, subscriber: EventSubscriber, publisher: EventPublisher
 ) -> None:
+    """With an error: whoever iterates has not closed it."""
     await hear_here(subscriber, publisher)
     runtime.shutdown()
+    rest: list[Item] = []
 
-    async def rest() -> list[Item]:
-        return [item async for item in subscriber]
+    async def read_on() -> None:
+        async for item in subscriber:
+            rest.append(item)
 
-    assert all(map(is_probe, await asyncio.wait_for(rest(), SECONDS)))
+    with pytest.raises(EventPlaneUnavailable, match="ended by itself"):
+        await asyncio.wait_for(read_on(), SECONDS)
+    assert all(map(is_probe, rest))
+
+
+class EndingSource:
+    """A stand-in for Dynamo's subscriber whose stream ends by itself: each one made
+    brings the next payload of ``payloads``, if there is one, and ends."""
+
+    payloads: Iterator[bytes]
+    made = 0
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        type(self).made += 1
+
+    def recv(self) -> bytes | None:
+        payload, self.recv = next(self.payloads, None), lambda: None
+        return payload
+
+    def shutdown(self) -> None:
+        """Its stream has ended."""
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> type[EndingSource]:
+    monkeypatch.setattr(bus, "FpmEventSubscriber", EndingSource)
+    monkeypatch.setattr(bus, "RESUBSCRIBE_SECONDS", 0.01)
+    EndingSource.made, EndingSource.payloads = 0, iter(())
+    return EndingSource
+
+
+async def test_a_subscription_that_ends_by_itself_is_made_again(
+    endpoint: Endpoint, ending: type[EndingSource], caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = [superseded(n) for n in (1, 2, 3)]
+    ending.payloads = iter([events.encode(event) for event in sent])
+    async with EventSubscriber(endpoint) as subscriber:
+        assert await take(subscriber, 3) == sent
+    assert "subscribing again" in caplog.text
+
+
+async def test_a_subscription_that_cannot_be_made_again_is_an_error(
+    endpoint: Endpoint, ending: type[EndingSource]
+) -> None:
+    async with EventSubscriber(endpoint) as subscriber:
+        for _ in range(2):
+            with pytest.raises(EventPlaneUnavailable, match="DYN_EVENT_PLANE"):
+                await asyncio.wait_for(anext(subscriber), SECONDS)
+    assert ending.made == bus.SHORT_SUBSCRIPTIONS
+
+
+async def test_close_ends_a_subscriber_that_subscribes_again(
+    endpoint: Endpoint, ending: type[EndingSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "RESUBSCRIBE_SECONDS", 1000.0)
+    threads = set(threading.enumerate())
+    subscriber = EventSubscriber(endpoint)
+    await subscriber.start()
+    await asyncio.sleep(0.1)
+    subscriber.close()
+    assert set(threading.enumerate()) == threads
+    assert [event async for event in subscriber] == []
 
 
 class DeafRelay:

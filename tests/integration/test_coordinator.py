@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,12 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from dynamo.runtime import DistributedRuntime, Endpoint
 
+from dynamo.refit import bus
+from dynamo.refit.args import parse_args
+from dynamo.refit.bus import EventPlaneUnavailable
+from dynamo.refit.coordinator.component import coordinate
 from graphs.local import free_port
 
 pytestmark = [
@@ -114,3 +120,27 @@ def test_without_a_coordinator_the_cli_says_what_to_do(
     line = answer.stderr.splitlines()[-1]
     assert line.startswith("dynamo-refit: no coordinator in namespace 'dynamo'")
     assert "python -m dynamo.refit" in line
+
+
+class Deaf:
+    """A stand-in for Dynamo's subscriber that cannot subscribe."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        pass
+
+    def recv(self) -> None:
+        return None
+
+    def shutdown(self) -> None:
+        pass
+
+
+async def test_one_that_cannot_hear_announcements_ends(
+    runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "FpmEventSubscriber", Deaf)
+    monkeypatch.setattr(bus, "RESUBSCRIBE_SECONDS", 0.01)
+    config = parse_args(["--namespace", "deaf", "--model", "tiny"])
+    with pytest.raises(ExceptionGroup) as ended:
+        await asyncio.wait_for(coordinate(runtime, config), 20)
+    assert ended.group_contains(EventPlaneUnavailable, match="ended by itself")

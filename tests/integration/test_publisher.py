@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,11 +18,18 @@ from dynamo.runtime import DistributedRuntime
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 from torch import nn
 
+from dynamo.refit import manifest as manifest_module
 from dynamo.refit.bus import EventSubscriber
-from dynamo.refit.errors import LeaseHeld, ManifestInvalid, SourceLost
-from dynamo.refit.events import WeightVersionReady
+from dynamo.refit.errors import (
+    EventRefused,
+    LeaseHeld,
+    ManifestInvalid,
+    SourceLost,
+)
+from dynamo.refit.events import Event, WeightVersionReady
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import Manifest
+from dynamo.refit.presence import LastingPublisher
 from dynamo.refit.protocol import (
     AcquireLease,
     Done,
@@ -31,6 +39,8 @@ from dynamo.refit.protocol import (
     ManifestReply,
     Refused,
     ReleaseLease,
+    SlotTaken,
+    TakeSlot,
 )
 from dynamo.refit.publish.publisher import (
     PublishedVersion,
@@ -293,7 +303,14 @@ async def test_it_announces_until_the_version_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("version", "error"), [(-1, ValueError), (2**63, ValueError), ("5", TypeError)]
+    ("version", "error"),
+    [
+        (-1, ValueError),
+        (2**63, ValueError),
+        ("5", TypeError),
+        (5.0, TypeError),
+        (True, TypeError),
+    ],
 )
 def test_what_is_no_version_number_is_refused_and_takes_no_turn(
     publisher: WeightPublisher, version: object, error: type[Exception]
@@ -312,3 +329,82 @@ async def test_a_number_of_numpy_is_announced_as_any_other(
         heard = await asyncio.wait_for(anext(events), 30)
         again = await asyncio.wait_for(anext(events), 30)
     assert (type(heard.version), heard.version, again.version) == (int, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("model", "", "1 to 1024 characters"),
+        ("model", "m" * 1025, "1 to 1024 characters"),
+        ("mode", "in-place", "snapshot, in_place"),
+        ("namespace", "a.b", "without dots"),
+        ("component", "", "without dots"),
+        ("component", "c" * 201, "1 to 200 characters"),
+        ("rank", -1, "from 0 to 0"),
+        ("rank", 1, "from 0 to 0"),
+        ("world_size", 0, "above 0"),
+        ("ready_seconds", float("nan"), "above 0"),
+        ("ready_seconds", -1.0, "above 0"),
+        ("ready_seconds", float("inf"), "above 0"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_refused_at_once(
+    weights: dict[str, torch.Tensor], setting: str, value: object, allowed: str
+) -> None:
+    """No runtime is made for it: there is no fixture of one."""
+    settings = {"model": "tiny", "tensors": weights, setting: value}
+    with pytest.raises(ValueError, match=f"{setting}=.*{allowed}"):
+        WeightPublisher(**settings)
+
+
+def test_a_manifest_that_workers_would_not_read_is_refused_at_once(
+    caller: Caller, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(ManifestInvalid, match="at most 100: publish larger blocks"):
+        WeightPublisher("tiny", weights)
+
+
+async def test_two_threads_may_publish(
+    publisher: WeightPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each version takes a slot of its own, though one thread's request is slow."""
+    ask = publisher._ask
+
+    def slowly(request: TakeSlot) -> SlotTaken:
+        if request.turn == 1:
+            time.sleep(0.5)
+        return ask(request)
+
+    monkeypatch.setattr(publisher, "_ask", slowly)
+    published = await asyncio.gather(
+        *(asyncio.to_thread(publisher.publish, version) for version in (1, 2))
+    )
+    assert {handle.version for handle in published} == {1, 2}
+    assert {handle.slot for handle in published} == {0, 1}
+
+
+def test_an_unknown_in_flight_policy_is_refused_and_takes_no_turn(
+    publisher: WeightPublisher,
+) -> None:
+    """The coordinator would take its announcements for malformed ones."""
+    with pytest.raises(ValueError, match=r"'Drain'.*continue, recompute, drain"):
+        publisher.publish(1, in_flight="Drain")
+    assert publisher.counters.published == 0
+
+
+async def test_a_part_of_rank_0_that_fails_ends_every_handle_with_its_error(
+    publisher: WeightPublisher, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: LastingPublisher, event: Event) -> Event:
+        raise EventRefused(f"version {event.version} does not fit into an event")
+
+    published = [publisher.publish(version) for version in (1, 2)]
+    await until_ready(caller, published[1])
+    monkeypatch.setattr(LastingPublisher, "publish", refuse)
+    for handle in published:
+        with pytest.raises(SourceLost, match=r"EventRefused: version \d does not fit"):
+            await asyncio.wait_for(handle.released(), 10)
+    with pytest.raises(SourceLost, match=r"publisher is closed|rank 0 failed"):
+        publisher.publish(3)
+    publisher.close()

@@ -272,6 +272,29 @@ async def test_verl_sends_through_refit(worker: FakeWorker) -> None:
     assert worker.version == 8
 
 
+async def test_verl_does_not_write_what_is_still_read(worker: FakeWorker) -> None:
+    """A step that was given up, while its version is being staged."""
+    model = module(2)
+    master = verl.Engine(1 << 20, is_master=True, model="tiny")
+    given_up, taken = train(model), []
+    worker.gate.clear()
+    sending = asyncio.create_task(master.send_weights(gathered(model, []), 5))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not worker.prepares:
+            await asyncio.sleep(0.01)
+    sending.cancel()
+    await asyncio.wait([sending])
+    weights = train(model)
+    sending = asyncio.create_task(master.send_weights(gathered(model, taken), 6))
+    await asyncio.sleep(1)
+    assert taken == []
+    worker.gate.set()
+    await asyncio.wait_for(sending, PATIENCE_SECONDS)
+    assert_bytes(worker.served[5], given_up)
+    assert worker.version == 6
+    assert_bytes(worker.live, weights)
+
+
 class PrimeRlSender(prime_rl.Sender):
     """With what prime-rl's own ``broadcast()`` does around ``_broadcast()``."""
 

@@ -69,7 +69,8 @@ from dynamo.refit.release import RELEASE
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker import engine as engine_module
 from dynamo.refit.worker import ranks as ranks_module
-from dynamo.refit.worker.engine import RefitEngine, with_epoch
+from dynamo.refit.worker.engine import RefitEngine
+from dynamo.refit.worker.kv_epoch import with_epoch
 from dynamo.refit.worker.last import LastRefit
 from dynamo.refit.worker.ranks import RanksFailed
 from tests.support.engine_parts import (

@@ -155,6 +155,41 @@ def test_a_tensor_of_the_index_is_missing(split: Path) -> None:
     assert error.tensor == "lm_head.weight"
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_file_outside_the_directory_is_refused(split: Path, absolute: bool) -> None:
+    """Whoever wrote the index may not be who runs the command."""
+    inside, outside = split / "inside", split / TWO
+    inside.mkdir()
+    (split / ONE).rename(inside / ONE)
+    name = str(outside) if absolute else f"../{TWO}"
+    write_index(inside, dict.fromkeys(FIRST, ONE) | {"lm_head.weight": name})
+    error = refused(inside, "outside")
+    assert error.tensor == "lm_head.weight"
+    assert name in str(error)
+
+
+def test_files_of_the_hugging_face_cache_are_links_out_of_the_directory(
+    split: Path,
+) -> None:
+    snapshot = split / "snapshots" / "0123abcd"
+    blobs = split / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate((ONE, TWO, INDEX_NAME)):
+        (split / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    assert_holds(checkpoint_shards(snapshot), FIRST | SECOND)
+
+
+def test_files_may_lie_in_directories_below(split: Path) -> None:
+    below = split / "weights"
+    below.mkdir()
+    (split / TWO).rename(below / TWO)
+    second = dict.fromkeys(SECOND, f"weights/{TWO}")
+    write_index(split, dict.fromkeys(FIRST, ONE) | second)
+    assert_holds(checkpoint_shards(split), FIRST | SECOND)
+
+
 def test_a_tensor_is_in_another_file_than_the_index_says(split: Path) -> None:
     names = dict.fromkeys(FIRST, ONE) | dict.fromkeys(SECOND, TWO)
     write_index(split, {**names, "scale": TWO})

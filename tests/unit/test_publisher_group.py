@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo.refit import manifest as manifest_module
 from dynamo.refit.errors import (
     FingerprintMismatch,
     LeaseHeld,
@@ -18,7 +19,13 @@ from dynamo.refit.errors import (
     SourceLost,
 )
 from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.manifest import Region, Shard, Source, TensorEntry
+from dynamo.refit.manifest import (
+    Region,
+    Shard,
+    Source,
+    TensorEntry,
+    decode_manifest,
+)
 from dynamo.refit.protocol import (
     Join,
     Released,
@@ -255,6 +262,25 @@ def test_a_rank_out_of_place_is_everybodys_error(changes: dict, message: str) ->
     with pytest.raises(ManifestInvalid, match=message):
         job.join(1, **changes)
     with pytest.raises(ManifestInvalid, match=message):
+        job.group.missing(job.names[0])
+
+
+def test_a_manifest_that_workers_would_not_read_is_everybodys_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded = merge({0: UPPER, 1: LOWER}).encoded
+    assert decode_manifest(encoded) == merge({0: UPPER, 1: LOWER}).manifest
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", len(encoded))
+    assert merge({0: UPPER, 1: LOWER}).encoded == encoded
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", len(encoded) - 1)
+    with pytest.raises(ManifestInvalid, match="are read"):
+        decode_manifest(encoded)
+    job = Job()
+    job.join(0)
+    says = rf"1 tensors in 2 blocks has {len(encoded)} bytes.*: publish larger blocks"
+    with pytest.raises(ManifestInvalid, match=says):
+        job.join(1)
+    with pytest.raises(ManifestInvalid, match=says):
         job.group.missing(job.names[0])
 
 

@@ -38,6 +38,7 @@ from dynamo.vllm.handlers import (  # noqa: E402
 from dynamo.vllm.worker_factory import WorkerFactory  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from vllm.config import LoadConfig, ModelConfig, ParallelConfig  # noqa: E402
+from vllm.distributed.kv_events import BlockStored  # noqa: E402
 from vllm.model_executor.layers import utils as gemm  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # noqa: E402
@@ -54,6 +55,7 @@ from vllm.model_executor.model_loader.default_loader import (  # noqa: E402
 from vllm.model_executor.model_loader.reload import layerwise  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest  # noqa: E402
 from vllm.v1.engine import utils as engine_utils  # noqa: E402
 from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
@@ -538,6 +540,15 @@ def test_a_prompt_s_salt_is_part_of_its_prefix_cache_keys() -> None:
     cache = importlib.import_module("vllm.v1.core.kv_cache_utils")
     extra_keys = inspect.getsource(cache.generate_block_hash_extra_keys)
     assert "cache_salt" in extra_keys
+
+
+def test_the_scheduler_s_kv_events_all_go_through_its_publisher() -> None:
+    """What worker/kv_epoch.py wraps, looked up at each step."""
+    source = inspect.getsource(Scheduler)
+    assert source.count("self.kv_event_publisher.publish(batch)") == 1
+    assert source.count("self.kv_event_publisher = EventPublisherFactory.create(") == 1
+    assert {"block_hashes", "extra_keys"} <= set(BlockStored.__struct_fields__)
+    assert not BlockStored.__struct_config__.frozen
 
 
 # --- vLLM's executors: worker/engine.py, rank/extension.py, an install in step ----

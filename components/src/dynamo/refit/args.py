@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeVar, get_args
 
 from dynamo.refit.coordinator.policy import CommitPolicy, Policy
 from dynamo.refit.protocol import InFlightPolicy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,31 @@ class CoordinatorConfig:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags, with defaults from the environment as it is now."""
+    """The flags, with defaults from the environment as it is now.
+
+    Ends the process where a variable's value is not allowed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dynamo.refit",
         description="Coordinates weight refits of the vLLM workers of one Dynamo "
         "namespace. The discovery backend and the planes come from Dynamo's own "
         "environment variables.",
     )
-    _add(parser, "--namespace", "DYN_NAMESPACE", "dynamo", "Dynamo namespace")
+    _add(
+        parser,
+        "--namespace",
+        "DYN_NAMESPACE",
+        "dynamo",
+        "Dynamo namespace",
+        kind=_name,
+    )
     _add(
         parser,
         "--model",
         "DYN_REFIT_MODEL",
         None,
         "served model name; by default that of the first workers",
+        kind=_model,
     )
     _add(
         parser,
@@ -47,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_WORKER_COMPONENTS",
         "backend,prefill",
         "comma-separated components whose workers are refitted",
+        kind=_names,
     )
     _add(
         parser,
@@ -62,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_STAGE_SECONDS",
         "300",
         "bound on the staging of one version",
-        kind=float,
+        kind=BOUND,
     )
     _add(
         parser,
@@ -70,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_COMMIT_SECONDS",
         "30",
         "how long a worker keeps a staged version for the commit",
-        kind=float,
+        kind=BOUND,
     )
     _add(
         parser,
@@ -78,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_FLEET_POLL_SECONDS",
         "0.5",
         "how often the workers' status is read",
-        kind=float,
+        kind=BOUND,
     )
     _add(
         parser,
@@ -94,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_MAX_UNAVAILABLE",
         "1",
         "workers that change at a time with rolling and canary; 0: all",
-        kind=int,
+        kind=COUNT,
     )
     _add(
         parser,
@@ -102,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_HOLD_SECONDS",
         "10",
         "how long a worker waits for the others at a barrier",
-        kind=float,
+        kind=SECONDS,
     )
     _add(
         parser,
@@ -110,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_DRAIN_SECONDS",
         "30",
         "how long in-flight policy drain waits for running requests",
-        kind=float,
+        kind=SECONDS,
     )
     _add(
         parser,
@@ -118,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_QUORUM",
         "1",
         "share of the workers that must stage a version; the others are fenced",
-        kind=_share,
+        kind=SHARE,
     )
     _add(
         parser,
@@ -126,15 +141,15 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_DIRECT_READERS",
         "0",
         "workers that read from the trainer at a time, the others from workers; 0: all",
-        kind=int,
+        kind=COUNT,
     )
     _add(
         parser,
         "--peer-readers",
         "DYN_REFIT_PEER_READERS",
         "2",
-        "workers that read from one worker at a time",
-        kind=int,
+        "workers that read from one worker at a time; 0: all",
+        kind=COUNT,
     )
     _add(
         parser,
@@ -142,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         "DYN_REFIT_SETTLE_SECONDS",
         "2",
         "after its start the coordinator lets nobody serve start-up weights",
-        kind=float,
+        kind=SECONDS,
     )
     return parser
 
@@ -150,11 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
     """The configuration from ``argv`` and the environment."""
     options = build_parser().parse_args(argv)
-    components = tuple(c.strip() for c in options.worker_components.split(","))
     return CoordinatorConfig(
         namespace=options.namespace,
         model=options.model,
-        worker_components=components,
+        worker_components=options.worker_components,
         fleet_poll_seconds=options.fleet_poll_seconds,
         policy=Policy(
             stage_seconds=options.stage_seconds,
@@ -172,11 +186,47 @@ def parse_args(argv: Sequence[str] | None = None) -> CoordinatorConfig:
     )
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return share
+def _number(
+    kind: Callable[[str], T], fits: Callable[[T], bool], allowed: str
+) -> Callable[[str], T]:
+    """Reads a number that ``fits``, which NaN never does."""
+
+    def read(text: str) -> T:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not fits(number):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {allowed}")
+        return number
+
+    return read
+
+
+BOUND = _number(float, lambda s: 0 < s < math.inf, "number of seconds above 0")
+SECONDS = _number(float, lambda s: 0 <= s < math.inf, "number of seconds from 0 up")
+SHARE = _number(float, lambda share: 0 < share <= 1, "share above 0 and up to 1")
+COUNT = _number(int, lambda count: count >= 0, "whole number from 0 up")
+
+
+def _model(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "'' is no model's name: leave it out for that of the first workers"
+        )
+    return text
+
+
+def _name(text: str) -> str:
+    """A part of the path of an endpoint, which has dots between its parts."""
+    if not text or "." in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name without dots")
+    return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Each name once: a component that is listed twice has its workers once."""
+    return tuple(dict.fromkeys(_name(name.strip()) for name in text.split(",")))
 
 
 def _add(
@@ -189,10 +239,20 @@ def _add(
     kind: Callable[[str], object] = str,
     choices: Sequence[str] | None = None,
 ) -> None:
+    value = os.environ.get(variable)
+    if value is not None:
+        # argparse does not compare a default with the choices, and would name the
+        # flag for a value that came from the environment.
+        try:
+            kind(value)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{variable}: {error}")
+        if choices is not None and value not in choices:
+            parser.error(f"{variable}={value!r} is none of {', '.join(choices)}")
     parser.add_argument(
         flag,
         type=kind,
         choices=choices,
-        default=os.environ.get(variable, default),
+        default=default if value is None else value,
         help=f"{text} [env: {variable}; default: {default}]",
     )

@@ -57,6 +57,12 @@ DRAIN_SECONDS = 0.25
 #: How long :meth:`EventSubscriber.close` waits for the receiving thread.
 JOIN_SECONDS = 5.0
 
+#: A subscription that ends by itself is made again after so long; not after so many in
+#: a row, each shorter than so long: then this process cannot subscribe.
+RESUBSCRIBE_SECONDS = 1.0
+SHORT_SUBSCRIPTIONS = 5
+SHORT_SECONDS = 30.0
+
 #: Events that wait for a consumer; the oldest go when there are more.
 QUEUE_EVENTS = 4096
 
@@ -202,22 +208,24 @@ class EventSubscriber:
     """Iterates over the events of every publisher on one endpoint, for one consumer.
 
     A thread receives and decodes into a queue of :data:`QUEUE_EVENTS`, of which the
-    oldest are dropped, and counted in ``dropped``, when the consumer is behind. The
-    iteration ends with :meth:`close` or with the runtime. ``async with`` starts and
-    closes it.
+    oldest are dropped, and counted in ``dropped``, when the consumer is behind. A
+    subscription that ends by itself is made again; the events between the two are
+    lost. The iteration ends with :meth:`close`. ``async with`` starts and closes it.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.dropped = 0
+        self._endpoint = endpoint
         self._source = FpmEventSubscriber(endpoint)
         self._queue: asyncio.Queue[Item | None] = asyncio.Queue(QUEUE_EVENTS)
         self._behind = False
-        self._ended = False
+        self._lost = False
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
         """Begin to listen on the running loop; publishers are then discovered."""
-        if self._thread is not None or self._ended:
+        if self._thread is not None or self._closed.is_set():
             raise EventPlaneUnavailable("an EventSubscriber is started once: make anew")
         self._thread = threading.Thread(
             target=self._receive,
@@ -229,13 +237,32 @@ class EventSubscriber:
 
     def _receive(self, loop: asyncio.AbstractEventLoop) -> None:
         """The thread: hand over what arrives, and ``None`` at the end."""
+        short = 0
         try:
-            while (payload := self._source.recv()) is not None:
-                loop.call_soon_threadsafe(self._offer, _read(payload))
+            while True:
+                since = time.monotonic()
+                while (payload := self._source.recv()) is not None:
+                    loop.call_soon_threadsafe(self._offer, _read(payload))
+                lasted = time.monotonic() - since
+                short = short + 1 if lasted < SHORT_SECONDS else 0
+                ended = self._closed.is_set() or short == SHORT_SUBSCRIPTIONS
+                if ended or not self._subscribe_again():
+                    return
         finally:
             # A loop that is closed has no consumer left to wake.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._offer, None)
+
+    def _subscribe_again(self) -> bool:
+        """A new source after a pause; False when this subscriber is closed by then."""
+        logger.warning("the subscription to events ended by itself: subscribing again")
+        if self._closed.wait(RESUBSCRIBE_SECONDS):
+            return False
+        self._source = FpmEventSubscriber(self._endpoint)
+        if self._closed.is_set():
+            # close() may have shut down the source before this one.
+            self._source.shutdown()
+        return True
 
     def _offer(self, item: Item | None) -> None:
         if self._queue.full():
@@ -254,19 +281,32 @@ class EventSubscriber:
         return self
 
     async def __anext__(self) -> Item:
-        if self._thread is None and not self._ended:
-            raise EventPlaneUnavailable("the subscriber is not started")
-        item = None if self._ended else await self._queue.get()
-        if item is None:
-            self._ended = True
+        """
+        Raises:
+            EventPlaneUnavailable: it is not started, or cannot subscribe any more.
+        """
+        if self._closed.is_set():
             raise StopAsyncIteration
+        if self._thread is None:
+            raise EventPlaneUnavailable("the subscriber is not started")
+        item = None if self._lost else await self._queue.get()
+        if item is None:
+            if self._closed.is_set():
+                raise StopAsyncIteration
+            self._lost = True
+            raise EventPlaneUnavailable(
+                "the subscription to events ended by itself, "
+                f"{SHORT_SUBSCRIPTIONS} times in a row: see that the servers behind "
+                "DYN_EVENT_PLANE and DYN_DISCOVERY_BACKEND answer, and start this "
+                "process again"
+            )
         if self._queue.empty():
             self._behind = False
         return item
 
     def close(self) -> None:
         """End the iteration and join the thread. Idempotent."""
-        self._ended = True
+        self._closed.set()
         self._source.shutdown()
         if self._thread is not None:
             self._thread.join(JOIN_SECONDS)

@@ -200,6 +200,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             _check_cover(tensor)
 
 
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as :func:`decode_manifest` reads it.
+
+    Raises:
+        ManifestInvalid: it is larger than what is read.
+    """
+    payload = msgspec.msgpack.encode(manifest)
+    if len(payload) > MAX_MANIFEST_BYTES:
+        shards = sum(len(tensor.shards) for tensor in manifest.tensors)
+        raise ManifestInvalid(
+            f"the manifest of {len(manifest.tensors)} tensors in {shards} blocks has "
+            f"{len(payload)} bytes, and workers read at most {MAX_MANIFEST_BYTES}: "
+            "publish larger blocks, or each block from fewer ranks"
+        )
+    return payload
+
+
 def decode_manifest(payload: bytes) -> Manifest:
     """The manifest that a trainer sent, not validated yet.
 

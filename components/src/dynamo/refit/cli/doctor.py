@@ -162,7 +162,11 @@ async def _live(namespace: str) -> list[Finding]:
 async def _first_event(
     events: EventSubscriber, publisher: EventPublisher
 ) -> float | None:
-    """Milliseconds until an event has arrived; ``None`` if none does."""
+    """Milliseconds until an event has arrived; ``None`` if none does.
+
+    Raises:
+        EventPlaneUnavailable: this process cannot subscribe.
+    """
     began = time.perf_counter()
     arrival = asyncio.ensure_future(anext(events))
     try:
@@ -171,6 +175,7 @@ async def _first_event(
                 return None
             publisher.publish(RefitSuperseded(version=0, by=0))
             await asyncio.wait([arrival], timeout=RETRY_SECONDS)
+        arrival.result()
     finally:
         arrival.cancel()
     return (time.perf_counter() - began) * 1e3

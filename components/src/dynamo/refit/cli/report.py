@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import msgspec
 from rich.console import Console
 
-from dynamo.refit.bus import EventSubscriber
+from dynamo.refit.bus import EventPlaneUnavailable, EventSubscriber
 from dynamo.refit.cli.live import LiveView
 from dynamo.refit.cli.output import complain, is_of, time_of
 from dynamo.refit.cli.words import describe
@@ -83,11 +83,15 @@ class Report:
         await asyncio.wait([self._showing], timeout=LAST_EVENT_SECONDS)
 
     async def _show(self, events: EventSubscriber) -> None:
-        async for event in events:
-            if isinstance(event, Event) and self._concerns(event):
-                self._tell(event)
-                if is_last(event):
-                    return
+        try:
+            async for event in events:
+                if isinstance(event, Event) and self._concerns(event):
+                    self._tell(event)
+                    if is_last(event):
+                        return
+        except EventPlaneUnavailable as error:
+            # How the version ends is told to the publisher, not by an event.
+            complain(f"no events are shown from here on: {error}")
 
     def _concerns(self, event: Event) -> bool:
         same = getattr(event, "version", None) == self.version

@@ -14,7 +14,7 @@ directory into place, never by writing into one.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,8 +39,9 @@ def checkpoint_shards(directory: Path | str) -> list[LocalShard]:
 
     Raises:
         CheckpointInvalid: no such directory, no safetensors in it, a file that is
-            missing, cut short or corrupt, a tensor that the index names and no file
-            has, or one that two files have. Names the file or the tensor.
+            missing, cut short, corrupt or outside the directory, a tensor that the
+            index names and no file has, or one that two files have. Names the file or
+            the tensor.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -87,6 +88,15 @@ def _read_index(file: Path) -> dict[str, str]:
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise CheckpointInvalid(f"{file} has no weight_map of tensors to file names")
+    for tensor, name in weight_map.items():
+        # By its name alone: files of the Hugging Face cache are links to its blobs.
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise CheckpointInvalid(
+                f"{file} says that it is in {name!r}, outside the directory: copy or "
+                "link the file into the directory, and list it by its name there",
+                tensor=tensor,
+            )
     return weight_map
 
 

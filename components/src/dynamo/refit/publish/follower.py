@@ -57,6 +57,10 @@ class Follower:
     async def start(self) -> None:
         """Nothing is served here."""
 
+    async def run(self) -> None:
+        """Nothing runs here that could fail: rank 0 is lost when it is asked."""
+        await asyncio.Event().wait()
+
     async def join(self, request: Join, seconds: float) -> None:
         """Find the rank 0 that is of this job, and join it.
 

@@ -105,7 +105,6 @@ class Lead:
         self._tasks: list[asyncio.Task] = []
         self._merged: Merged | None = None
         self._manifest_digest = ""
-        self._payload = b""
 
     async def start(self) -> None:
         """Serve, and return when others can find this process.
@@ -122,6 +121,26 @@ class Lead:
             asyncio.create_task(self._repeat()),
             asyncio.create_task(keep_present(self._endpoint, self._events)),
         ]
+
+    async def run(self) -> None:
+        """Until a part of this seat fails; everything that is out ends with its error.
+
+        Raises:
+            Exception: the one that the part failed with.
+            SourceLost: the endpoint is served no more.
+        """
+        parts = [self._serving, *self._tasks]
+        ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            for part in ended:
+                part.result()
+            raise SourceLost("the endpoint of the weights is served no more")
+        except Exception as error:
+            self.group.close(
+                f"the publisher of rank 0 failed: {type(error).__name__}: {error}; "
+                "make the publishers of all ranks anew"
+            )
+            raise
 
     async def stop(self) -> None:
         """Tell the other ranks that this is the end, and stop serving."""
@@ -154,7 +173,7 @@ class Lead:
                 if not digest or digest != self._manifest_digest:
                     raise SourceLost(f"no manifest {digest[:12]} is served here")
                 self.manifests_sent += 1
-                return ManifestReply(payload=self._payload)
+                return ManifestReply(payload=self._merged.encoded)
             case GetFingerprints(announcement_id=announcement_id):
                 publication = self.group.log.readable(announcement_id)
                 return FingerprintsReply(payload=publication.fingerprints)
@@ -217,7 +236,6 @@ class Lead:
         if self.group.merged is not self._merged:
             self._merged = self.group.merged
             self._manifest_digest = self._merged.manifest.fingerprint()
-            self._payload = msgspec.msgpack.encode(self._merged.manifest)
             self.manifests_built += 1
 
     # --- what the time and others bring ---------------------------------------

@@ -15,7 +15,14 @@ import msgspec
 import numpy as np
 
 from dynamo.refit.errors import FingerprintMismatch, ManifestInvalid
-from dynamo.refit.manifest import Box, Manifest, Shard, Source, TensorEntry
+from dynamo.refit.manifest import (
+    Box,
+    Manifest,
+    Shard,
+    Source,
+    TensorEntry,
+    encode_manifest,
+)
 
 #: Ranks that an error lists with what they hold.
 LISTED_RANKS = 8
@@ -42,12 +49,14 @@ class RankPart(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class Merged:
     """The manifest of all ranks, and which block of which rank is which box of it.
+    ``encoded`` is the manifest as workers get it.
 
     Boxes are numbered over all tensors; ``boxes_of_rank`` has the box of every block
     of a rank, in its part's order, ``tensor_of_box`` the number of its tensor.
     """
 
     manifest: Manifest
+    encoded: bytes
     boxes_of_rank: Mapping[int, np.ndarray]
     tensor_of_box: np.ndarray
 
@@ -89,7 +98,7 @@ def merge(parts: Mapping[int, RankPart]) -> Merged:
 
     Raises:
         ManifestInvalid: the ranks disagree, overlap or leave a gap; it names the
-            tensor and the rank.
+            tensor and the rank. Or they hold more blocks than a manifest can list.
     """
     sources: list[Source] = []
     kinds: dict[str, tuple[str, tuple[int, ...], int]] = {}
@@ -120,7 +129,8 @@ def merge(parts: Mapping[int, RankPart]) -> Merged:
     _validate(manifest, parts)
     order = {name: number for number, name in enumerate(kinds)}
     tensor_of_box = np.array([order[name] for name, _ in numbers], dtype=np.int64)
-    return Merged(manifest, boxes_of_rank, tensor_of_box)
+    encoded = encode_manifest(manifest)
+    return Merged(manifest, encoded, boxes_of_rank, tensor_of_box)
 
 
 def _check_settings(parts: Mapping[int, RankPart], rank: int) -> None:

@@ -33,7 +33,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import operator
 import os
 import queue
 import threading
@@ -47,10 +46,9 @@ import torch
 import uvloop
 from dynamo.runtime import DistributedRuntime
 
-from dynamo.refit.errors import GroupUnnamed, SourceLost, failure_from
+from dynamo.refit.errors import SourceLost, failure_from
 from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
-    MAX_VERSION,
     AwaitGroup,
     AwaitRelease,
     GroupReply,
@@ -67,6 +65,12 @@ from dynamo.refit.publish.group import Group
 from dynamo.refit.publish.handle import PublishedVersion, Release
 from dynamo.refit.publish.lead import Lead
 from dynamo.refit.publish.memory import Mode, RankMemory
+from dynamo.refit.publish.settings import (
+    check_in_flight,
+    check_settings,
+    group_of_environment,
+    version_number,
+)
 from dynamo.refit.publish.shard import LocalShard
 from dynamo.refit.rpc import runtime_from_environment
 from dynamo.refit.tracing import current_traceparent
@@ -125,8 +129,9 @@ class WeightPublisher:
     (``DYN_DISCOVERY_BACKEND``, ``DYN_REQUEST_PLANE``, ``DYN_EVENT_PLANE``, ...).
 
     Raises:
+        ValueError: an argument is not allowed; says what is.
         ManifestInvalid: the tensors cannot be published as they are, or the ranks'
-            tensors do not fit together; on every rank.
+            tensors do not fit together or are too many blocks; on every rank.
         SourceLost: not all ranks have come within :data:`START_SECONDS`.
         GroupUnnamed: there are several ranks and no ``group``.
         TransferFailed: NIXL does not register the tensors.
@@ -149,14 +154,25 @@ class WeightPublisher:
         self.rank = rank
         self.world_size = world_size
         self._namespace = namespace or os.environ.get("DYN_NAMESPACE", "dynamo")
+        check_settings(
+            model=model,
+            mode=mode,
+            namespace=self._namespace,
+            component=component,
+            rank=rank,
+            world_size=world_size,
+            ready_seconds=ready_seconds,
+        )
         self._component = component
         self._mode = mode
         self._ready_seconds = ready_seconds
         self._name = f"{component}-{rank}-{uuid.uuid4().hex[:12]}"
-        self._group = group or _group_of_environment(world_size, self._name)
+        self._group = group or group_of_environment(world_size, self._name)
         self._memory = RankMemory(
             self._name, tensors, mode, may_be_empty=world_size > 1
         )
+        #: Turns, slots and copies are of one publication at a time.
+        self._publishing = threading.Lock()
         self._turn = 0
         self._in_slot: dict[int, PublishedVersion] = {}
         self._open: set[PublishedVersion] = set()
@@ -189,8 +205,9 @@ class WeightPublisher:
     ) -> PublishedVersion:
         """Make the tensors as they are now readable as ``version``.
 
-        Blocks for the copy only (``snapshot``), never for a reader or another rank.
-        The version is announced when it is fingerprinted and every rank has written.
+        Blocks for the copy only (``snapshot``), never for a reader or another rank; a
+        thread that publishes meanwhile waits for it. The version is announced when it
+        is fingerprinted and every rank has written.
 
         Args:
             version: an integer from 0 to 2**63 - 1, higher than what was served before.
@@ -201,32 +218,33 @@ class WeightPublisher:
                 handle of the version before the last.
             SourceLost: rank 0 does not answer, or the publisher is closed.
             ManifestInvalid: a tensor is not what it was when the publisher was made.
-            TypeError, ValueError: ``version`` is no such number.
+            TypeError, ValueError: ``version`` is no such number, or ``in_flight`` no
+                policy.
         """
-        version = operator.index(version)
-        if not 0 <= version <= MAX_VERSION:
-            raise ValueError(f"version {version} is no number from 0 to 2**63 - 1")
-        self._turn += 1
-        taken = self._ask(
-            TakeSlot(
-                member=self._name,
-                turn=self._turn,
-                version=version,
-                in_flight=in_flight,
-                traceparent=current_traceparent(),
+        version = version_number(version)
+        check_in_flight(in_flight)
+        with self._publishing:
+            self._turn += 1
+            taken = self._ask(
+                TakeSlot(
+                    member=self._name,
+                    turn=self._turn,
+                    version=version,
+                    in_flight=in_flight,
+                    traceparent=current_traceparent(),
+                )
             )
-        )
-        published = PublishedVersion(version, taken.announcement_id, taken.slot)
-        self._in_slot[taken.slot] = published
-        self._open.add(published)
-        self._on_loop(self._follow(published))
-        try:
-            self._memory.write(taken.slot)
-        except Exception as error:
-            self._give_up(published, error)
-            raise
-        self._due.put(published)
-        return published
+            published = PublishedVersion(version, taken.announcement_id, taken.slot)
+            self._in_slot[taken.slot] = published
+            self._open.add(published)
+            self._on_loop(self._follow(published))
+            try:
+                self._memory.write(taken.slot)
+            except Exception as error:
+                self._give_up(published, error)
+                raise
+            self._due.put(published)
+            return published
 
     def close(self) -> None:
         """Stop serving and give the registration back. Open handles get an error.
@@ -333,7 +351,10 @@ class WeightPublisher:
             self._main_task.cancel()
 
     def _ask(self, request: GroupRequest) -> GroupReply:
-        return self._on_loop(self._seat.ask(request)).result(START_SECONDS)
+        try:
+            return self._on_loop(self._seat.ask(request)).result(START_SECONDS)
+        except concurrent.futures.CancelledError as error:
+            raise SourceLost("this publisher is closed") from error
 
     def _serve(self) -> None:
         """The loop's thread. However it ends, nobody waits for it any longer."""
@@ -360,7 +381,7 @@ class WeightPublisher:
             await self._seat.start()
             await self._join()
             self._started.set_result(None)
-            await asyncio.Event().wait()
+            await self._seat.run()
         finally:
             await self._seat.stop()
 
@@ -421,17 +442,3 @@ class WeightPublisher:
         except Exception as error:
             published.end(error)
         self._open.discard(published)
-
-
-def _group_of_environment(world_size: int, name: str) -> str:
-    """torchrun's run id; a rank that is alone needs none."""
-    if world_size == 1:
-        return name
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # What torchrun says when nobody gave it an id.
-    if run == "none":
-        raise GroupUnnamed(
-            f"{world_size} trainer ranks need a name that no other job has: pass "
-            "group=..., or start them with torchrun --rdzv-id"
-        )
-    return run

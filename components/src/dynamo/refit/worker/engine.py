@@ -32,6 +32,7 @@ from dynamo.refit.protocol import (
     Restore,
 )
 from dynamo.refit.tracing import Tracer
+from dynamo.refit.worker.kv_epoch import new_epoch, with_epoch
 from dynamo.refit.worker.token_versions import TokenVersions, asks_for_versions
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class RefitEngine:
         the old weights would carry the new epoch; later, and a new request could
         hit them.
         """
-        self.kv_epoch = f"{version}-{uuid.uuid4().hex[:8]}"
+        self.kv_epoch = new_epoch(version)
         self._version = version
         return self.kv_epoch
 
@@ -300,14 +301,3 @@ def _kv_transfer(sampling_params: Any) -> dict[str, Any]:
     """What a request says about KV that comes from, or goes to, another worker."""
     extra = getattr(sampling_params, "extra_args", None) or {}
     return extra.get("kv_transfer_params") or {}
-
-
-def with_epoch(salt: str | None, epoch: str) -> str | None:
-    """The ``cache_salt`` of a request, with ``epoch`` in it.
-
-    A salt of the user's own stays in front of it. Without an epoch (before the
-    first refit) the salt is left as it is.
-    """
-    if not epoch:
-        return salt
-    return f"{salt}|refit:{epoch}" if salt else f"refit:{epoch}"

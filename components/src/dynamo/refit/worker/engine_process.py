@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""In vLLM's engine process: a mark in its stream of outputs where the weights changed.
+"""In vLLM's engine process: a mark in its stream of outputs where the weights changed,
+and KV events without the KV epoch.
 
 vLLM schedules ahead: while the ranks install, the engine may not have read yet what
 steps on the old weights made, and those outputs leave after the install's answer. The
@@ -17,6 +18,7 @@ from vllm.v1.engine import core as vllm_core
 from vllm.v1.engine.core import EngineCoreProc
 
 from dynamo.refit.protocol import Installed, RankAnswer
+from dynamo.refit.worker.kv_epoch import hiding_epochs
 
 #: The request that a mark is an output of. vLLM drops outputs of unknown requests.
 MARK = "dynamo-refit-mark"
@@ -50,6 +52,8 @@ class MarkingEngineCore(EngineCoreProc):
         #: change, the client and the mark.
         self._waiting: list[tuple[object, int, EngineCoreOutputs]] = []
         super().__init__(*args, **kwargs)
+        events = self.scheduler.kv_event_publisher
+        events.publish = hiding_epochs(events.publish)
 
     def refit_change(
         self, payload: bytes, client_index: int, version: int | None
