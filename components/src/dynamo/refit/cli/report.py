@@ -22,6 +22,7 @@ from dynamo.refit.events import (
     RefitFailed,
     RefitRefused,
     RefitSuperseded,
+    WorkerRefitted,
 )
 from dynamo.refit.protocol import FleetStatus
 from dynamo.refit.rpc import Caller
@@ -83,12 +84,20 @@ class Report:
         await asyncio.wait([self._showing], timeout=LAST_EVENT_SECONDS)
 
     async def _show(self, events: EventSubscriber) -> None:
+        refitted: set[int] = set()
+        awaited: set[int] | None = None
         try:
             async for event in events:
-                if isinstance(event, Event) and self._concerns(event):
-                    self._tell(event)
-                    if is_last(event):
-                        return
+                if not isinstance(event, Event) or not self._concerns(event):
+                    continue
+                self._tell(event)
+                if isinstance(event, WorkerRefitted):
+                    refitted.add(event.worker)
+                if is_last(event):
+                    # Events of two publishers have no order: a worker's may follow.
+                    awaited = set(getattr(event, "workers", ()))
+                if awaited is not None and awaited <= refitted:
+                    return
         except EventPlaneUnavailable as error:
             # How the version ends is told to the publisher, not by an event.
             complain(f"no events are shown from here on: {error}")
