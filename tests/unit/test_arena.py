@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo.refit.errors import TransferFailed
+from dynamo.refit.errors import LayoutRefused, TransferFailed
 from dynamo.refit.protocol import CacheCounters, MemoryUse, StagingMode
 from dynamo.refit.rank import buffers
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
+from dynamo.refit.rank.stager import RankStager
 from tests.support.device_arena import DISGUISED, DeviceEngine, assert_is
 from tests.support.fake_nixl import FakeNixlAgent
 from tests.support.layouts import one_slice, whole
@@ -194,6 +195,29 @@ def test_an_arena_that_no_version_has_come_into_can_be_laid_out_anew() -> None:
         engine.install()
         assert _version(engine.arena.old) == (version - 1 if version > 2 else 0)
         assert engine.live.version == version
+
+
+def test_an_arena_for_other_tensors_is_given_back_if_no_version_came() -> None:
+    """A first version fills what the start checkpoint did not have; a later one is
+    refused, since the copy of what is live has no room for it."""
+    engine = Engine()
+    more = ArenaLayout([*LAYOUT.parameters, Parameter("bias", (2,), "float32")])
+    stager = object.__new__(RankStager)
+    stager._arena = None
+    assert stager._arrange(more) is more
+    stager._arena = engine.arena
+    assert stager._arrange(LAYOUT) is engine.arena.layout
+    assert stager._arrange(more) is more
+    assert stager._arena is None
+    assert engine.agent.registered == {}
+
+    engine = Engine()
+    engine.stage(1)
+    stager._arena = engine.arena
+    with pytest.raises(LayoutRefused, match="restart this worker") as refused:
+        stager._arrange(more)
+    assert refused.value.tensor == "bias"
+    assert stager._arena is engine.arena
 
 
 def test_a_first_version_that_is_given_up_leaves_the_way_back_as_it_is() -> None:

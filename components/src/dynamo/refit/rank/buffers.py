@@ -82,7 +82,8 @@ class Arena:
         self._padded = [p.name for p in layout.parameters if p.unloaded]
         #: What was live before the first version, as long as a shadow has it.
         self._start_copy: dict[str, torch.Tensor] | None = None
-        self._is_used = False
+        #: A version has come into it, or may have in part.
+        self.is_used = False
         self._live: int | None = None
         self._old: int | None = None
         self._backup: dict[str, torch.Tensor] | None = None
@@ -133,14 +134,14 @@ class Arena:
     def arrange(self, layout: ArenaLayout) -> None:
         """Before the first version comes: lay shadows out by ``layout``, which has the
         same parameters in another order. What is live may have been copied out."""
-        if not self._is_used:
+        if not self.is_used:
             self.layout = layout
             for shadow in self.shadows:
                 shadow.by_name = views_of(shadow.buffer.bytes, layout)
 
     def begin(self) -> None:
         """Before a version comes: choose its shadow."""
-        self._is_used = True
+        self.is_used = True
         if len(self.shadows) > 1:
             self._old = self._live
             self.target = 0 if self._live is None else 1 - self._live

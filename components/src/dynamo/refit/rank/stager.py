@@ -9,7 +9,6 @@ model's thread, between two steps.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 import time
@@ -30,10 +29,9 @@ from dynamo.refit.errors import (
     NoWayBack,
     PeerUnsuitable,
     StagingCancelled,
-    UnsupportedConfiguration,
 )
 from dynamo.refit.fingerprint import Batch, Part
-from dynamo.refit.manifest import Manifest, TensorEntry
+from dynamo.refit.manifest import Manifest
 from dynamo.refit.protocol import (
     MemoryUse,
     Offer,
@@ -47,30 +45,16 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
-from dynamo.refit.rank.capture import LoadGeometry, capture_load
-from dynamo.refit.rank.conversion import Conversion, RuntimeForm
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
-from dynamo.refit.rank.image import (
-    check_image,
-    held_tensors,
-    read_image,
-    runtime_layout,
-    tensors_of_image,
-)
+from dynamo.refit.rank.image import held_tensors, runtime_layout, tensors_of_image
 from dynamo.refit.rank.install import LiveModel
-from dynamo.refit.rank.load_check import (
-    StartCheckpoint,
-    check_other_tensors,
-    compare_with_live,
-    rehearse,
-    rehearse_conversions,
-)
+from dynamo.refit.rank.loads import Filling, Loads
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
 from dynamo.refit.rank.plan import LIMITS, make_plan
-from dynamo.refit.rank.processing import Function, LayerFailed
+from dynamo.refit.rank.processing import Function
 from dynamo.refit.rank.session import (
     AbandonedSessions,
     RuntimeParts,
@@ -81,8 +65,6 @@ from dynamo.refit.rank.slices import (
     ArenaLayout,
     IntakeLayout,
     Parameter,
-    ReadSlice,
-    check_slices,
     order_of_arrival,
 )
 from dynamo.refit.transport.nixl import NixlAgent
@@ -90,7 +72,7 @@ from dynamo.refit.transport.nixl import NixlAgent
 logger = init_logger("vllm.dynamo_refit")
 
 #: How long the reads of a pull that failed may take to end. NIXL cannot call them back,
-#: and a source that lives ends them in what the pull would have filling. Less than the
+#: and a source that lives ends them in what the pull would have taken. Less than the
 #: coordinator's ``GRACE_SECONDS``, for which it waits for an answer after the deadline.
 SETTLE_SECONDS = 10.0
 
@@ -120,27 +102,6 @@ class _Staged:
         return _Live(self.version, session.live_parts, session.landed, functions)
 
 
-@dataclass(frozen=True)
-class CheckedLoad:
-    """What the engine's loader makes of tensors of these ``forms`` (name, dtype and
-    shape), and what is made of that."""
-
-    forms: frozenset[tuple]
-    geometry: LoadGeometry
-    conversions: list[Conversion]
-
-
-@dataclass(frozen=True)
-class _Filling:
-    """What a manifest fills: ``parameters`` by ``slices``, and with what is made of it
-    in the end the ``live`` tensors."""
-
-    parameters: Sequence[Parameter]
-    slices: Sequence[ReadSlice]
-    conversions: Sequence[Conversion]
-    live: Mapping[str, torch.Tensor]
-
-
 class RankStager:
     """Stages versions for one rank and installs them.
 
@@ -159,20 +120,14 @@ class RankStager:
         rank: int,
         ranks: int,
     ) -> None:
-        self._model = model
-        self._twin = twin
         self._rank = rank
         self._ranks = ranks
         self._device = next(model.parameters()).device
         self._limits = LIMITS[self._device.type]
-        self._form = RuntimeForm(model, twin, config)
+        self._loads = Loads(model, twin, config)
         #: Fingerprint of the form in which this rank computes.
-        self.layout = runtime_layout(self._form, rank, ranks)
-        #: Elements that the loader leaves as they are constructed, by tensor.
-        self._unfilled: Mapping[str, int] = {}
-        #: Of tensors that were shown to give what the engine's loader gives.
-        self._checked = self._check_start(config)
-        self._live = LiveModel(model, self._form.live(self._loaded()))
+        self.layout = runtime_layout(self._loads.form, rank, ranks)
+        self._live = LiveModel(model, self._loads.filled)
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
@@ -213,108 +168,15 @@ class RankStager:
         if self._device.type == "cuda":
             host_copy.warm_up()
 
-    def _check_start(self, config: VllmConfig) -> CheckedLoad | None:
-        """Refuse now what no version could be installed into; blocks, for seconds if
-        the model is large.
-
-        Where the start checkpoint's names are known, what its tensors give is what a
-        version of these names will give. A directory whose weights were not loaded
-        (``--load-format dummy``) need not fit the model: what its names cannot show is
-        left to the first version.
-
-        Raises:
-            UnsupportedConfiguration: names the tensors.
-        """
-        checkpoint = StartCheckpoint(config)
-        try:
-            entries = checkpoint.entries(self._twin)
-            if not (entries and checkpoint.is_live):
-                # A version may fill any buffer, and nothing that is not one.
-                filled = *self._form.live().values(), *self._model.buffers()
-                check_other_tensors(self._model, self._twin, filled)
-            if not entries:
-                return None
-            if not checkpoint.is_live:
-                with contextlib.suppress(LayoutRefused, LayerFailed):
-                    checked = self._check_load(entries)
-                    self._require_filled(checked.geometry)
-                    return checked
-                return None
-            checked = self._check_load(entries)
-            compare_with_live(
-                checkpoint.tensors(self._twin),
-                checked.geometry.slices,
-                checked.conversions,
-                self._form,
-            )
-            self._unfilled = checked.geometry.unfilled
-        except (LayoutRefused, LayerFailed) as error:
-            raise UnsupportedConfiguration(
-                f"{type(self._model).__name__} cannot be refitted by this release: "
-                f"{error}; serve it with python -m dynamo.vllm",
-                tensor=error.tensor,
-            ) from error
-        return checked
-
-    def _check_load(self, tensors: Sequence[TensorEntry]) -> CheckedLoad:
-        """What the engine's loader makes of ``tensors``, once it has been shown on
-        made-up numbers that it does so.
-
-        Raises:
-            LayoutRefused: names the tensors of which it makes something else, and those
-                of the model that no version would fill.
-            LayerFailed: a conversion does not work.
-        """
-        geometry = capture_load(self._twin, tensors)
-        sliced = self._sliced(geometry)
-        check_slices(tensors, sliced, geometry.slices)
-        rehearse(self._twin, tensors, sliced, geometry.slices)
-        conversions = self._form.conversions(geometry, tensors)
-        filled = self._form.live(geometry.loaded)
-        check_other_tensors(self._model, self._twin, filled.values())
-        rehearse_conversions(conversions, self._form)
-        return CheckedLoad(_forms(tensors), geometry, conversions)
-
-    def _check_manifest(self, manifest: Manifest) -> CheckedLoad:
-        checked = self._checked
-        if checked is None or checked.forms != _forms(manifest.tensors):
-            checked = self._check_load(manifest.tensors)
-            self._require_filled(checked.geometry)
-            self._checked = checked
-        return checked
-
-    def _require_filled(self, geometry: LoadGeometry) -> None:
-        """A version leaves no element as it was constructed that the start checkpoint
-        did not.
-
-        Raises:
-            LayoutRefused: names the tensor.
-        """
-        for name, number in geometry.unfilled.items():
-            if number != self._unfilled.get(name):
-                raise LayoutRefused(
-                    f"{number} of its elements are made of no published tensor: one of "
-                    "this parameter is missing or has another shape",
-                    tensor=name,
-                )
-
-    def _sliced(self, geometry: LoadGeometry) -> list[Parameter]:
-        every = self._form.parameters.values()
-        return [p for p in every if p.name not in geometry.loaded]
-
-    def _loaded(self) -> Sequence[str]:
-        """What the loader fills, of the tensors that were checked last."""
-        return () if self._checked is None else tuple(self._checked.geometry.loaded)
-
     @property
     def parameters(self) -> int:
         """How many parameters this rank loads."""
-        return len(self._form.parameters)
+        return len(self._loads.form.parameters)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what this rank computes with."""
-        return self._layout(self._form.live(self._loaded())).nbytes
+        return self._layout(self._loads.filled).nbytes
 
     def plan_memory(self, staging: StagingChoice) -> MemoryUse:
         """Where a version would be staged, as things are now.
@@ -325,10 +187,7 @@ class RankStager:
         held = self._arena.memory if self._arena is not None else None
         if held is not None and staging == "auto":
             staging = held.mode
-        groups = self._form.taken_in()
-        if self._checked is not None:
-            groups = [each.inputs for each in self._checked.conversions]
-        intake = IntakeLayout(groups, self._limits.scratch)
+        intake = IntakeLayout(self._loads.taken_in, self._limits.scratch)
         return choose(
             staging,
             arena=self.nbytes,
@@ -345,9 +204,8 @@ class RankStager:
         Raises:
             MemoryShort: there is none.
         """
-        if self._checked is not None and self._arena is None:
-            live = self._form.live(self._checked.geometry.loaded)
-            memory = self.plan_memory(staging)
+        if self._loads.known and self._arena is None:
+            live, memory = self._loads.filled, self.plan_memory(staging)
             self._make_arena(live, self._layout(live), memory, Cycle())
 
     def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
@@ -572,13 +430,11 @@ class RankStager:
     ) -> Session:
         with cycle.time("plan"):
             filling = self._filling(manifest)
-            memory = self.plan_memory(staging)
             first = order_of_arrival(manifest, filling.slices)
-            layout = self._layout(filling.live, first)
-            if self._arena is not None:
-                self._check_room(self._arena.layout, filling.live)
-                self._arena.arrange(layout)
-                layout = self._arena.layout
+            layout = self._arrange(self._layout(filling.live, first))
+            memory = self.plan_memory(staging)
+            conversions = filling.conversions
+            intake = IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
             plan = make_plan(
                 manifest,
                 filling.parameters,
@@ -586,7 +442,7 @@ class RankStager:
                 rank=self._rank,
                 limits=self._limits,
                 arena=layout,
-                intake=self._intake(filling.conversions),
+                intake=intake,
             )
         logger.info(
             "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
@@ -608,46 +464,21 @@ class RankStager:
             self._arena,
             self._live.filled,
             cycle,
-            filling.conversions,
-            self._form.convert,
+            conversions,
+            self._loads.form.convert,
         )
 
-    def _filling(self, manifest: Manifest) -> _Filling:
-        """How the live tensors are made of what ``manifest`` names."""
+    def _filling(self, manifest: Manifest) -> Filling:
         if not manifest.layouts:
-            checked = self._check_manifest(manifest)
-            return _Filling(
-                self._sliced(checked.geometry),
-                checked.geometry.slices,
-                checked.conversions,
-                self._form.live(checked.geometry.loaded),
-            )
+            return self._loads.filling(manifest.tensors)
         tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
-        live = self._form.live(name for name in tensors if name in self._form.held)
-        check_image(tensors, live)
-        check_other_tensors(self._model, self._twin, live.values())
-        parameters, slices = read_image(tensors)
-        return _Filling(parameters, slices, (), live)
-
-    def _make_arena(
-        self,
-        live: Mapping[str, torch.Tensor],
-        layout: ArenaLayout,
-        memory: MemoryUse,
-        cycle: Cycle,
-    ) -> None:
-        """Memory for versions that fill ``live``, and a copy of it as it is now."""
-        self._live.filled = dict(live)
-        self._arena = Arena(self._agent, layout, memory, self._device, cycle)
-        self._offers.know(self._arena)
-        with cycle.time("backup"):
-            self._arena.preserve(self._live)
+        return self._loads.filling_of_image(tensors)
 
     def _layout(
         self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()
     ) -> ArenaLayout:
         """Of an arena for images of ``live``."""
-        unloaded = {p.name: p.unloaded for p in self._form.parameters.values()}
+        unloaded = {p.name: p.unloaded for p in self._loads.form.parameters.values()}
         return ArenaLayout(
             [
                 Parameter.of(name, tensor, unloaded.get(name, 0))
@@ -656,19 +487,30 @@ class RankStager:
             first,
         )
 
-    def _intake(self, conversions: Sequence[Conversion]) -> IntakeLayout:
-        return IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
+    def _arrange(self, layout: ArenaLayout) -> ArenaLayout:
+        """How the arena is laid out: by ``layout``, if no version has come before.
 
-    def _check_room(
-        self, layout: ArenaLayout, filled: Mapping[str, torch.Tensor]
-    ) -> None:
-        """The arena is for what earlier versions filled: another list is refused."""
-        there = {parameter.name for parameter in layout.parameters}
-        if different := sorted(there ^ filled.keys()):
+        Raises:
+            LayoutRefused: it was for other tensors.
+        """
+        arena = self._arena
+        if arena is None:
+            return layout
+        there, wanted = (
+            {parameter.name for parameter in each.parameters}
+            for each in (arena.layout, layout)
+        )
+        if there == wanted:
+            arena.arrange(layout)
+            return arena.layout
+        if arena.is_used:
             raise LayoutRefused(
                 "earlier versions, or this one, did not fill it: restart this worker",
-                tensor=different[0],
+                tensor=min(there ^ wanted),
             )
+        arena.close()
+        self._arena = None
+        return layout
 
     def _address(
         self, session: Session, manifest: Manifest, request: Stage, cycle: Cycle
@@ -759,10 +601,6 @@ def _ends(session: Session) -> bool:
             return False
         time.sleep(MAX_POLL_SECONDS)
     return True
-
-
-def _forms(tensors: Sequence[TensorEntry]) -> frozenset[tuple]:
-    return frozenset((t.name, t.dtype, t.shape) for t in tensors)
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
