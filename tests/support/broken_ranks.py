@@ -18,7 +18,7 @@ from dataclasses import replace
 from torch import nn
 
 from dynamo.refit.manifest import TensorEntry
-from dynamo.refit.rank import conversion, stager
+from dynamo.refit.rank import conversion, loads
 from dynamo.refit.rank.capture import LoadGeometry, capture_load
 from dynamo.refit.rank.plan import ReadSlice
 from tests.support.child import answer_requests
@@ -96,7 +96,7 @@ def _renamed(piece: ReadSlice, parts: dict[str, str]) -> ReadSlice:
 def main() -> None:
     descriptor, rank, ranks, port = map(int, sys.argv[1:])
     process = BrokenRankProcess(rank, ranks, port)
-    stager.capture_load = process.capture
+    loads.capture_load = process.capture
     for step in FAILING:
         method = getattr(conversion.RuntimeForm, step)
         setattr(conversion.RuntimeForm, step, process.may_fail(step, method))

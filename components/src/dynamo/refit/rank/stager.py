@@ -474,6 +474,20 @@ class RankStager:
         tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
         return self._loads.filling_of_image(tensors)
 
+    def _make_arena(
+        self,
+        live: Mapping[str, torch.Tensor],
+        layout: ArenaLayout,
+        memory: MemoryUse,
+        cycle: Cycle,
+    ) -> None:
+        """Memory for versions that fill ``live``, and a copy of it as it is now."""
+        self._live.filled = dict(live)
+        self._arena = Arena(self._agent, layout, memory, self._device, cycle)
+        self._offers.know(self._arena)
+        with cycle.time("backup"):
+            self._arena.preserve(self._live)
+
     def _layout(
         self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()
     ) -> ArenaLayout:
