@@ -5,6 +5,8 @@ comes into, and whether there is a way back."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from dynamo.refit.protocol import CacheCounters, MemoryUse, StagingMode
 from dynamo.refit.rank import buffers
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle
+from dynamo.refit.rank.host_copy import CopyFailed
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
 from dynamo.refit.rank.stager import RankStager
 from tests.support.device_arena import DISGUISED, DeviceEngine, assert_is
@@ -218,6 +221,23 @@ def test_an_arena_for_other_tensors_is_given_back_if_no_version_came() -> None:
         stager._arrange(more)
     assert refused.value.tensor == "bias"
     assert stager._arena is engine.arena
+
+
+def test_an_arena_that_cannot_keep_what_is_live_is_given_back() -> None:
+    """As when the driver refuses the copy from a device."""
+    agent = FakeNixlAgent(one_slice((4,), whole((4,))).manifest)
+
+    def fail(backup: dict[str, torch.Tensor]) -> None:
+        raise CopyFailed("CUDA error 700")
+
+    stager = object.__new__(RankStager)
+    stager._agent, stager._device, stager._arena = agent, torch.device("cpu"), None
+    stager._live = SimpleNamespace(copy_to=fail)
+    memory = MemoryUse(mode="host", device_nbytes=0, host_nbytes=0)
+    with pytest.raises(CopyFailed):
+        stager._make_arena({}, LAYOUT, memory, Cycle())
+    assert stager._arena is None
+    assert agent.registered == {}
 
 
 def test_a_first_version_that_is_given_up_leaves_the_way_back_as_it_is() -> None:

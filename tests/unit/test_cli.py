@@ -7,15 +7,24 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dynamo.refit import cli
-from dynamo.refit.cli.report import is_last
+from dynamo.refit.cli.report import Report, is_last
 from dynamo.refit.cli.words import describe
 from dynamo.refit.errors import Failure
-from dynamo.refit.events import RefitFailed, RefitStarted, WorkerFenced
+from dynamo.refit.events import (
+    Event,
+    RefitCompleted,
+    RefitFailed,
+    RefitStarted,
+    WorkerFenced,
+    WorkerRefitted,
+)
+from dynamo.refit.protocol import CommitTimings
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -94,6 +103,49 @@ def test_the_last_event_of_a_version_is_the_coordinators() -> None:
     assert not is_last(by_worker)
     assert is_last(by_coordinator)
     assert not is_last(RefitStarted(model="m", version=3, workers=(1, 2)))
+
+
+async def test_workers_are_told_of_whose_events_come_after_the_last_one(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Events of two publishers have no order: those of the completed version's workers
+    are waited for, and nothing after them."""
+
+    def refitted(worker: int) -> WorkerRefitted:
+        return WorkerRefitted(
+            worker=worker,
+            version=3,
+            fingerprint="f",
+            kv_epoch="3-0",
+            in_flight="continue",
+            timings=CommitTimings(
+                pause_ms=0.0,
+                install_ms=1.0,
+                copy_ms=0.0,
+                resume_ms=0.0,
+                stall_ms=1.5,
+                probe_ms=0.0,
+                verify_ms=0.0,
+            ),
+        )
+
+    completed = RefitCompleted(
+        version=3, announcement_id="a", fingerprint="f", workers=(1, 2), seconds=1.0
+    )
+
+    async def events() -> AsyncIterator[Event]:
+        for event in (refitted(2), completed, refitted(1), refitted(9)):
+            yield event
+
+    report = Report(version=3, as_json=False)
+    async with report.following(events(), caller=None, namespace="n"):
+        await report.last_event()
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[2] for line in told] == [
+        "worker 2 serves it, stall 1.5 ms",
+        "completed: 2 workers refitted in 1.00 s",
+        "worker 1 serves it, stall 1.5 ms",
+    ]
 
 
 def test_events_are_told_in_one_line() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from dynamo.refit import manifest as manifest_module
 from dynamo.refit.errors import Failure, PeerUnsuitable, SourceLost
 from dynamo.refit.fingerprint import version_fingerprint
 from dynamo.refit.manifest import Manifest, Region, Source, decode_manifest
@@ -204,6 +205,16 @@ async def test_new_memory_is_another_manifest(
     assert before.manifest_digest != after.manifest_digest
     assert manifest_of(there, before).sources[0] == source(0)
     assert manifest_of(there, after).sources[0] == source(0, 1 << 16)
+
+
+async def test_a_manifest_that_nobody_would_read(
+    ranks: FakeRanks, there: PeerSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks hear that nobody reads."""
+    monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(PeerUnsuitable, match="workers read at most 100"):
+        await there.serve(ranks.hold(1))
+    assert ranks.withdrawn == [1]
 
 
 async def test_a_rank_that_refuses(ranks: FakeRanks, there: PeerSource) -> None:

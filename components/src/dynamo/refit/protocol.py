@@ -98,9 +98,9 @@ class StageTimings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``lead_ms`` is from the request's arrival in the rank to its first posted read, and
     ``wire_ms``, a part of ``pull_ms``, from there until all bytes are there.
-    ``fingerprint_ms`` and ``backup_ms`` are work beside the pull, not after it;
-    ``convert_ms`` is from the last byte's arrival until all is made that is served in
-    another form than it is read.
+    ``fingerprint_ms`` is work beside the pull, not after it; ``backup_ms`` is the wait
+    for a copy of what is live before it, and ``convert_ms`` is from the last byte's
+    arrival until all is made that is served in another form than it is read.
     """
 
     started_at: float

@@ -95,7 +95,8 @@ class Report:
                     refitted.add(event.worker)
                 if is_last(event):
                     # Events of two publishers have no order: a worker's may follow.
-                    awaited = set(getattr(event, "workers", ()))
+                    completed = isinstance(event, RefitCompleted)
+                    awaited = set(event.workers) if completed else set()
                 if awaited is not None and awaited <= refitted:
                     return
         except EventPlaneUnavailable as error:

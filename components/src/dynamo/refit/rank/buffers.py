@@ -87,6 +87,8 @@ class Arena:
         self._live: int | None = None
         self._old: int | None = None
         self._backup: dict[str, torch.Tensor] | None = None
+        #: The backup as it will be laid out by :meth:`keep`.
+        self._kept: dict[str, torch.Tensor] | None = None
         self._backup_bytes: torch.Tensor | None = None
         self._is_kept = self._backup_is_whole = False
         on_host = memory.mode != "device" or device.type == "cpu"
@@ -104,6 +106,7 @@ class Arena:
                     pinned = _allocate(layout.nbytes, torch.device("cpu"))
                     cycle.built["allocations"] += 1
                 self._backup, self._backup_bytes = views_of(pinned, layout), pinned
+                self._kept = self._backup
             undo.pop_all()
 
     @property
@@ -138,6 +141,8 @@ class Arena:
             self.layout = layout
             for shadow in self.shadows:
                 shadow.by_name = views_of(shadow.buffer.bytes, layout)
+            if self._backup_bytes is not None:
+                self._kept = views_of(self._backup_bytes, layout)
 
     def begin(self) -> None:
         """Before a version comes: choose its shadow."""
@@ -186,7 +191,7 @@ class Arena:
             if in_a_hurry():
                 return
             copy_out([source], [target])
-        self._backup = views_of(self._backup_bytes, self.layout)
+        self._backup = self._kept
         self._backup_is_whole = self._is_kept = True
 
     def restored(self) -> None:

@@ -116,7 +116,8 @@ class Loads:
         """
         live = self.form.live(name for name in tensors if name in self.form.held)
         check_image(tensors, live)
-        check_other_tensors(self._model, self._twin, live.values())
+        if self._checked is None or live.keys() != self.filled.keys():
+            check_other_tensors(self._model, self._twin, live.values())
         return Filling(*read_image(tensors), (), live)
 
     def _check_start(self, config: VllmConfig) -> _Checked | None:

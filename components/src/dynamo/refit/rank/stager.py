@@ -152,8 +152,7 @@ class RankStager:
             initializer=_use_stream,
             initargs=(_new_stream(self._device),),
         )
-        # Not the follower's: what has arrived would wait for the whole backup, and
-        # with it what is to be read into the same scratch.
+        # Not the follower's: who wants to read what is live would wait for the copy.
         self._backup = ThreadPoolExecutor(
             1,
             "refit-backup",
@@ -359,13 +358,13 @@ class RankStager:
             FingerprintMismatch: the shadow was written by something else.
         """
         held, arena, shadow = self._find_copy(request)
-        tensors = held_tensors(arena.layout)
         source = self._offers.add(request.version, arena, shadow, request.seconds)
 
         def find() -> np.ndarray:
             image = arena.shadows[shadow]
             held.parts.in_shadow(image).check(held.landed, self._rank)
-            return whole_parts(image.by_name[t.name] for t in tensors).fold()
+            names = [tensor.name for tensor in held_tensors(arena.layout)]
+            return whole_parts(image.by_name[name] for name in names).fold()
 
         parts = self._offers.parts(request.version, shadow, find)
         if parts is None:
@@ -374,7 +373,7 @@ class RankStager:
             rank=self._rank,
             slot=shadow,
             source=source,
-            tensors=tensors,
+            tensors=held_tensors(arena.layout),
             parts=parts.astype("<u8").tobytes(),
             layout=self.layout,
         )
@@ -483,10 +482,15 @@ class RankStager:
     ) -> None:
         """Memory for versions that fill ``live``, and a copy of it as it is now."""
         self._live.filled = dict(live)
-        self._arena = Arena(self._agent, layout, memory, self._device, cycle)
-        self._offers.know(self._arena)
-        with cycle.time("backup"):
-            self._arena.preserve(self._live)
+        arena = Arena(self._agent, layout, memory, self._device, cycle)
+        try:
+            with cycle.time("backup"):
+                arena.preserve(self._live)
+        except BaseException:
+            arena.close()
+            raise
+        self._arena = arena
+        self._offers.know(arena)
 
     def _layout(
         self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()

@@ -18,9 +18,16 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from dynamo.refit.errors import PeerUnsuitable, SourceLost
+from dynamo.refit.errors import ManifestInvalid, PeerUnsuitable, SourceLost
 from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.manifest import Manifest, Shard, Source, TensorEntry, image_prefix
+from dynamo.refit.manifest import (
+    Manifest,
+    Shard,
+    Source,
+    TensorEntry,
+    encode_manifest,
+    image_prefix,
+)
 from dynamo.refit.protocol import (
     Done,
     FingerprintsReply,
@@ -76,11 +83,11 @@ class PeerSource:
             try:
                 offered = await self._ranks.offer(held, request.seconds)
                 slot, sources = as_sources(offered)
+                # The engine's requests go through this loop, too.
+                lease = await asyncio.to_thread(_lease, held, offered, sources, ends)
             except Exception:
                 await self._withdraw_unread(held.version)
                 raise
-            # The engine's requests go through this loop, too.
-            lease = await asyncio.to_thread(_lease, held, offered, sources, ends)
             announcement_id = f"peer-{uuid.uuid4().hex}"
             self._leases[announcement_id] = lease
         return WeightsServed(
@@ -205,10 +212,17 @@ def _lease(
     ends: float,
 ) -> _Lease:
     manifest = compose(held.model, offered, sources)
+    try:
+        payload = encode_manifest(manifest)
+    except ManifestInvalid as error:
+        raise PeerUnsuitable(
+            f"nobody would read what the ranks of this replica hold ({error}): read "
+            "from the trainer"
+        ) from error
     return _Lease(
         held=held,
         digest=manifest.fingerprint(),
-        payload=msgspec.msgpack.encode(manifest),
+        payload=payload,
         tensors=np.concatenate([np.frombuffer(r.parts, "<u8") for r in offered]),
         ends=ends,
     )
