@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from dynamo.refit.errors import TransferFailed
+from dynamo.refit.rank.bounce import Bounce, BouncedRead
+from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.transport.nixl import NixlAgent, Read, bindings
 
 pytestmark = [
@@ -102,7 +104,7 @@ def prepare(agent: NixlAgent, source: Source, target: torch.Tensor) -> Read:
     )
 
 
-def finish(read: Read, seconds: float = 20.0) -> None:
+def finish(read: Read | BouncedRead, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not read.done():
         assert time.monotonic() < deadline
@@ -265,3 +267,78 @@ def test_a_peer_is_not_loaded_anew_under_an_active_read(
     assert bool((target == 1).all())
     reader.connect(registered_anew(source.metadata))
     assert read.stale
+
+
+def through_slots(
+    agent: NixlAgent, source: Source, target: torch.Tensor
+) -> BouncedRead:
+    """All of ``source`` in two runs that change places, through slots that no run
+    ends with."""
+    peer = agent.connect(source.metadata)
+    half = NBYTES // 2
+    return Bounce(agent, Cycle(), slots=2, slot_nbytes=3_000_000).prepare_read(
+        peer,
+        0,
+        np.array([source.address, source.address + half]),
+        np.array([0, 0]),
+        target,
+        np.array([half, 0]),
+        np.array([half, half]),
+    )
+
+
+def test_a_read_through_slots_sees_the_bytes_of_each_post(
+    source: Source, reader: NixlAgent
+) -> None:
+    target = torch.zeros(NBYTES, dtype=torch.uint8)
+    read = through_slots(reader, source, target)
+    for value in (1, 7, 9):
+        source.fill(value)
+        read.post()
+        finish(read)
+        assert target.unique().tolist() == [value]
+    read.release()
+
+
+def test_a_source_killed_while_a_read_through_slots_waits_for_it(
+    source: Source, reader: NixlAgent
+) -> None:
+    source.send(signal.SIGSTOP)
+    read = through_slots(reader, source, torch.zeros(NBYTES, dtype=torch.uint8))
+    read.post()
+    assert not read.done()
+    source.kill()
+    with pytest.raises(TransferFailed, match="broke off"):
+        finish(read)
+
+
+READER = """
+import sys, time, numpy, torch
+from dynamo.refit.transport import ucx
+from dynamo.refit.transport.nixl import NixlAgent
+
+ucx.show_reads()
+agent = NixlAgent("reader")
+target = torch.zeros(int(sys.argv[1]), dtype=torch.uint8)
+agent.register([(target.data_ptr(), target.numel())], "DRAM", 0)
+sides = [(numpy.array([[int(address), target.numel()]]), "DRAM", 0)
+         for address in (target.data_ptr(), sys.argv[2])]
+read = agent.prepare_read(agent.connect(bytes.fromhex(sys.argv[3])), *sides)
+read.post()
+while not read.done():
+    time.sleep(0.001)
+"""
+
+
+def test_ucx_says_what_a_rank_reads_with(source: Source) -> None:
+    rank = [sys.executable, "-c", READER, str(NBYTES), str(source.address)]
+    done = subprocess.run(
+        [*rank, source.metadata.hex()], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    _, _, table = done.stdout.partition("remote memory read")
+    assert "into host memory from host" in table
+    assert "zero-copy" in table
+    assert "cma" in table
+    # Reads alone, and no other word of UCX.
+    assert "active message" not in done.stdout

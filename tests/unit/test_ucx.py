@@ -115,3 +115,15 @@ def test_where_links_cannot_be_counted_nothing_is_set(
     environment.setattr(ucx, "pynvml", nvml)
     ucx.allow_reads_on_one_gpu()
     assert ucx.READS not in os.environ
+
+
+@pytest.mark.parametrize("chosen", [None, "n", "y"])
+def test_tables_of_reads_are_asked_for_unless_the_operator_chose(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.setenv(ucx.TABLES, "")
+    monkeypatch.delenv(ucx.TABLES)
+    if chosen is not None:
+        monkeypatch.setenv(ucx.TABLES, chosen)
+    ucx.show_reads()
+    assert os.environ[ucx.TABLES] == (chosen or "*memory read*")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
+from dynamo.refit.rank.bounce import BouncedRead
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.transport.nixl import Read
 
@@ -33,7 +34,7 @@ Submit = Callable[..., Future]
 class _Flight:
     number: int
     half: int | None
-    reads: list[Read]
+    reads: list[Read | BouncedRead]
 
     def arrived(self) -> bool:
         # Every read is polled, since that drives its progress.
@@ -68,7 +69,9 @@ class Pipeline:
             return 0.0
         return max(0.0, self._last_arrival - self._first_post)
 
-    def post(self, number: int, half: int | None, reads: list[Read]) -> None:
+    def post(
+        self, number: int, half: int | None, reads: list[Read | BouncedRead]
+    ) -> None:
         """Start the reads of wave ``number``, which lands in ``half`` of scratch.
 
         Where UCX copies with the CPU, this does the whole copy.

@@ -173,6 +173,11 @@ class Plan:
         return tuple((piece.tensor, piece.box) for piece in self.pieces)
 
     @property
+    def sources(self) -> list[int]:
+        """Numbers of the manifest's sources that are read from."""
+        return sorted({s.source for wave in self.waves for s in wave.segments})
+
+    @property
     def descriptors(self) -> int:
         return sum(len(s.remote) for wave in self.waves for s in wave.segments)
 

@@ -11,8 +11,11 @@ import torch
 
 from dynamo.refit.errors import TransferFailed
 from dynamo.refit.manifest import Manifest, Source
+from dynamo.refit.rank import bounce
+from dynamo.refit.rank.bounce import Bounce, BouncedRead
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.plan import Plan, Segments
+from dynamo.refit.rank.runs import merge
 from dynamo.refit.transport.nixl import NixlAgent, Read, memory_of
 
 
@@ -26,6 +29,7 @@ class Requests:
         plan: what goes where.
         shadows: where straight waves land.
         scratch: where the others do.
+        bounced: what reads from host memory into a GPU go through.
 
     Raises:
         TransferFailed: a source's metadata or addresses are refused; nothing is
@@ -41,14 +45,15 @@ class Requests:
         shadows: Sequence[torch.Tensor],
         scratch: torch.Tensor,
         cycle: Cycle,
+        bounced: Bounce | None = None,
     ) -> None:
         self.manifest = fingerprint
-        self.waves: list[list[list[list[Read]]]] = []
+        self.waves: list[list[list[list[Read | BouncedRead]]]] = []
         self._agent = agent
+        self._bounced = bounced
         self._peers: dict[int, str] = {}
         try:
-            used = {s.source for wave in plan.waves for s in wave.segments}
-            for number in sorted(used):
+            for number in plan.sources:
                 self._peers[number] = _connect(agent, manifest.sources[number])
             slots = [
                 np.array(manifest.shard_addresses(slot), dtype=np.int64)
@@ -64,7 +69,7 @@ class Requests:
                         target = scratch if wave.half is not None else shadow
                         # Known before they are made, so that all are released if one
                         # of them is refused.
-                        reads: list[Read] = []
+                        reads: list[Read | BouncedRead] = []
                         waves.append(reads)
                         for segments in wave.segments:
                             reads.append(self._read(manifest, shards, segments, target))
@@ -82,6 +87,11 @@ class Requests:
         """Is a read still under way? Drives the progress of all."""
         return any([_still_active(read) for read in self._reads()])
 
+    def give_up(self) -> None:
+        """After a pull that failed: post nothing more of it."""
+        if self._bounced is not None:
+            self._bounced.give_up()
+
     def close(self) -> None:
         """Release the reads and forget the peers. Only when no read is active."""
         for read in self._reads():
@@ -96,21 +106,31 @@ class Requests:
         shards: np.ndarray,
         segments: Segments,
         target: torch.Tensor,
-    ) -> Read:
+    ) -> Read | BouncedRead:
         source = manifest.sources[segments.source]
+        peer = self._peers[segments.source]
+        remote = shards[segments.shard] + segments.remote
+        regions = self._regions[segments.shard]
+        if bounce.is_needed(source.memory, target.device):
+            return self._bounced.prepare_read(
+                peer,
+                source.device,
+                remote,
+                regions,
+                target,
+                segments.local,
+                segments.nbytes,
+            )
         remote, local, nbytes = merge(
-            shards[segments.shard] + segments.remote,
-            segments.local + target.data_ptr(),
-            segments.nbytes,
-            self._regions[segments.shard],
+            remote, segments.local + target.data_ptr(), segments.nbytes, regions
         )
         return self._agent.prepare_read(
-            self._peers[segments.source],
+            peer,
             (np.stack([local, nbytes], axis=1), *memory_of(target.device)),
             (np.stack([remote, nbytes], axis=1), source.memory, source.device),
         )
 
-    def _reads(self) -> list[Read]:
+    def _reads(self) -> list[Read | BouncedRead]:
         waves = (w for shadow in self.waves for slot in shadow for w in slot)
         return [read for wave in waves for read in wave]
 
@@ -125,24 +145,9 @@ def _connect(agent: NixlAgent, source: Source) -> str:
         ) from error
 
 
-def merge(
-    remote: np.ndarray, local: np.ndarray, nbytes: np.ndarray, regions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs that follow each other on both sides, in one region, as one.
-
-    NIXL takes them one by one otherwise, about a microsecond each.
-    """
-    follows = (
-        (remote[1:] == remote[:-1] + nbytes[:-1])
-        & (local[1:] == local[:-1] + nbytes[:-1])
-        & (regions[1:] == regions[:-1])
-    )
-    starts = np.flatnonzero(np.concatenate([[True], ~follows]))
-    return remote[starts], local[starts], np.add.reduceat(nbytes, starts)
-
-
-def _still_active(read: Read) -> bool:
+def _still_active(read: Read | BouncedRead) -> bool:
     try:
         return not read.done()
     except TransferFailed:
-        return False
+        # Other slices of it may be under way.
+        return read.active

@@ -19,7 +19,8 @@ from dynamo.refit.errors import FingerprintMismatch, TransferFailed
 from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
-from dynamo.refit.rank import boxes
+from dynamo.refit.rank import bounce, boxes
+from dynamo.refit.rank.bounce import Bounce
 from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, Shadow, views_of
 from dynamo.refit.rank.conversion import Conversion, Converted
 from dynamo.refit.rank.cycle import Cycle, Limit
@@ -72,6 +73,8 @@ class Session:
         self._agent = agent
         self._requests: Requests | None = None
         self._former: Requests | None = None
+        #: Made when a source in host memory is met first.
+        self._bounced: Bounce | None = None
         self._wave_nbytes = [wave.nbytes for wave in plan.waves]
         self._conversions = conversions
         self._convert = convert
@@ -138,6 +141,11 @@ class Session:
             TransferFailed: a source is refused; the session is as it was.
         """
         self._forget_former()
+        memories = {manifest.sources[n].memory for n in self.plan.sources}
+        if self._bounced is None and any(
+            bounce.is_needed(memory, self.arena.device) for memory in memories
+        ):
+            self._bounced = Bounce(self._agent, cycle)
         requests = Requests(
             self._agent,
             manifest,
@@ -146,6 +154,7 @@ class Session:
             [shadow.buffer.bytes for shadow in self.arena.shadows],
             self._scratch.bytes,
             cycle,
+            self._bounced,
         )
         self._former, self._requests = self._requests, requests
 
@@ -194,6 +203,7 @@ class Session:
             pipeline.drain()
         finally:
             # Whatever happened, nobody works on these buffers after this.
+            self._requests.give_up()
             pipeline.join()
             cycle.add("wire", pipeline.wire_seconds)
         with cycle.time("convert"):
@@ -261,6 +271,8 @@ class Session:
         self._forget_former()
         self.forget_requests()
         self._scratch.close()
+        if self._bounced is not None:
+            self._bounced.close()
 
 
 class _WaveWork:

@@ -53,7 +53,7 @@ from dynamo.refit.rank.loads import Filling, Loads
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
-from dynamo.refit.rank.plan import LIMITS, make_plan
+from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.processing import Function
 from dynamo.refit.rank.session import (
     AbandonedSessions,
@@ -67,6 +67,7 @@ from dynamo.refit.rank.slices import (
     Parameter,
     order_of_arrival,
 )
+from dynamo.refit.transport import ucx
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
@@ -75,6 +76,10 @@ logger = init_logger("vllm.dynamo_refit")
 #: and a source that lives ends them in what the pull would have taken. Less than the
 #: coordinator's ``GRACE_SECONDS``, for which it waits for an answer after the deadline.
 SETTLE_SECONDS = 10.0
+
+#: Bytes a second of a rank's reads below which they are said to be slow: what one
+#: socket has. And the bytes from which on a rate says something.
+SLOW_RATE, SLOW_NBYTES = 1e9, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class RankStager:
         #: Fingerprint of the form in which this rank computes.
         self.layout = runtime_layout(self._loads.form, rank, ranks)
         self._live = LiveModel(model, self._loads.filled)
+        ucx.show_reads()
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
@@ -241,6 +247,8 @@ class RankStager:
             self._retire(session, error)
             raise
         self._put_in_place(session)
+        if use != "warm":
+            _warn_if_slow(self._rank, session.plan, manifest, cycle.ms["wire"] / 1e3)
         if use == "cold":
             # As vLLM does at its start: what stays is not looked through again and
             # again, while no token can be made.
@@ -619,6 +627,19 @@ def _ends(session: Session) -> bool:
             return False
         time.sleep(MAX_POLL_SECONDS)
     return True
+
+
+def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> None:
+    if plan.wire_nbytes < SLOW_NBYTES or plan.wire_nbytes > SLOW_RATE * seconds:
+        return
+    sources = ", ".join(manifest.sources[number].agent for number in plan.sources)
+    logger.warning(
+        "dynamo-refit: rank %d read from %s at %.2f GB/s, the speed of a socket: see "
+        "UCX's table of memory reads in this log, and run dynamo-refit doctor here",
+        rank,
+        sources,
+        plan.wire_nbytes / seconds / 1e9,
+    )
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream | None:

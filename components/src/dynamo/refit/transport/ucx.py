@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The one setting that UCX lacks on a machine whose GPUs have no NVLink.
+"""What this package sets for UCX: reads on a GPU without NVLink, and what it shows.
 
 UCX reads GPU memory of another process over CUDA IPC, which on one GPU needs no link
 at all. But where it finds no NVLink it switches reads off ("cuda-ipc get zcopy
 disabled as no nvlinks detected") and falls back to TCP: 0.4 GB/s on an H100 instead of
-1 400 (UCX 1.22). Everywhere else it chooses well, and nothing is set.
+1 400 (UCX 1.22). Everywhere else it chooses well, and is only asked to show what.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ except ImportError:
 
 READS = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
 
+#: Of UCX's tables of what it has chosen, once for each kind of peer and memory, those
+#: of reads.
+TABLES, OF_READS = "UCX_PROTO_INFO", "*memory read*"
+
 #: They say what is to be seen of UCX, and choose nothing.
 SHOWING = ("UCX_LOG_", "UCX_PROTO_INFO", "UCX_STATS_", "UCX_PROFILE_")
 
@@ -34,6 +38,13 @@ def allow_reads_on_one_gpu() -> None:
     """
     if READS not in os.environ and needs_reads(os.environ, _nvlinks()):
         os.environ[READS] = "y"
+
+
+def show_reads() -> None:
+    """Have UCX write on the output of this process what it reads with, by transport
+    and size, when it first does; before UCX is used for the first time. An operator's
+    own choice of tables stays."""
+    os.environ.setdefault(TABLES, OF_READS)
 
 
 def needs_reads(variables: Iterable[str], nvlinks: int | None) -> bool:

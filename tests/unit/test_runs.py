@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 dynamo-refit contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Which byte runs become one descriptor."""
+"""Which byte runs become one descriptor, and how they are cut into slices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo.refit.rank.requests import merge
+from dynamo.refit.rank.runs import cut, merge
 
 pytestmark = [
     pytest.mark.unit,
@@ -85,3 +85,20 @@ def test_every_byte_goes_where_it_went(runs: list[Run]) -> None:
         ]
 
     assert moved(merged(placed)) == moved(placed)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.integers(1, 50),
+)
+def test_slices_have_every_byte_once_and_in_order(sizes: list[int], limit: int) -> None:
+    every = [(run, at) for run, size in enumerate(sizes) for at in range(size)]
+    seen: list[tuple[int, int]] = []
+    slices = list(cut(np.array(sizes, dtype=np.int64), limit))
+    for number, (runs, skipped, nbytes) in enumerate(slices):
+        assert nbytes.sum() == limit or number == len(slices) - 1
+        for run, start, size in zip(runs, skipped, nbytes, strict=True):
+            assert size > 0
+            seen += [(int(run), int(start) + at) for at in range(size)]
+    assert seen == every
