@@ -143,7 +143,7 @@ def test_on_a_cpu_nothing_is_said_of_a_device_s_free_memory() -> None:
     )
 
 
-# --- pinned buffers -----------------------------------------------------------
+# --- nothing is rounded -------------------------------------------------------
 
 
 def taken(mode: str, arena: int, scratch: int, *, on_gpu: bool) -> tuple[int, int]:
@@ -152,40 +152,28 @@ def taken(mode: str, arena: int, scratch: int, *, on_gpu: bool) -> tuple[int, in
     return use.device_nbytes, use.host_nbytes
 
 
-@pytest.mark.parametrize(
-    ("arena", "pinned"),
-    [
-        (0, 0),
-        (1, 1),
-        (3, 4),
-        (8 * GIB - 1, 8 * GIB),
-        (8 * GIB, 8 * GIB),
-        (8 * GIB + 1, 16 * GIB),
-        (9 * GIB, 16 * GIB),
-    ],
-)
-def test_a_pinned_buffer_takes_a_power_of_two(arena: int, pinned: int) -> None:
-    """Each by itself, and nothing on the device."""
-    scratch, rounded = 3 * GIB // 8, GIB // 2
-    assert taken("device", arena, scratch, on_gpu=True) == (arena + scratch, pinned)
-    assert taken("host", arena, scratch, on_gpu=True) == (0, 2 * pinned + rounded)
-    assert taken("host-no-undo", arena, scratch, on_gpu=True) == (0, pinned + rounded)
+@pytest.mark.parametrize("arena", [0, 1, 3, 8 * GIB - 1, 8 * GIB + 1, 9 * GIB])
+def test_pinned_memory_is_as_large_as_what_is_in_it(arena: int) -> None:
+    scratch = 3 * GIB // 8
+    assert taken("device", arena, scratch, on_gpu=True) == (arena + scratch, arena)
+    assert taken("host", arena, scratch, on_gpu=True) == (0, 2 * arena + scratch)
+    assert taken("host-no-undo", arena, scratch, on_gpu=True) == (0, arena + scratch)
 
 
 @pytest.mark.parametrize("mode", ["device", "host"])
-def test_on_a_cpu_nothing_is_rounded(mode: StagingMode) -> None:
+def test_on_a_cpu_it_is_all_host_memory(mode: StagingMode) -> None:
     arena, scratch = 9 * GIB, 3 * GIB // 8
     assert taken(mode, arena, scratch, on_gpu=False) == (0, 2 * arena + scratch)
     assert taken("host-no-undo", arena, scratch, on_gpu=False) == (0, arena + scratch)
 
 
-def test_a_backup_that_fits_only_unrounded_is_refused_with_what_it_takes() -> None:
-    with pytest.raises(MemoryShort, match=r"16\.00 GiB of host memory; .* 15\.00 GiB"):
+def test_a_backup_that_does_not_fit_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(MemoryShort, match=r"9\.00 GiB of host memory; .* 8\.50 GiB"):
         choose(
             "device",
             arena=9 * GIB,
             scratch=SCRATCH,
-            free=FreeMemory(1000 * GIB, 15 * GIB),
+            free=FreeMemory(1000 * GIB, 17 * GIB // 2),
         )
 
 

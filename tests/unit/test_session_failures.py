@@ -59,7 +59,7 @@ def test_a_refused_source_leaves_nothing_behind(follower: Submit) -> None:
     assert bytes_of(rank.staged) == rank.loaded(full)
 
 
-@pytest.mark.parametrize("nth", [2, 3, 5], ids=["live", "first", "later"])
+@pytest.mark.parametrize("nth", [1, 3], ids=["first", "later"])
 def test_a_session_that_finds_no_memory_leaves_nothing_registered(
     monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
@@ -89,7 +89,8 @@ def test_a_session_that_finds_no_memory_leaves_nothing_registered(
         short.setattr(session, "Batch", run_short)
         with pytest.raises(torch.OutOfMemoryError):
             build()
-    assert len(made[-1]) == len(before) + (nth > 2)
+    # Scratch was there.
+    assert len(made[-1]) == len(before) + 1
     assert rank.agent.registered == before
 
     build().close()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import torch
 
-from dynamo.refit.host_memory import host_zeros
+from dynamo.refit.host_memory import host_zeros, pinned_zeros
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.install import LiveModel, copy_out, synchronize
@@ -205,10 +205,9 @@ class Arena:
 
 def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """Zeros: padding of the arena is never written, and stays zero."""
-    on_host = device.type == "cpu"
-    if on_host and not torch.cuda.is_available():
-        return host_zeros(nbytes)
-    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=on_host)
+    if device.type == "cpu":
+        return pinned_zeros(nbytes) if torch.cuda.is_available() else host_zeros(nbytes)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     # NIXL writes outside of CUDA's streams: the zeros must be there before.
     synchronize(device)
     return buffer

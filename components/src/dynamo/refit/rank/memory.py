@@ -135,21 +135,11 @@ def room_for_cache(
 
 def _use(mode: StagingMode, arena: int, scratch: int, on_host: bool) -> MemoryUse:
     """What ``mode`` takes: shadow, backup (in host memory always) and scratch."""
+    if mode == "device" and not on_host:
+        return MemoryUse(mode=mode, device_nbytes=arena + scratch, host_nbytes=arena)
     images = 1 if mode == "host-no-undo" else 2
-    if on_host:
-        host = images * arena + scratch
-        return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
-    image = _pinned_nbytes(arena)
-    if mode == "device":
-        return MemoryUse(mode=mode, device_nbytes=arena + scratch, host_nbytes=image)
-    host = images * image + _pinned_nbytes(scratch)
+    host = images * arena + scratch
     return MemoryUse(mode=mode, device_nbytes=0, host_nbytes=host)
-
-
-def _pinned_nbytes(nbytes: int) -> int:
-    """Host memory of one pinned buffer: torch rounds each up to a power of two
-    (``ATen/core/CachingHostAllocator.h``, ``allocate``; as it does by default)."""
-    return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
 def _cgroup_room(root: Path) -> int | None:

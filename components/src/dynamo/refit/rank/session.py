@@ -318,7 +318,8 @@ class _WaveWork:
 
 class RuntimeParts:
     """Shows that the live tensors, or their image in a shadow, are those of one
-    version; views made once.
+    version. Its views are made once, when they are looked at first: neither the first
+    read of a version nor an install waits for them.
 
     Args:
         pieces: the boxes that make the parameters up that are served as read.
@@ -333,11 +334,21 @@ class RuntimeParts:
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
         self._of = pieces, converted
+        self._tensors = tensors
         self._names = [*(piece.parameter for piece in pieces), *converted]
-        self._pieces = Batch(
-            [Part(piece_view(p, tensors[p.parameter]), p.box, p.shape) for p in pieces]
+
+    @functools.cached_property
+    def _pieces(self) -> Batch:
+        return Batch(
+            [
+                Part(piece_view(p, self._tensors[p.parameter]), p.box, p.shape)
+                for p in self._of[0]
+            ]
         )
-        self._converted = whole_parts(tensors[name] for name in converted)
+
+    @functools.cached_property
+    def _converted(self) -> Batch:
+        return whole_parts(self._tensors[name] for name in self._of[1])
 
     def in_shadow(self, shadow: Shadow) -> RuntimeParts:
         """The same of the image in ``shadow``."""
@@ -408,9 +419,8 @@ def piece_view(piece: Piece | ReadSlice, parameter: torch.Tensor) -> torch.Tenso
     if not parameter.is_contiguous():
         # What is loaded has no gaps: it is of an image, and the box one of its own.
         return parameter[tuple(slice(start, stop) for start, stop in piece.box)]
-    flat = parameter.view(-1)
-    offset = flat.storage_offset() + piece.offset
-    return flat.as_strided(boxes.extent(piece.box), piece.strides, offset)
+    offset = parameter.storage_offset() + piece.offset
+    return parameter.as_strided(boxes.extent(piece.box), piece.strides, offset)
 
 
 def _scratch_view(piece: Piece, scratch: torch.Tensor) -> torch.Tensor:
