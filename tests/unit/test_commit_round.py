@@ -350,12 +350,41 @@ def test_both_waits_at_the_barrier_are_shorter_than_the_hold() -> None:
 
 
 @pytest.mark.parametrize("step", ["pause", "install"])
-def test_a_worker_that_leaves_the_barrier_is_not_waited_for(step: str) -> None:
+def test_a_worker_that_has_answered_and_leaves_the_barrier_makes_the_fleet_smaller(
+    step: str,
+) -> None:
+    reconciler = barrier_at(step)
+    reconciler.handle(stepped(3, V5, step), 2.1)
+    reconciler.handle(stepped(1, V5, step), 2.1)
+    assert reconciler.handle(fleet(1, 2), 2.2) == []
+    after = "install" if step == "pause" else "resume"
+    actions = reconciler.handle(stepped(2, V5, step), 2.3)
+    assert actions == commits(V5, 1, 2, step=after)
+
+
+@pytest.mark.parametrize("step", ["pause", "install"])
+@pytest.mark.parametrize("said", ["refusal first", "departure first", "departure only"])
+def test_a_worker_that_dies_at_the_barrier_sends_everyone_back(
+    step: str, said: str
+) -> None:
+    """Whether its answer is quicker than the news that it is gone is chance."""
     reconciler = barrier_at(step)
     reconciler.handle(stepped(1, V5, step), 2.1)
-    reconciler.handle(stepped(2, V5, step), 2.1)
-    after = "install" if step == "pause" else "resume"
-    assert reconciler.handle(fleet(1, 2), 2.2) == commits(V5, 1, 2, step=after)
+    answer = commit_refused(3, V5, fenced=True)
+    told = {
+        "refusal first": [answer, fleet(1, 2)],
+        "departure first": [fleet(1, 2), answer],
+        "departure only": [fleet(1, 2)],
+    }
+    actions = [a for each in told[said] for a in reconciler.handle(each, 2.2)]
+    assert aborts(actions).items() >= {1: 5, 2: 5}.items()
+    assert fences(actions) == {}
+    [event] = events(actions)
+    assert isinstance(event, RefitFailed)
+    kind = "TransferFailed" if said == "refusal first" else "WorkerLeft"
+    assert (event.failure.kind, event.failure.worker) == (kind, 3)
+    assert dict(event.serving) | {3: None} == {1: None, 2: None, 3: None}
+    assert reconciler.handle(stepped(2, V5, step), 2.3) == []
 
 
 def test_one_that_cannot_resume_is_fenced_when_another_has() -> None:
@@ -548,6 +577,20 @@ def test_a_canary_goes_first_and_alone() -> None:
     assert reconciler.handle(committed(1, V5), 3.0) == commits(V5, 2, 3)
 
 
-def test_a_canary_that_leaves_is_followed_by_another() -> None:
+def test_a_canary_that_leaves_before_it_has_answered_is_followed_by_nobody() -> None:
+    """It may have died of the version."""
     reconciler = committing(V5, 1, 2, 3, policy=CANARY)
-    assert reconciler.handle(fleet(2, 3), 3.0) == commits(V5, 2)
+    actions = reconciler.handle(fleet(2, 3), 3.0)
+    assert commits(V5, 2)[0] not in actions
+    assert aborts(actions) == {2: 5, 3: 5}
+    [event] = events(actions)
+    assert isinstance(event, RefitFailed)
+    assert (event.failure.kind, event.failure.worker) == ("WorkerLeft", 1)
+
+
+def test_the_answer_of_a_worker_that_is_gone_changes_nothing() -> None:
+    reconciler = committing(V5, 1, 2)
+    assert reconciler.handle(fleet(1), 3.0) == []
+    assert reconciler.handle(committed(2, V5), 3.5) == []
+    [event] = events(reconciler.handle(commit_refused(1, V5), 4.0))
+    assert isinstance(event, RefitFailed)

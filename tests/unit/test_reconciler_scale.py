@@ -156,6 +156,9 @@ def test_every_decision_is_quick_when_a_thousand_workers_leave_a_commit() -> Non
     timed.hear(leased(V5))
     for worker in everyone:
         timed.hear(voted(worker, V5))
+    # They wait at the barrier for the last one.
+    for worker in range(1, WORKERS):
+        timed.hear(stepped(worker, V5, "pause"))
     timed.hear(fleet(WORKERS))
     assert timed.reconciler.transaction.commit is not None
     for step in ("pause", "install"):

@@ -218,15 +218,19 @@ class CommitRound:
     def serves(self, worker: int) -> None:
         """The worker has changed, as it answers or its status shows: better late than
         fenced."""
-        if worker in self._busy or worker in self.refused:
+        if worker in self._members and (worker in self._busy or worker in self.refused):
             self._done(worker)
             self.refused.pop(worker, None)
             self.changed.add(worker)
 
     def left(self, worker: int) -> None:
-        """The worker is gone from discovery: it serves nobody, so the others go on."""
+        """The worker is gone from discovery. If it was asked to change and has not
+        answered, that is its refusal: it may have died of the version, and whether its
+        answer is quicker than the news is chance. Else it serves nobody, and the others
+        go on."""
         if worker not in self._members:
             return
+        gone = self.refused if worker in self._busy else self.lost
         del self._members[worker]
         self._waiting.pop(worker, None)
         self._done(worker)
@@ -235,7 +239,7 @@ class CommitRound:
             self.changed.remove(worker)
         elif worker not in self.refused:
             error = WorkerLeft("left during its commit")
-            self.lost[worker] = self._failure(worker, error)
+            gone[worker] = self._failure(worker, error)
 
     def _done(self, worker: int) -> None:
         self._busy.pop(worker, None)
