@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from dynamo.refit.errors import Failure, PeerUnsuitable, SourceLost
-from dynamo.refit.protocol import Discard, Withdraw
+from dynamo.refit.protocol import Discard, RankVote, Withdraw
 from dynamo.refit.worker.ranks import RanksFailed
 from graphs.tiny_model import make_checkpoint
 from tests.support.agent_half import built, offer
@@ -419,18 +419,28 @@ def test_what_was_converted_is_read_and_not_converted_again(
             group.load(start)
         a, b = PeerHalf(source), PeerHalf(reader)
         held = trainer.hold(start, 1)
+        made = {start: converted(a.refit(offer(held.write(0, start))))}
         for slot, version in enumerate(versions):
             voted = a.refit(offer(held.write(slot, version)))
             votes = b.refit(a.serve())
             a.release()
             assert all(vote.timings.convert_ms > 1.0 for vote in voted)
             assert [vote.session for vote in votes] == [("cold", "warm")[slot]] * 2
+            made[version] = converted(voted)
+            assert converted(votes) == ("", "")
             assert a.group.differences(version) == []
             assert b.group.differences(version) == []
-        # It takes a trainer's versions as before.
-        b.refit(offer(held.write(0, start)))
+        # It takes a trainer's versions as before, and makes of them what others make:
+        # something else of each.
+        assert converted(b.refit(offer(held.write(0, start)))) == made[start]
         assert b.group.differences(start) == []
+        assert all(made[start]) and len(set(made.values())) == 3
         held.release()
+
+
+def converted(votes: Sequence[RankVote]) -> tuple[str, ...]:
+    """The fingerprint of what each rank made."""
+    return tuple(vote.converted for vote in votes)
 
 
 def test_a_replica_of_another_layout_is_not_read(

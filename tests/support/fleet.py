@@ -174,16 +174,17 @@ def voted(
     announced: WeightVersionReady,
     fingerprint: str | None = None,
     mode: StagingMode = "device",
+    converted: str = "",
 ) -> PrepareAnswered:
     vote = Vote(
         version=announced.version,
         fingerprint=fingerprint or announced.fingerprint,
-        ranks=(_rank_vote(mode),),
+        ranks=(_rank_vote(mode, converted),),
     )
     return PrepareAnswered(worker, announced.announcement_id, vote)
 
 
-def _rank_vote(mode: StagingMode) -> RankVote:
+def _rank_vote(mode: StagingMode, converted: str) -> RankVote:
     timings = dict.fromkeys(StageTimings.__struct_fields__, 0.0)
     return RankVote(
         rank=0,
@@ -193,6 +194,7 @@ def _rank_vote(mode: StagingMode) -> RankVote:
         counters=CacheCounters(),
         timings=StageTimings(**timings),
         can_undo=mode != "host-no-undo",
+        converted=converted,
     )
 
 

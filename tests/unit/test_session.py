@@ -378,6 +378,33 @@ def test_a_converted_tensor_that_is_changed_later_is_named(follower: Submit) -> 
     assert caught.value.tensor == "norm"
 
 
+def test_what_was_made_has_one_fingerprint_for_one_version(follower: Submit) -> None:
+    """Whatever the order in which it was made; and none where nothing was."""
+    layout = decoder_layer(0, dtype="bfloat16", slots=2)
+    forms = layout.parameters[:3]
+    made = []
+    for order in (forms, forms[::-1]):
+        conversions = [FakeConversion([form], []) for form in order]
+        rank = Rank(
+            layout,
+            FakeTrainers(layout),
+            intake=IntakeLayout([each.inputs for each in conversions], 0),
+            conversions=conversions,
+            convert=FakeEngine().convert,
+        )
+        for version in (1, 2, 1):
+            rank.trainers.write(0, layout.random_tensors(version))
+            rank.pull_and_convert(0, follower)
+            made.append(rank.session.converted)
+    one, two = made[:2]
+    assert made == [one, two, one] * 2
+    assert one != two and len(one) == len(two) == 64
+
+    rank = layer()
+    rank.pull(0, follower)
+    assert rank.session.converted == ""
+
+
 def converting(name: str, engine: FakeEngine | None = None) -> Rank:
     """Rank 0 of the decoder layer, one of whose parameters is converted."""
     layout = decoder_layer(0, dtype="bfloat16", slots=2)

@@ -14,6 +14,7 @@ from dynamo.refit.coordinator.actions import (
     Action,
     GiveBackLease,
     ReleasePeer,
+    SendAbort,
     SendCommit,
     SendPrepare,
     SendServe,
@@ -23,7 +24,7 @@ from dynamo.refit.coordinator.actions import (
 )
 from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.coordinator.reconciler import Reconciler
-from dynamo.refit.events import RefitFailed, WeightVersionReady
+from dynamo.refit.events import RefitCompleted, RefitFailed, WeightVersionReady
 from dynamo.refit.protocol import FleetMember, Refused, WeightsServed
 from tests.support.fleet import (
     POLICY,
@@ -32,6 +33,7 @@ from tests.support.fleet import (
     V6,
     aborts,
     commits,
+    committed,
     done,
     events,
     failure,
@@ -302,3 +304,64 @@ def test_nobody_is_sent_to_a_worker_that_has_left() -> None:
     # Those that read from it find somebody else.
     actions = reconciler.handle(vote_refused(3, V5), 7.0)
     assert asked(actions) == {3: 2}
+
+
+# --- what workers of one layout make of a version -------------------------------
+
+AT_ONCE = replace(POLICY, max_unavailable=9)
+
+
+def voting(*layouts: str, policy: Policy = AT_ONCE) -> Reconciler:
+    """Workers 1, 2, ... of these layouts, all of which stage version 5."""
+    reconciler = Reconciler("tiny", policy)
+    members = [of_layout(name, member(n)) for n, name in enumerate(layouts, 1)]
+    reconciler.handle(fleet(*members), 0.0)
+    reconciler.handle(V5, 0.0)
+    reconciler.handle(leased(V5), 1.0)
+    return reconciler
+
+
+def test_workers_that_made_the_same_of_a_version_commit_it() -> None:
+    reconciler = voting("wide", "wide", "narrow", "wide")
+    reconciler.handle(voted(1, V5, converted="a"), 2.0)
+    reconciler.handle(voted(2, V5, converted="a"), 2.0)
+    # Another form is another number, and one that read from a peer made nothing.
+    reconciler.handle(voted(3, V5, converted="b"), 2.0)
+    actions = reconciler.handle(voted(4, V5), 2.0)
+    assert {a.worker for a in of_type(actions, SendCommit)} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_where_one_made_something_else_of_it_nothing_is_installed(wrong: int) -> None:
+    reconciler = voting("wide", "wide", "wide")
+    actions = []
+    for worker in (1, 2, 3):
+        made = "b" if worker == wrong else "a"
+        actions += reconciler.handle(voted(worker, V5, converted=made), 2.0)
+    assert of_type(actions, SendCommit) == []
+    assert {a.worker for a in of_type(actions, SendAbort)} == {1, 2, 3}
+    [event] = events(actions, RefitFailed)
+    assert event.failure.kind == "FingerprintMismatch"
+    assert event.serving == ((1, None), (2, None), (3, None))
+
+
+def test_workers_of_another_layout_go_on_where_a_quorum_allows() -> None:
+    reconciler = voting("wide", "wide", "narrow", policy=replace(AT_ONCE, quorum=0.3))
+    actions = reconciler.handle(voted(3, V5, converted="c"), 2.0)
+    actions += reconciler.handle(voted(1, V5, converted="a"), 2.0)
+    actions += reconciler.handle(voted(2, V5, converted="b"), 2.0)
+    assert [a.worker for a in of_type(actions, SendAbort)] == [1, 2]
+    assert [a.worker for a in of_type(actions, SendCommit)] == [3]
+    [event] = events(reconciler.handle(committed(3, V5), 3.0), RefitCompleted)
+    assert [(f.kind, f.worker) for f in event.excluded] == [
+        ("FingerprintMismatch", 1),
+        ("FingerprintMismatch", 2),
+    ]
+
+
+def test_one_that_has_left_is_not_compared_with() -> None:
+    reconciler = voting("wide", "wide")
+    reconciler.handle(voted(1, V5, converted="a"), 2.0)
+    reconciler.handle(fleet(of_layout("wide", member(2))), 2.0)
+    actions = reconciler.handle(voted(2, V5, converted="b"), 2.0)
+    assert [a.worker for a in of_type(actions, SendCommit)] == [2]

@@ -121,6 +121,9 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
     """One rank holds the version: bytes read, what it cost, what was cached.
 
     With ``can_undo`` it has a copy of what is live, for an install that fails.
+    ``converted`` is the fingerprint of what it made of the tensors that are not served
+    as they are published, the same in every worker of one layout; empty: there are
+    none, or it read what another worker had made.
     """
 
     rank: int
@@ -130,6 +133,7 @@ class RankVote(msgspec.Struct, frozen=True, kw_only=True):
     counters: CacheCounters
     timings: StageTimings
     can_undo: bool = True
+    converted: str = ""
 
 
 class RankProgress(msgspec.Struct, frozen=True, kw_only=True):

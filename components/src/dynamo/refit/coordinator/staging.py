@@ -25,7 +25,12 @@ from dynamo.refit.coordinator.actions import (
 )
 from dynamo.refit.coordinator.commit import WorkerLeft
 from dynamo.refit.coordinator.policy import Policy
-from dynamo.refit.errors import Failure, RefitError, failure_from
+from dynamo.refit.errors import (
+    Failure,
+    FingerprintMismatch,
+    RefitError,
+    failure_from,
+)
 from dynamo.refit.events import WeightVersionReady
 from dynamo.refit.protocol import Refused, Vote
 
@@ -84,6 +89,8 @@ class Staging:
         self._bad: set[int] = set()
         #: May have something of it staged.
         self._asked: set[int] = set()
+        #: By layout and worker, what each rank made of it; of those that made anything.
+        self._converted: dict[str, dict[int, tuple[str, ...]]] = defaultdict(dict)
 
     @property
     def done(self) -> bool:
@@ -186,7 +193,7 @@ class Staging:
         if isinstance(reply, Vote):
             reader.state = "staged"
             reader.can_undo = all(rank.can_undo for rank in reply.ranks)
-            return self._release(reader)
+            return [*self._release(reader), *self._compare(worker, reply)]
         released = self._release(reader)
         if reader.peer is None:
             self.fail(worker, reply.failure)
@@ -194,6 +201,27 @@ class Staging:
             reader.refused = reply.failure
             self._wait_for_another(reader)
         return released
+
+    def _compare(self, worker: int, vote: Vote) -> list[Action]:
+        """What workers of one layout make of a version is the same. Where it is not,
+        nobody knows who is right, and none of them holds the version."""
+        ranks = sorted(vote.ranks, key=lambda rank: rank.rank)
+        converted = tuple(rank.converted for rank in ranks)
+        if not any(converted):
+            return []
+        alike = self._converted[self._layouts[worker]]
+        alike[worker] = converted
+        if len(set(alike.values())) == 1:
+            return []
+        error = FingerprintMismatch(
+            f"workers {', '.join(map(str, sorted(alike)))} compute in the same form, "
+            "and have made different weights of it: publish it again, and replace the "
+            "worker that differs from the others once more"
+        )
+        apart = self.readers.keys() & alike
+        for each in sorted(apart):
+            self.fail(each, self._failure(error, each))
+        return self._abort(self._asked & apart, str(error))
 
     def _wait_for_another(self, reader: Reader) -> None:
         """Its peer may be at fault: nobody reads from there any more."""
@@ -209,6 +237,8 @@ class Staging:
         """The worker is gone."""
         self.holders.discard(worker)
         self._asked.discard(worker)
+        for alike in self._converted.values():
+            alike.pop(worker, None)
         reader = self.readers.pop(worker, None)
         return self._release(reader) if reader is not None else []
 

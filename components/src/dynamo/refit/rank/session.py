@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dynamo.refit.errors import FingerprintMismatch, TransferFailed
-from dynamo.refit.fingerprint import Batch, Part
+from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import bounce, boxes
@@ -80,6 +80,7 @@ class Session:
         self._convert = convert
         read = [p for p in plan.pieces if p.parameter not in plan.intake.offsets]
         converted = [name for each in conversions for name in each.outputs]
+        self._by_name = sorted(range(len(converted)), key=converted.__getitem__)
         self.live_parts = RuntimeParts(read, converted, live)
         #: What of the pull's parts are of pieces that are served as they are read.
         self._read = np.array(
@@ -249,6 +250,14 @@ class Session:
         each tensor that was converted."""
         pieces = np.concatenate([work.landed for work in self._current])
         return np.concatenate([pieces[self._read], self._converted_parts])
+
+    @property
+    def converted(self) -> str:
+        """Fingerprint of what was converted last, whatever the order in which that was
+        done; empty: nothing is."""
+        if not self._by_name:
+            return ""
+        return version_fingerprint(self._converted_parts[self._by_name])
 
     def poll_active(self) -> bool:
         """May bytes still arrive in these buffers?"""

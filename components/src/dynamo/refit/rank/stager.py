@@ -263,6 +263,7 @@ class RankStager:
                 counters=cycle.counters(),
                 timings=cycle.timings(),
                 can_undo=session.arena.old is not None,
+                converted=session.converted,
             ),
             parts=parts.astype("<u8").tobytes(),
             # A plan that is made anew may have its pieces in another order.
