@@ -44,7 +44,8 @@ class LayerFailed(RefitError):
 
 @dataclass(frozen=True)
 class Function:
-    """A function that holds tensors, to be the attribute ``name`` of ``holder``."""
+    """A function that holds tensors, to be the attribute ``name`` of ``holder``; or
+    that there is to be none."""
 
     holder: Any
     name: str
@@ -52,9 +53,12 @@ class Function:
 
     def install(self) -> Function:
         """Set it; gives what was there."""
-        before = Function(self.holder, self.name, vars(self.holder).get(self.name))
-        setattr(self.holder, self.name, self.function)
-        return before
+        there = vars(self.holder).get(self.name, _MISSING)
+        if self.function is not _MISSING:
+            setattr(self.holder, self.name, self.function)
+        elif there is not _MISSING:
+            delattr(self.holder, self.name)
+        return Function(self.holder, self.name, there)
 
 
 def process(
