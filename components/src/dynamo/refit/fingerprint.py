@@ -132,12 +132,24 @@ class Part:
             view.shape[-1] > 1 and view.stride(-1) != 1
         ):
             return None
-        addresses = np.zeros(1, dtype=np.int64)
-        for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True):
-            steps = np.arange(extent, dtype=np.int64) * stride
-            addresses = (addresses[:, None] + steps[None, :]).reshape(-1)
-        addresses = addresses * size + view.data_ptr()
-        return None if (addresses % WORD).any() else addresses
+        address = view.data_ptr()
+        steps = [
+            (extent, stride * size)
+            for extent, stride in zip(view.shape[:-1], view.stride()[:-1], strict=True)
+        ]
+        if any(place % WORD for place in (address, *(s for n, s in steps if n > 1))):
+            return None
+        # A model has millions of rows: each is computed once, by the last dimension.
+        addresses = np.array([address], dtype=np.int64)
+        for extent, step in steps:
+            places = np.arange(extent, dtype=np.int64)
+            places *= step
+            if len(addresses) == 1:
+                places += addresses[0]
+                addresses = places
+            else:
+                addresses = (addresses[:, None] + places[None, :]).reshape(-1)
+        return addresses
 
     def _word_rows(self, view: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:
         """The storage of ``view`` as words, and each row's first one in it."""

@@ -83,9 +83,9 @@ def _tabulate(
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Rows (address, weight), tasks (first row, rows, words, first weight, part), and
     the column weights of all widths one after another."""
-    rows, tasks, weights = [], [], []
+    rows, runs, weights = [], [], []
     starts: dict[tuple[int, int], int] = {}
-    row_count = weight_count = 0
+    weight_count = 0
     for number, part in enumerate(parts):
         if part.addresses is None:
             continue
@@ -93,25 +93,23 @@ def _tabulate(
             starts[part.words] = weight_count
             weights.append(part.column_weights)
             weight_count += len(part.column_weights)
-        columns = part.words[1] - part.words[0]
+        columns, count = part.words[1] - part.words[0], len(part.addresses)
         for chunk in range(0, columns, CHUNK):
-            count = len(part.addresses)
-            rows.append((part.addresses + 4 * chunk, part.row_weights))
-            first = np.arange(0, count, ROWS, dtype=np.int64)
-            task = np.empty((len(first), 5), dtype=np.int64)
-            task[:, 0] = row_count + first
-            task[:, 1] = np.minimum(ROWS, count - first)
-            task[:, 2] = min(CHUNK, columns - chunk)
-            task[:, 3] = starts[part.words] + chunk
-            task[:, 4] = number
-            tasks.append(task)
-            row_count += count
-    if not tasks:
+            first = part.addresses + 4 * chunk if chunk else part.addresses
+            rows.append((first, part.row_weights))
+            words = min(CHUNK, columns - chunk)
+            runs.append((count, words, starts[part.words] + chunk, number))
+    if not runs:
         return [np.zeros(0, np.int64)] * 2, [np.zeros(0, np.int64)] * 5, np.zeros(0)
-    table = np.concatenate(tasks)
+    counts, *alike = np.array(runs, dtype=np.int64).T
+    ends, programs = np.cumsum(counts), -(-counts // ROWS)
+    run = np.repeat(np.arange(len(runs)), programs)
+    in_run = np.arange(len(run)) - (np.cumsum(programs) - programs)[run]
+    first_row = (ends - counts)[run] + ROWS * in_run
+    row_count = np.minimum(ROWS, ends[run] - first_row)
     return (
         [np.concatenate([row[i] for row in rows]) for i in range(2)],
-        [np.ascontiguousarray(table[:, i]) for i in range(5)],
+        [first_row, row_count, *(column[run] for column in alike)],
         np.concatenate(weights),
     )
 
