@@ -376,6 +376,45 @@ def test_kernels_of_the_twin_and_of_the_model_are_not_set_up_again() -> None:
     assert tuners == [layer.quant_method.tuner for layer in (model.first, model.second)]
 
 
+class Gauge:
+    """A kernel that is there before the load, and keeps a tensor of the weights."""
+
+    def __init__(self) -> None:
+        self.gain: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.gain = layer.weight.amax(1, keepdim=True)
+
+
+Gauge.__module__ = "vllm.model_executor.kernels.made_up"
+
+
+class Gauged(Eighths):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = Gauge()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.kernel.process_weights_after_loading(layer)
+        super().process_weights_after_loading(layer)
+
+
+@torch.no_grad()
+def test_what_a_kernel_of_the_twin_makes_of_the_weights_is_the_live_one_s() -> None:
+    model, twin = _loaded(Gauged, 1), _twin(Gauged)
+    served = Served(model, twin, CONFIG)
+    gauge, addresses = model.first.quant_method.kernel, _graph_addresses(model)
+    x = torch.randn(3, 4)
+    for version in (2, 3, 1):
+        served.refit(_weights(version))
+        fresh = _loaded(Gauged, version)
+        assert torch.equal(gauge.gain, fresh.first.quant_method.kernel.gain)
+        assert torch.equal(model(x), fresh(x))
+    assert model.first.quant_method.kernel is gauge
+    assert _graph_addresses(model) == addresses
+    assert twin.first.quant_method.kernel.gain is None
+
+
 class Scales(BaseKVCacheMethod):
     def __init__(self) -> None:
         super().__init__(quant_config=None)

@@ -79,8 +79,10 @@ def process(
         parameter.data.copy_(staged)
         scratch._parameters[leaf] = parameter
     given = weights.keys() | _lend(layer.live, scratch, filled)
+    # Before its kernels are copied: each copy is new, also where it is set up in place.
+    before_method = dict(_attributes(quantization_method(scratch)))
     method = _copy_of_method(scratch)
-    before, before_method = dict(_attributes(scratch)), dict(_attributes(method))
+    before = dict(_attributes(scratch))
     method.process_weights_after_loading(scratch)
 
     # What was filled in is new to the live layer, also where it was left as it is.
