@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.kv_cache import (  # noqa: E402
 )
 
 from dynamo.refit.errors import PointerMoved, UnsupportedConfiguration  # noqa: E402
+from dynamo.refit.rank import reserve  # noqa: E402
 from dynamo.refit.rank.capture import describe_parameters  # noqa: E402
 from dynamo.refit.rank.conversion import RuntimeForm  # noqa: E402
 from dynamo.refit.rank.processing import LayerFailed  # noqa: E402
@@ -413,6 +414,58 @@ def test_what_a_kernel_of_the_twin_makes_of_the_weights_is_the_live_one_s() -> N
     assert model.first.quant_method.kernel is gauge
     assert _graph_addresses(model) == addresses
     assert twin.first.quant_method.kernel.gain is None
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What :mod:`reserve` sees of a worker of vLLM; ``twins`` counts what was built."""
+    model = _loaded(Eighths, 1)
+    model.cache = torch.empty(0)
+    worker = SimpleNamespace(
+        rank=0,
+        twins=0,
+        vllm_config=CONFIG,
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+        model_runner=SimpleNamespace(get_model=lambda: model),
+    )
+
+    def build(config: object, live: nn.Module) -> nn.Module:
+        assert (config, live) == (CONFIG, model)
+        worker.twins += 1
+        return _twin(Eighths)
+
+    monkeypatch.setattr(reserve, "build_twin", build)
+    monkeypatch.setattr(reserve, "_determine_available_memory", lambda _: 4 << 30)
+    monkeypatch.setenv("DYN_REFIT_STAGING", "device")
+    return worker
+
+
+def test_the_form_that_made_room_for_staging_is_the_one_that_stages(
+    worker: SimpleNamespace,
+) -> None:
+    assert 0 < reserve.determine_with_staging(worker) < 4 << 30
+    model = worker.model_runner.get_model()
+    # As vLLM's start goes on: the KV cache comes after its size.
+    model.cache = torch.empty(64)
+    form = reserve.runtime_form(worker)
+    assert reserve.runtime_form(worker) is form
+    assert worker.twins == 1
+    assert form.held["cache"] is model.cache
+    assert form.live()["first.weight"].data_ptr() == model.first.weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "second.scale"])
+def test_a_form_whose_tensors_have_moved_since_is_built_again(
+    worker: SimpleNamespace, name: str
+) -> None:
+    reserve.determine_with_staging(worker)
+    module, _, leaf = name.rpartition(".")
+    layer = worker.model_runner.get_model().get_submodule(module)
+    moved = nn.Parameter(getattr(layer, leaf).detach().clone(), requires_grad=False)
+    setattr(layer, leaf, moved)
+    form = reserve.runtime_form(worker)
+    assert worker.twins == 2
+    assert form.live()[name].data_ptr() == moved.data_ptr()
 
 
 class Scales(BaseKVCacheMethod):

@@ -121,8 +121,9 @@ class RuntimeForm:
         #: By name, the live tensors that are laid out as they are loaded.
         self.plain = {name: p.detach() for name, p in layout.plain.items()}
         self.layers = layout.processed
-        self._twin = twin
-        self._config = config
+        self.model = model
+        self.twin = twin
+        self.config = config
         self._device = next(model.parameters()).device
         #: By name, every tensor that a module of the live model holds.
         self.held = {name: tensor for name, _, _, tensor in held_tensors(model)}
@@ -132,6 +133,16 @@ class RuntimeForm:
         self.made: dict[str, torch.Tensor] = {}
         if self.layers:
             self._rehearse(model)
+
+    def look_again(self) -> bool:
+        """Whether all that versions fill is still where it was at construction; looks
+        the other tensors of modules up again, such as KV caches."""
+        before = self.held
+        self.held = {name: tensor for name, _, _, tensor in held_tensors(self.model)}
+        return all(
+            name in self.held and _place(self.held[name]) == _place(before[name])
+            for name in before.keys() & (self.plain.keys() | self.made.keys())
+        )
 
     def live(self, loaded: Iterable[str] = ()) -> dict[str, torch.Tensor]:
         """By name, every live tensor that a version fills, with its dimensions in the
@@ -234,9 +245,9 @@ class RuntimeForm:
         if not conversion.sources:
             return {}
         sources = [(t.name, inputs[whole(t.name)]) for t in conversion.sources]
-        with made_real(self._twin, conversion.loaded, self._device) as loaded:
+        with made_real(self.twin, conversion.loaded, self._device) as loaded:
             with self._device:
-                self._twin.load_weights(iter(sources))
+                self.twin.load_weights(iter(sources))
             return dict(loaded)
 
     def _process(
@@ -248,7 +259,7 @@ class RuntimeForm:
         scratch, update = process(layer, weights, filled)
         if layer.attention is not None:
             name, attention = layer.attention
-            dtype = self._config.model_config.dtype
+            dtype = self.config.model_config.dtype
             update.add(name, derive_attention(attention, dtype, scratch))
         for name, leaf, view in layer.views:
             size, stride, offset = view
@@ -285,8 +296,8 @@ class RuntimeForm:
         """What vLLM's methods find around them when they process a loaded layer."""
         with (
             torch.no_grad(),
-            set_current_vllm_config(self._config),
-            set_default_torch_dtype(self._config.model_config.dtype),
+            set_current_vllm_config(self.config),
+            set_default_torch_dtype(self.config.model_config.dtype),
         ):
             yield
 

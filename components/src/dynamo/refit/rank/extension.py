@@ -61,10 +61,9 @@ from dynamo.refit.protocol import (
 from dynamo.refit.rank.cpu_layout import keep_plain_layout
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.handover import Handover
-from dynamo.refit.rank.reserve import leave_room_for_staging
+from dynamo.refit.rank.reserve import leave_room_for_staging, runtime_form
 from dynamo.refit.rank.stager import RankStager
 from dynamo.refit.rank.supported import check_settings, settings_of_config
-from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
 
@@ -98,14 +97,8 @@ class RefitRank:
         check_supported(worker.vllm_config)
         self.rank = get_tensor_model_parallel_rank()
         self._ranks = get_tensor_model_parallel_world_size()
-        model = worker.model_runner.get_model()
-        self._stager = self.stager_class(
-            model,
-            build_twin(worker.vllm_config, model),
-            worker.vllm_config,
-            self.rank,
-            self._ranks,
-        )
+        form = runtime_form(worker)
+        self._stager = self.stager_class(form, self.rank, self._ranks)
         self._manifests: dict[str, Manifest] = {}
         self._job: _Job | None = None
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 
 from dynamo.refit.errors import LayoutRefused, UnsupportedConfiguration
@@ -54,22 +53,20 @@ class Loads:
     """What the engine's loader makes of published tensors.
 
     Args:
-        model: the live model.
-        twin: the same model on the meta device, see :mod:`capture`.
-        config: what both were built with.
+        form: what the engine computes with.
 
     Raises:
         UnsupportedConfiguration: no version could be installed; names the tensors.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, config: VllmConfig) -> None:
-        self._model = model
-        self._twin = twin
-        self.form = RuntimeForm(model, twin, config)
+    def __init__(self, form: RuntimeForm) -> None:
+        self._model = form.model
+        self._twin = form.twin
+        self.form = form
         #: Elements that the loader leaves as they are constructed, by tensor.
         self._unfilled: Mapping[str, int] = {}
         #: Of tensors that were shown to give what the engine's loader gives.
-        self._checked = self._check_start(config)
+        self._checked = self._check_start(form.config)
 
     @property
     def known(self) -> bool:

@@ -26,6 +26,9 @@ from dynamo.refit.rank.twin import build_twin
 
 logger = init_logger("vllm.dynamo_refit")
 
+#: The attribute of a worker that keeps its :class:`RuntimeForm`.
+_FORM = "_refit_form"
+
 _determine_available_memory = Worker.determine_available_memory
 
 
@@ -34,6 +37,23 @@ def leave_room_for_staging() -> None:
     they are asked."""
     if current_platform.is_cuda():
         Worker.determine_available_memory = determine_with_staging
+
+
+def runtime_form(worker: Worker) -> RuntimeForm:
+    """What the engine of ``worker`` computes with: built before the KV cache if that
+    makes room for staging, and again only if a later step of vLLM's start has moved
+    what versions fill.
+
+    Raises:
+        UnsupportedConfiguration: no version could be installed.
+    """
+    form = getattr(worker, _FORM, None)
+    if form is None or not form.look_again():
+        model = worker.model_runner.get_model()
+        twin = build_twin(worker.vllm_config, model)
+        form = RuntimeForm(model, twin, worker.vllm_config)
+        setattr(worker, _FORM, form)
+    return form
 
 
 @functools.wraps(_determine_available_memory)
@@ -47,9 +67,7 @@ def determine_with_staging(worker: Worker) -> int:
     if worker.cache_config.kv_cache_memory_bytes:
         return available
     with told_to_worker(worker.rank):
-        model = worker.model_runner.get_model()
-        twin = build_twin(worker.vllm_config, model)
-        form = RuntimeForm(model, twin, worker.vllm_config)
+        form = runtime_form(worker)
         limit = LIMITS["cuda"].scratch
         filled = [Parameter.of(name, t) for name, t in form.live().items()]
         left = room_for_cache(

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
@@ -45,6 +43,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
+from dynamo.refit.rank.conversion import RuntimeForm
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.image import held_tensors, runtime_layout, tensors_of_image
@@ -111,28 +110,19 @@ class RankStager:
     """Stages versions for one rank and installs them.
 
     Args:
-        model: the live model of this rank.
-        twin: the same model on the meta device, see :mod:`capture`.
-        config: what both were built with.
+        form: what this rank's engine computes with.
         rank: the rank in its tensor-parallel group of ``ranks``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        twin: nn.Module,
-        config: VllmConfig,
-        rank: int,
-        ranks: int,
-    ) -> None:
+    def __init__(self, form: RuntimeForm, rank: int, ranks: int) -> None:
         self._rank = rank
         self._ranks = ranks
-        self._device = next(model.parameters()).device
+        self._device = next(form.model.parameters()).device
         self._limits = LIMITS[self._device.type]
-        self._loads = Loads(model, twin, config)
+        self._loads = Loads(form)
         #: Fingerprint of the form in which this rank computes.
-        self.layout = runtime_layout(self._loads.form, rank, ranks)
-        self._live = LiveModel(model, self._loads.filled)
+        self.layout = runtime_layout(form, rank, ranks)
+        self._live = LiveModel(form.model, self._loads.filled)
         ucx.show_reads()
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
