@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import CheckedManifest
 from dynamo.refit.protocol import Stage, Staged
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.extension import RefitRank, RefitWorkerExtension
@@ -31,9 +31,9 @@ class FaultyStager(RankStager):
 
     _obeyed: Counter[str]
 
-    def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
+    def stage(self, request: Stage, checked: CheckedManifest, limit: Limit) -> Staged:
         self._obey("stage")
-        return super().stage(request, manifest, limit)
+        return super().stage(request, checked, limit)
 
     def install(self, version: int) -> None:
         self._obey("install")

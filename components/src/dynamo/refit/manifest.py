@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
@@ -235,6 +236,32 @@ def decode_manifest(payload: bytes) -> Manifest:
             f"its {len(payload)} bytes cannot be decoded ({error}): trainer and worker "
             "must run the same release"
         ) from error
+
+
+@dataclass(frozen=True)
+class CheckedManifest:
+    """A ``manifest`` that was decoded and found valid, its ``digest`` and its
+    ``layout`` fingerprint: the agent and each rank find all that out once."""
+
+    digest: str
+    layout: str
+    manifest: Manifest
+
+
+def check_manifest(payload: bytes, digest: str) -> CheckedManifest:
+    """Decode the manifest with this ``digest``; a second or more if it is large.
+
+    Raises:
+        ManifestInvalid: it is another one, or not valid.
+    """
+    manifest = decode_manifest(payload)
+    if manifest.fingerprint() != digest:
+        raise ManifestInvalid(
+            "it is not the one that was announced: the trainer has another one now, "
+            "or runs another release"
+        )
+    manifest.validate()
+    return CheckedManifest(digest, manifest.layout_fingerprint(), manifest)
 
 
 def _digest(data: object) -> str:

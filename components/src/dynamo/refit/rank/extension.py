@@ -10,7 +10,6 @@ is polled, and every answer carries the number of the call it belongs to.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
@@ -35,7 +34,7 @@ from dynamo.refit.errors import (
     RefitError,
     failure_from,
 )
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import CheckedManifest, check_manifest
 from dynamo.refit.protocol import (
     Describe,
     Described,
@@ -99,7 +98,8 @@ class RefitRank:
         self._ranks = get_tensor_model_parallel_world_size()
         form = runtime_form(worker)
         self._stager = self.stager_class(form, self.rank, self._ranks)
-        self._manifests: dict[str, Manifest] = {}
+        #: One at a time: the next one replaces it.
+        self._manifest: CheckedManifest | None = None
         self._job: _Job | None = None
 
     def answer(self, request: RankRequest) -> RankReply:
@@ -145,15 +145,19 @@ class RefitRank:
 
     def _stage(self, request: Stage) -> RankReply:
         self._require_idle()
-        if request.payload is not None:
-            manifest = msgspec.msgpack.decode(request.payload, type=Manifest)
-            # One manifest at a time: the next one replaces it.
-            self._manifests = {request.manifest: manifest}
-        manifest = self._manifests.get(request.manifest)
-        if manifest is None:
+        if request.payload is None and not self._knows(request.manifest):
             raise RefitError(f"this rank has no manifest {request.manifest[:12]}")
-        stage = functools.partial(self._stager.stage, request, manifest)
+
+        def stage(limit: Limit) -> RankReply:
+            # Here: on the thread that runs the model it would hold up its steps.
+            if not self._knows(request.manifest):
+                self._manifest = check_manifest(request.payload, request.manifest)
+            return self._stager.stage(request, self._manifest, limit)
+
         return self._start("stage", request.version, request.seconds, stage)
+
+    def _knows(self, digest: str) -> bool:
+        return self._manifest is not None and self._manifest.digest == digest
 
     def _install(self, request: Install) -> RankReply:
         version = request.version

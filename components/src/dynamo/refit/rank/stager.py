@@ -29,7 +29,7 @@ from dynamo.refit.errors import (
     StagingCancelled,
 )
 from dynamo.refit.fingerprint import Batch, Part
-from dynamo.refit.manifest import Manifest
+from dynamo.refit.manifest import CheckedManifest, Manifest
 from dynamo.refit.protocol import (
     MemoryUse,
     Offer,
@@ -203,7 +203,7 @@ class RankStager:
             live, memory = self._loads.filled, self.plan_memory(staging)
             self._make_arena(live, self._layout(live), memory, Cycle())
 
-    def stage(self, request: Stage, manifest: Manifest, limit: Limit) -> Staged:
+    def stage(self, request: Stage, checked: CheckedManifest, limit: Limit) -> Staged:
         """Bring the version into the arena.
 
         Blocks the calling thread, also while other replicas read what it would
@@ -217,19 +217,19 @@ class RankStager:
         cycle = Cycle()
         self._staged = None
         with self._offers.overwriting(self._arena, limit), self._offers.agent_use:
-            return self._stage(request, manifest, limit, cycle)
+            return self._stage(request, checked, limit, cycle)
 
     def _stage(
-        self, request: Stage, manifest: Manifest, limit: Limit, cycle: Cycle
+        self, request: Stage, checked: CheckedManifest, limit: Limit, cycle: Cycle
     ) -> Staged:
         _use_stream(self._stream)
         # The last install reads what is about to be overwritten.
         self._live.wait()
         self._abandoned.sweep(self._offers.holds)
         self._evict()
-        session, use = self._find_session(manifest, request, cycle)
+        session, use = self._find_session(checked, request, cycle)
         if use != "warm":
-            self._address(session, manifest, request, cycle)
+            self._address(session, checked, cycle)
         try:
             with cycle.time("pull"):
                 parts = self._pull(session, request.slot, limit, cycle)
@@ -238,7 +238,9 @@ class RankStager:
             raise
         self._put_in_place(session)
         if use != "warm":
-            _warn_if_slow(self._rank, session.plan, manifest, cycle.ms["wire"] / 1e3)
+            _warn_if_slow(
+                self._rank, session.plan, checked.manifest, cycle.ms["wire"] / 1e3
+            )
         if use == "cold":
             # As vLLM does at its start: what stays is not looked through again and
             # again, while no token can be made.
@@ -403,7 +405,7 @@ class RankStager:
     # --- staging ----------------------------------------------------------------
 
     def _find_session(
-        self, manifest: Manifest, request: Stage, cycle: Cycle
+        self, checked: CheckedManifest, request: Stage, cycle: Cycle
     ) -> tuple[Session, SessionUse]:
         held = [
             session
@@ -411,21 +413,20 @@ class RankStager:
             if session is not None and request.staging in ("auto", session.memory.mode)
         ]
         for session in held:
-            if session.addressed_to == request.manifest:
+            if session.addressed_to == checked.digest:
                 cycle.built["hits"] += 1
                 return session, "warm"
-        manifest.validate()
-        layout = manifest.layout_fingerprint()
         for session in held:
-            if session.layout == layout:
+            if session.layout == checked.layout:
                 cycle.built["hits"] += 1
                 return session, "re-addressed"
         self._make_room()
-        return self._build_session(manifest, layout, request.staging, cycle), "cold"
+        return self._build_session(checked, request.staging, cycle), "cold"
 
     def _build_session(
-        self, manifest: Manifest, fingerprint: str, staging: StagingChoice, cycle: Cycle
+        self, checked: CheckedManifest, staging: StagingChoice, cycle: Cycle
     ) -> Session:
+        manifest = checked.manifest
         with cycle.time("plan"):
             filling = self._filling(manifest)
             first = order_of_arrival(manifest, filling.slices)
@@ -456,7 +457,7 @@ class RankStager:
             self._make_arena(filling.live, layout, memory, cycle)
         return Session(
             self._agent,
-            fingerprint,
+            checked.layout,
             plan,
             memory,
             self._arena,
@@ -530,11 +531,11 @@ class RankStager:
         return layout
 
     def _address(
-        self, session: Session, manifest: Manifest, request: Stage, cycle: Cycle
+        self, session: Session, checked: CheckedManifest, cycle: Cycle
     ) -> None:
         try:
             with cycle.time("prepare"):
-                session.address(manifest, request.manifest, cycle)
+                session.address(checked.manifest, checked.digest, cycle)
         except BaseException:
             if session not in (self._session, self._spare):
                 session.close()

@@ -31,7 +31,7 @@ from dynamo.refit.errors import (
     failure_from,
 )
 from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.manifest import Manifest, decode_manifest
+from dynamo.refit.manifest import CheckedManifest, Manifest, check_manifest
 from dynamo.refit.protocol import (
     Describe,
     Described,
@@ -119,16 +119,6 @@ class RankCaller(Protocol):
 
 
 @dataclass(frozen=True)
-class HeldManifest:
-    """The trainer's manifest, encoded and decoded, and its two fingerprints."""
-
-    fingerprint: str
-    layout: str
-    payload: bytes
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
 class HeldVersion:
     """A version of ``model`` that was proven here, with this ``fingerprint``."""
 
@@ -163,7 +153,9 @@ class Ranks:
         self._trainers = trainers
         #: The mode of all ranks, from :meth:`describe` on.
         self.staging = staging
-        self._manifest: HeldManifest | None = None
+        self._manifest: CheckedManifest | None = None
+        #: That manifest, encoded.
+        self._payload = b""
         self._ranks_manifest: str | None = None
         self._proven: _Proven | None = None
         self._staged: HeldVersion | None = None
@@ -204,7 +196,7 @@ class Ranks:
         """
         self._staged = None
         held = await self._fetch_manifest(request)
-        known = self._ranks_manifest == held.fingerprint
+        known = self._ranks_manifest == held.digest
         proven = None
         if self._proven is not None and self._proven.layout == held.layout:
             # A rank that plans this layout anew says once what it reads. If the stage
@@ -214,15 +206,15 @@ class Ranks:
         await self._call(
             Stage(
                 version=request.version,
-                manifest=held.fingerprint,
+                manifest=held.digest,
                 slot=request.slot,
                 staging=self.staging,
                 seconds=request.stage_seconds,
-                payload=None if known else held.payload,
+                payload=None if known else self._payload,
                 want_reads=proven is None,
             )
         )
-        self._ranks_manifest = held.fingerprint
+        self._ranks_manifest = held.digest
         published = await self._fetch_fingerprints(request, held.manifest)
         source = SourceWatch(self._trainers, request.endpoint, request.instance)
         staged = await self._poll(request.version, report, source)
@@ -235,17 +227,15 @@ class Ranks:
         )
         return tuple(reply.vote for reply in staged)
 
-    async def _fetch_manifest(self, request: Prepare) -> HeldManifest:
-        if (
-            self._manifest is None
-            or self._manifest.fingerprint != request.manifest_digest
-        ):
+    async def _fetch_manifest(self, request: Prepare) -> CheckedManifest:
+        if self._manifest is None or self._manifest.digest != request.manifest_digest:
             ask = GetManifest(manifest_digest=request.manifest_digest)
             reply = await self._ask_trainer(request, ask, ManifestReply)
             # The engine's requests go through this loop, too.
             self._manifest = await asyncio.to_thread(
-                _read_manifest, reply.payload, request.manifest_digest
+                check_manifest, reply.payload, request.manifest_digest
             )
+            self._payload = reply.payload
         slots = self._manifest.manifest.slots
         if not 0 <= request.slot < slots:
             raise ManifestInvalid(
@@ -493,23 +483,9 @@ class ConversionSteps:
         return self.before > done
 
 
-def _read_manifest(payload: bytes, announced: str) -> HeldManifest:
-    manifest = decode_manifest(payload)
-    if manifest.fingerprint() != announced:
-        raise ManifestInvalid(
-            "it is not the one that was announced: the trainer has another one now, "
-            "or runs another release"
-        )
-    manifest.validate()
-    return HeldManifest(
-        fingerprint=announced,
-        layout=manifest.layout_fingerprint(),
-        payload=payload,
-        manifest=manifest,
-    )
-
-
-def _prove(held: HeldManifest, staged: list[Staged], before: _Proven | None) -> _Proven:
+def _prove(
+    held: CheckedManifest, staged: list[Staged], before: _Proven | None
+) -> _Proven:
     """What the ranks' parts are of; made anew if a rank has a new plan for the layout
     that was proven ``before``.
 
