@@ -33,6 +33,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.pipeline import Pipeline
+from dynamo.refit.rank.versions import Versions
 from tests.benchmarks.baselines import ModelExpressRead, PlainCopy, RawRead
 from tests.benchmarks.ranks import SECONDS, CycleTimes
 from tests.support.child import answer_requests
@@ -94,8 +95,8 @@ class BenchRankProcess(RankProcess):
         stager = self._stager
         stager._session.close()
         stager._arena.close()
-        stager._session = stager._arena = stager._staged = None
-        stager._installed = stager._previous = None
+        stager._session = stager._arena = None
+        stager._versions = Versions()
         gc.collect()
 
     def open_baselines(self, payload: bytes) -> None:

@@ -46,7 +46,7 @@ class Extension(RefitWorkerExtension):
         if stager._arena is not None:
             stager._arena.close()
         stager._session = stager._spare = stager._proven = stager._arena = None
-        stager._staged = None
+        stager._versions.staged = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
     LayoutRefused,
-    NothingStaged,
     NoWayBack,
     PeerUnsuitable,
     StagingCancelled,
@@ -53,10 +51,8 @@ from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
-from dynamo.refit.rank.processing import Function
 from dynamo.refit.rank.session import (
     AbandonedSessions,
-    RuntimeParts,
     Session,
     whole_parts,
 )
@@ -66,6 +62,7 @@ from dynamo.refit.rank.slices import (
     Parameter,
     order_of_arrival,
 )
+from dynamo.refit.rank.versions import Version, Versions
 from dynamo.refit.transport import ucx
 from dynamo.refit.transport.nixl import NixlAgent
 
@@ -79,31 +76,6 @@ SETTLE_SECONDS = 10.0
 #: Bytes a second of a rank's reads below which they are said to be slow: what one
 #: socket has. And the bytes from which on a rate says something.
 SLOW_RATE, SLOW_NBYTES = 1e9, 64 << 20
-
-
-@dataclass(frozen=True)
-class _Live:
-    """A version that was installed, and what the parts of the live weights must be;
-    with ``functions`` tensors are not all that the engine computes with."""
-
-    version: int
-    parts: RuntimeParts
-    landed: np.ndarray
-    functions: bool
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """A version that ``session`` pulled."""
-
-    version: int
-    session: Session
-
-    def as_live(self) -> _Live:
-        """It, once it is installed."""
-        session = self.session
-        functions = bool(session.functions)
-        return _Live(self.version, session.live_parts, session.landed, functions)
 
 
 class RankStager:
@@ -132,13 +104,9 @@ class RankStager:
         self._spare: Session | None = None
         self._proven: Session | None = None
         self._abandoned = AbandonedSessions()
-        self._staged: _Staged | None = None
+        self._versions = Versions()
         #: The conversions of the pull that is under way.
         self.handover: Handover | None = None
-        #: What the functions of the live version took the place of.
-        self._replaced: list[Function] = []
-        self._installed: _Live | None = None
-        self._previous: _Live | None = None
         # Made once: torch has 32 streams and gives them out in turn, the model's among
         # them.
         self._stream = _new_stream(self._device)
@@ -215,7 +183,7 @@ class RankStager:
                 kept unless bytes may still arrive in its buffers.
         """
         cycle = Cycle()
-        self._staged = None
+        self._versions.staged = None
         with self._offers.overwriting(self._arena, limit), self._offers.agent_use:
             return self._stage(request, checked, limit, cycle)
 
@@ -245,7 +213,12 @@ class RankStager:
             # As vLLM does at its start: what stays is not looked through again and
             # again, while no token can be made.
             gc.freeze()
-        self._staged = _Staged(request.version, session)
+        self._versions.staged = Version(
+            request.version,
+            session.live_parts,
+            session.landed,
+            tuple(session.functions),
+        )
         return Staged(
             vote=RankVote(
                 rank=self._rank,
@@ -268,7 +241,7 @@ class RankStager:
         Raises:
             NothingStaged, PointerMoved: as :meth:`install`.
         """
-        self._holding(version)
+        self._versions.require_staged(version)
         self._live.check_addresses()
 
     def install(self, version: int) -> None:
@@ -282,14 +255,12 @@ class RankStager:
             PointerMoved: a live tensor has moved; before the copy nothing was
                 written, after it everything is.
         """
-        staged = self._holding(version)
+        self._versions.require_staged(version)
         self._live.copy_from(self._arena.staged)
         self._arena.installed()
-        if self._installed is None or self._installed.version != version:
-            self._previous = self._installed
-            self._replaced = [f.install() for f in staged.session.functions]
-        self._installed = staged.as_live()
-        self._proven = staged.session
+        self._versions.installed()
+        # What is staged is what the last session pulled.
+        self._proven = self._session
 
     def restore(self, version: int) -> None:
         """Put back what was live before ``version`` was installed, as an install does.
@@ -297,7 +268,7 @@ class RankStager:
         Raises:
             NoWayBack: there is no copy of it.
         """
-        self._holding(version)
+        self._versions.require_staged(version)
         arena = self._arena
         if not arena.memory.can_undo:
             raise NoWayBack(
@@ -310,10 +281,7 @@ class RankStager:
             )
         self._live.copy_from(arena.old)
         arena.restored()
-        if self._installed is not None and self._installed.version == version:
-            for function in self._replaced:
-                function.install()
-            self._installed = self._previous
+        self._versions.restored()
 
     def verify(self, version: int) -> float:
         """Compare the live weights with ``version``, which was installed last; the
@@ -325,12 +293,7 @@ class RankStager:
             FingerprintMismatch: names a parameter that is something else.
             NothingStaged: another version, or none, was installed last.
         """
-        live = self._installed
-        if live is None or live.version != version:
-            raise NothingStaged(
-                f"version {version} is not what was installed here last "
-                f"({live.version if live else 'nothing'})"
-            )
+        live = self._versions.require_live(version)
         _use_stream(self._stream)
         with self._offers.agent_use:
             self._evict()
@@ -343,10 +306,11 @@ class RankStager:
     def discard(self) -> None:
         """Forget what is staged; the session stays. Others may not read it any more,
         unless it is live."""
-        if self._staged is not None and self._arena is not None:
+        staged = self._versions.staged
+        if staged is not None and self._arena is not None:
             live = self._arena, self._arena.live
-            self._offers.end(self._staged.version, besides=live)
-        self._staged = None
+            self._offers.end(staged.number, besides=live)
+        self._versions.staged = None
 
     # --- peers ------------------------------------------------------------------
 
@@ -383,14 +347,13 @@ class RankStager:
         """Nobody reads ``version`` here any more."""
         self._offers.end(version)
 
-    def _find_copy(self, request: Offer) -> tuple[_Live, Arena, int]:
+    def _find_copy(self, request: Offer) -> tuple[Version, Arena, int]:
         """The version, and the shadow that has it."""
         arena = self._arena
-        held = self._staged and self._staged.as_live()
-        shadow = arena and arena.target
+        held, shadow = self._versions.staged, arena and arena.target
         if request.live:
-            held, shadow = self._installed, arena and arena.live
-        if held is None or held.version != request.version or shadow is None:
+            held, shadow = self._versions.live, arena and arena.live
+        if held is None or held.number != request.version or shadow is None:
             raise PeerUnsuitable(
                 f"this rank's staging buffers do not have version {request.version} "
                 "any more: read the one that is served now, or from another replica"
@@ -555,15 +518,6 @@ class RankStager:
             return session.pull(slot, limit, self._follower.submit, cycle, handover)
         finally:
             self.handover = None
-
-    def _holding(self, version: int) -> _Staged:
-        staged = self._staged
-        if staged is None or staged.version != version:
-            there = staged.version if staged else None
-            raise NothingStaged(
-                f"version {version} is not staged here (staged: {there})"
-            )
-        return staged
 
     def _put_in_place(self, session: Session) -> None:
         """It holds what is staged. The one before it stays for now: whether ranks
