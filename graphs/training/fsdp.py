@@ -4,8 +4,8 @@
 
     torchrun --standalone --nproc-per-node 2 -m graphs.training.fsdp --model DIR
 
-Every rank publishes its own shards and nothing is gathered. torchrun's run id names the
-job to the publishers, so ``--standalone`` or ``--rdzv-id`` has to be there.
+Every rank publishes its own shards and nothing is gathered. The publishers meet in the
+store of the default process group.
 """
 
 from __future__ import annotations

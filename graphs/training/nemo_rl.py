@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import nn
 
 from dynamo.refit.publish.handle import Release
@@ -28,6 +29,7 @@ from dynamo.refit.publish.publisher import WeightPublisher
 
 class PolicyWorkerHooks:
     """For each policy worker, which has these three; ``model`` is a module of DTensors.
+    The workers meet in the store of their default process group, or in ``store``.
 
     A Megatron-Core worker publishes the shards that
     :func:`dynamo.refit.publish.megatron.bridge_shards` makes of its model.
@@ -36,15 +38,16 @@ class PolicyWorkerHooks:
     model: nn.Module
     rank: int
     world_size: int
+    store: dist.Store | None = None
 
-    def init_refit(self, model: str, job: str) -> None:
+    def init_refit(self, model: str) -> None:
         """Make the publisher; blocks until every worker has made its own."""
         self._publisher = WeightPublisher(
             model,
             dict(self.model.named_parameters()),
             rank=self.rank,
             world_size=self.world_size,
-            group=job,
+            store=self.store,
         )
 
     def publish_refit(self, version: int) -> Release:
@@ -58,7 +61,7 @@ class PolicyWorkerHooks:
 class PolicyHooks(Protocol):
     """Of the policy, on the driver: the hooks above, called on all of its workers."""
 
-    def init_refit(self, model: str, job: str) -> None: ...
+    def init_refit(self, model: str) -> None: ...
 
     def publish_refit(self, version: int) -> Sequence[Release]: ...
 
@@ -72,16 +75,12 @@ class Synchronizer:
     Args:
         policy: whose workers hold the weights.
         model: the served model's name.
-        job: differs from start to start of the training job.
         next_version: higher than any version that the fleet has been given.
     """
 
-    def __init__(
-        self, policy: PolicyHooks, model: str, job: str, next_version: int = 1
-    ) -> None:
+    def __init__(self, policy: PolicyHooks, model: str, next_version: int = 1) -> None:
         self._policy = policy
         self._model = model
-        self._job = job
         self._next_version = next_version
         self._stale = True
 
@@ -93,7 +92,7 @@ class Synchronizer:
         self._stale = True
 
     def init_communicator(self) -> None:
-        self._policy.init_refit(self._model, self._job)
+        self._policy.init_refit(self._model)
 
     def sync_weights(
         self, *, timer: Any = None, kv_scales: Mapping[str, float] | None = None

@@ -41,7 +41,7 @@ class Sender:
     """Publishes step N as version N, on every trainer rank, from its own shards.
 
     ``model_name`` is the served model's name; ``world`` is set by ``WeightSender``. The
-    job's name is torchrun's run id.
+    ranks meet in the store of the trainer's default process group.
     """
 
     model_name: str

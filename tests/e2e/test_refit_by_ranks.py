@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 
 import pytest
 
@@ -31,7 +30,6 @@ async def test_two_fsdp_ranks_make_every_version(bench: Bench) -> None:
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
     }
     # Rank 1 first: rank 0 is ready when all are in.
     with (

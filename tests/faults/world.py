@@ -43,7 +43,7 @@ from dynamo.refit.protocol import (
     from_wire,
     to_wire,
 )
-from dynamo.refit.publish.lead import REANNOUNCE_SECONDS
+from dynamo.refit.publish.endpoint import REANNOUNCE_SECONDS
 from dynamo.refit.publish.publication import Publication, PublicationLog
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker.agent import RefitAgent

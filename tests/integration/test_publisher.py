@@ -39,8 +39,6 @@ from dynamo.refit.protocol import (
     ManifestReply,
     Refused,
     ReleaseLease,
-    SlotTaken,
-    TakeSlot,
 )
 from dynamo.refit.publish.publisher import (
     PublishedVersion,
@@ -369,14 +367,14 @@ async def test_two_threads_may_publish(
     publisher: WeightPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each version takes a slot of its own, though one thread's request is slow."""
-    ask = publisher._ask
+    take = publisher._side.take
 
-    def slowly(request: TakeSlot) -> SlotTaken:
-        if request.turn == 1:
+    def slowly(version: int, *arguments: object) -> PublishedVersion:
+        if version == 1:
             time.sleep(0.5)
-        return ask(request)
+        return take(version, *arguments)
 
-    monkeypatch.setattr(publisher, "_ask", slowly)
+    monkeypatch.setattr(publisher._side, "take", slowly)
     published = await asyncio.gather(
         *(asyncio.to_thread(publisher.publish, version) for version in (1, 2))
     )

@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.bus import EventSubscriber
-from dynamo.refit.errors import GroupUnnamed, SourceLost
+from dynamo.refit.errors import SourceLost, StoreMissing
 from dynamo.refit.events import WeightVersionReady
 from dynamo.refit.fingerprint import Part, version_fingerprint
 from dynamo.refit.manifest import Manifest
@@ -55,7 +56,6 @@ async def runtime(
     monkeypatch.setenv("DYN_FILE_KV", str(tmp_path / "discovery"))
     monkeypatch.setenv("DYN_REQUEST_PLANE", "tcp")
     monkeypatch.setenv("DYN_EVENT_PLANE", "zmq")
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
     yield runtime
     runtime.shutdown()
@@ -69,11 +69,17 @@ async def events(runtime: DistributedRuntime) -> AsyncIterator[EventSubscriber]:
 
 
 @pytest.fixture
-def start(runtime: DistributedRuntime) -> Iterator[Start]:
+def store() -> dist.TCPStore:
+    """Of the job, and of a process that outlives every rank."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def start(runtime: DistributedRuntime, store: dist.TCPStore) -> Iterator[Start]:
     ranks: list[RankProcess] = []
 
     def start(kind: str, rank: int, **options: Any) -> RankProcess:
-        ranks.append(RankProcess(kind, rank, **{"group": "job", **options}))
+        ranks.append(RankProcess(kind, rank, **{"port": store.port, **options}))
         return ranks[-1]
 
     yield start
@@ -196,11 +202,10 @@ def fleet(runtime: DistributedRuntime, events: EventSubscriber) -> Fleet:
 
 
 async def test_fsdp_ranks_publish_what_each_of_them_has(
-    fleet: Fleet, start: Start, tmp_path: Path
+    fleet: Fleet, start: Start
 ) -> None:
     """Three versions, read byte for byte; the second and third build nothing."""
-    store = str(tmp_path / "store")
-    ranks = [start("fsdp", rank, store=store) for rank in (0, 1)]
+    ranks = [start("fsdp", rank) for rank in (0, 1)]
     await started(*ranks)
     manifests = set()
     for version in (1, 2, 3):
@@ -335,6 +340,50 @@ async def test_rank_0_dies(start: Start, fleet: Fleet) -> None:
     assert "does not answer" in lost["message"]
 
 
+async def test_a_rank_dies(fleet: Fleet, start: Start) -> None:
+    """Rank 0 goes on, and with another process in that place it publishes again."""
+    ranks = [start("rows", rank) for rank in (0, 1)]
+    await started(*ranks)
+    await published(1, *ranks)
+    ranks[1].kill()
+    expected = {"outcome": "failed", "detail": "trainer rank 1 does not answer"}
+    async with asyncio.timeout(60):
+        assert await hear(ranks[0], "released") == expected
+        await published(2, ranks[0])
+        assert await hear(ranks[0], "released") == expected
+    ranks[1] = start("rows", 1)
+    await started(ranks[1])
+    await published(3, *ranks)
+    ready = await fleet.announced(3)
+    await fleet.assert_holds(ready, await fleet.manifest(ready))
+
+
+async def test_versions_go_out_while_a_process_group_is_made(
+    fleet: Fleet, start: Start
+) -> None:
+    """Rank 0's trainer waits in the default store, which the publishers use, too."""
+    ranks = [start("fsdp", rank) for rank in (0, 1)]
+    await started(*ranks)
+    await published(1, *ranks)
+    ready = await fleet.announced(1)
+    ranks[0].order("group")
+    await asyncio.sleep(1)
+    async with asyncio.timeout(10):
+        assert await fleet.lease(ready) == Done()
+        await fleet.release(ready)
+        assert (await hear(ranks[1], "released"))["outcome"] == "completed"
+        assert (await hear(ranks[0], "released"))["outcome"] == "completed"
+        # Rank 0 decides where, though its trainer has not come to this version.
+        ranks[1].order("alone")
+        assert await hear(ranks[1], "published") == 1
+    ranks[1].order("group")
+    for rank in ranks:
+        assert await hear(rank, "group") == 2
+    ranks[0].order("alone")
+    assert await hear(ranks[0], "published") == 1
+    assert (await fleet.announced(2)).slot == 1
+
+
 async def test_rank_0_ends_when_the_others_know_how(fleet: Fleet, start: Start) -> None:
     ranks = [start("rows", rank) for rank in (0, 1)]
     await started(*ranks)
@@ -353,9 +402,11 @@ async def test_rank_0_ends_when_the_others_know_how(fleet: Fleet, start: Start) 
 async def test_another_job_is_not_mistaken_for_ours(
     fleet: Fleet, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = start("replicas", 0, world_size=1, group="yesterday")
+    """It has another store, and the same model and component."""
+    yesterday = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    other = start("replicas", 0, world_size=1, port=yesterday.port)
     await started(other)
-    # Rank 1 is first, and sees the other job's rank 0 only.
+    # Rank 1 is first, and sees nobody.
     late = start("rows", 1)
     await asyncio.sleep(3)
     ranks = [start("rows", 0), late]
@@ -365,19 +416,12 @@ async def test_another_job_is_not_mistaken_for_ours(
     assert len((await fleet.manifest(ready)).sources) == 2
 
     monkeypatch.setattr(publisher_module, "START_SECONDS", 1.0)
-    with pytest.raises(SourceLost, match="among the 2 instances"):
+    with pytest.raises(SourceLost, match=r"trainer ranks \[0\] of 2 have not joined"):
         await asyncio.to_thread(
-            WeightPublisher, "tiny", {}, rank=1, world_size=2, group="nobody"
+            WeightPublisher, "tiny", {}, rank=1, world_size=2, store=yesterday
         )
 
 
-@pytest.mark.parametrize("run", [None, "none"])
-def test_several_ranks_need_a_name(
-    monkeypatch: pytest.MonkeyPatch, run: str | None
-) -> None:
-    if run is None:
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    else:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
-    with pytest.raises(GroupUnnamed, match="pass group="):
+def test_several_ranks_need_a_store() -> None:
+    with pytest.raises(StoreMissing, match=r"init_process_group.* first, or pass"):
         WeightPublisher("tiny", {"w": torch.zeros(4)}, world_size=2)

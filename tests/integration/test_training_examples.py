@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from dynamo.runtime import DistributedRuntime
 from safetensors.torch import load_file
 from torch import nn
@@ -57,7 +58,6 @@ async def worker(
     for name, value in planes.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DYN_NAMESPACE", raising=False)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     runtime = DistributedRuntime(asyncio.get_running_loop(), "file", "tcp")
     async with fake_worker(runtime, "dynamo", "tiny") as worker:
         coordinator = await start("dynamo.refit", "--fleet-poll-seconds", "0.1")
@@ -190,8 +190,10 @@ class Policy:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(2)
         self.workers = [nemo_rl.PolicyWorkerHooks() for _ in (0, 1)]
+        store = dist.HashStore()
         for rank, worker in enumerate(self.workers):
             worker.model, worker.rank, worker.world_size = module(1), rank, 2
+            worker.store = store
 
     def _run_all(self, method: str, *arguments: object) -> list:
         futures = [
@@ -200,8 +202,8 @@ class Policy:
         ]
         return [future.result() for future in futures]
 
-    def init_refit(self, model: str, job: str) -> None:
-        self._run_all("init_refit", model, job)
+    def init_refit(self, model: str) -> None:
+        self._run_all("init_refit", model)
 
     def publish_refit(self, version: int) -> list[Release]:
         return self._run_all("publish_refit", version)
@@ -212,7 +214,7 @@ class Policy:
 
 async def test_nemo_rl_synchronizes_through_refit(worker: FakeWorker) -> None:
     policy = Policy()
-    synchronizer = nemo_rl.Synchronizer(policy, "tiny", "job-1", next_version=3)
+    synchronizer = nemo_rl.Synchronizer(policy, "tiny", next_version=3)
     await asyncio.to_thread(synchronizer.init_communicator)
     for version in (3, 4):
         synchronizer.mark_stale()

@@ -19,7 +19,6 @@ from dynamo.refit.coordinator.policy import Policy
 from dynamo.refit.coordinator.telemetry import CoordinatorTelemetry
 from dynamo.refit.events import WeightVersionReady
 from dynamo.refit.metrics import CoordinatorMetrics, WorkerMetrics
-from dynamo.refit.protocol import TakeSlot
 from dynamo.refit.publish.telemetry import PublishTelemetry
 from dynamo.refit.tracing import Tracer
 from dynamo.refit.worker.telemetry import WorkerTelemetry
@@ -47,7 +46,7 @@ class ObservedWorld(World):
         self.metrics = CoordinatorMetrics(clock=self.loop.time)
         self._publishing = PublishTelemetry(self.tracer)
         #: By version, until its announcement has a name.
-        self._taken: dict[int, TakeSlot] = {}
+        self._parents: dict[int, str | None] = {}
         self._coordinating = CoordinatorTelemetry(self.metrics, self.tracer)
 
     def start_worker(self) -> None:
@@ -78,20 +77,13 @@ class ObservedWorld(World):
 
     def publish_under(self, parent: str | None) -> bool:
         """The next version, published by a trainer that is in the span ``parent``."""
-        version = self.versions + 1
-        self._taken[version] = TakeSlot(
-            member="rank 0",
-            turn=version,
-            version=version,
-            in_flight=None,
-            traceparent=parent,
-        )
+        self._parents[self.versions + 1] = parent
         return self.publish()
 
     def announce(self, event: WeightVersionReady) -> None:
-        if event.version in self._taken:
-            taken = self._taken.pop(event.version)
-            self._publishing.taken(event.announcement_id, taken)
+        if event.version in self._parents:
+            parent = self._parents.pop(event.version)
+            self._publishing.taken(event.announcement_id, event.version, parent)
         traceparent = self._publishing.announced(event.announcement_id)
         event = msgspec.structs.replace(event, traceparent=traceparent)
         self._coordinating.heard(event)

@@ -6,8 +6,10 @@
 
 ``kind``: ``fsdp`` (a module under FSDP2, over gloo), ``rows`` (rank r has the rows
 ``ROWS[r]`` of every matrix), ``replicas`` (all ranks have everything), ``diverged``
-(and rank 1 has other values in one tensor), ``idle`` (nothing). Each line on standard
-input is a version to publish, or ``counters``; answers are lines of JSON.
+(and rank 1 has other values in one tensor), ``idle`` (nothing). The ranks meet in the
+store at ``port``. Each line on standard input is a version to publish, ``alone``
+(version 2, without a step), ``group`` (a new process group) or ``counters``; answers
+are lines of JSON.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ def values(name: str, version: int) -> torch.Tensor:
     return torch.randn(SHAPES[name], generator=generator)
 
 
+def job_store(port: int) -> dist.TCPStore:
+    """The store that a test keeps for the ranks of a job."""
+    return dist.TCPStore("127.0.0.1", port, is_master=False)
+
+
 class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -58,11 +65,13 @@ class Rank:
 
     def __init__(self, kind: str, rank: int, world_size: int, **options: Any) -> None:
         self.kind, self.rank = kind, rank
-        store = options.pop("store", None)
+        port = options.pop("port", None)
         if kind == "fsdp":
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+                "gloo", store=job_store(port), rank=rank, world_size=world_size
             )
+        elif port is not None:
+            options["store"] = job_store(port)
         self.tensors = self._tensors()
         published = self._rows() if kind == "rows" else self.tensors
         self.publisher = WeightPublisher(
@@ -167,8 +176,17 @@ def main() -> None:
             if line.strip() == "counters":
                 say(counters=asdict(rank.publisher.counters))
                 continue
+            if line.strip() == "group":
+                # Made over the default store, by all ranks.
+                ones = torch.ones(1)
+                dist.all_reduce(ones, group=dist.new_group())
+                say(group=ones.item())
+                continue
             try:
-                handle = rank.step(int(line))
+                if line.strip() == "alone":
+                    handle = rank.publisher.publish(2)
+                else:
+                    handle = rank.step(int(line))
             except RefitError as error:
                 say(published=_described(error))
                 continue

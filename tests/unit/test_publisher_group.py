@@ -7,6 +7,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from dynamo.refit.errors import (
     ManifestInvalid,
     PointerMoved,
     SourceLost,
+    failure_from,
 )
 from dynamo.refit.fingerprint import version_fingerprint
 from dynamo.refit.manifest import (
@@ -26,17 +28,12 @@ from dynamo.refit.manifest import (
     TensorEntry,
     decode_manifest,
 )
-from dynamo.refit.protocol import (
-    Join,
-    Released,
-    SlotTaken,
-    TakeSlot,
-    WriteFailed,
-    Written,
-)
 from dynamo.refit.publish.group import Group
+from dynamo.refit.publish.handle import PublishedVersion, Release
+from dynamo.refit.publish.job import JobState, OwnVersions, RankState, Report
 from dynamo.refit.publish.merge import RankPart, merge
 from dynamo.refit.publish.publication import KEPT
+from dynamo.refit.publish.store import MAX_VALUE_BYTES, Generation
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -69,6 +66,7 @@ def part(*tensors: TensorEntry, agent: str = "agent", slots: int = 2) -> RankPar
         model="tiny",
         mode="snapshot",
         slots=slots,
+        world_size=2,
         tensors=tensors,
         source=source if tensors else None,
     )
@@ -85,52 +83,52 @@ class Job:
         self.parts = parts or (UPPER, LOWER)
         self.now = 0.0
         self.group = Group(
-            "job",
             "life",
             world_size=len(self.parts),
             slots=self.parts[0].slots,
             in_place=in_place,
             ready_seconds=READY_SECONDS,
         )
-        self.turns = [0] * len(self.parts)
+        self.own = [OwnVersions() for _ in self.parts]
+        self.handles: dict[tuple[int, str], PublishedVersion] = {}
         self.names = [f"rank-{rank}" for rank in range(len(self.parts))]
 
-    def join(self, rank: int, /, **changes: object) -> tuple[int, ...]:
-        request = Join(
-            group="job",
-            member=self.names[rank],
-            rank=rank,
-            world_size=len(self.parts),
-            part=b"",
+    def join(self, number: int, /, **changes: object) -> tuple[int, ...]:
+        said = {"rank": number, "world_size": len(self.parts), **changes}
+        name = said.get("member", self.names[number])
+        part = msgspec.structs.replace(
+            self.parts[number], world_size=said["world_size"]
         )
-        request = msgspec.structs.replace(request, **changes)
-        self.group.join(request, self.parts[rank], self.now)
-        return self.group.missing(request.member)
+        self.group.join(name, said["rank"], part, self.now)
+        self.group.member(name)
+        self.own[number].after = self.group.state().since
+        return self.group.missing()
 
     def restart(self, rank: int) -> None:
         self.names[rank] += "-again"
-        self.turns[rank] = 0
+        self.own[rank] = OwnVersions()
         self.join(rank)
 
-    def take(self, rank: int, version: int, *, again: bool = False) -> SlotTaken:
-        self.turns[rank] += not again
-        request = TakeSlot(
-            member=self.names[rank],
-            turn=self.turns[rank],
-            version=version,
-            in_flight=("continue", "recompute")[rank % 2],
+    def take(self, rank: int, version: int) -> PublishedVersion:
+        """Its handle. Whatever a rank wants, it says more than once."""
+        own, in_flight = self.own[rank], ("continue", "recompute")[rank % 2]
+        publication, again = (
+            self.group.take_slot(
+                self.names[rank], version, own.after, self.now, in_flight
+            )
+            for _ in (1, 2)
         )
-        return self.group.take_slot(request, self.now)
+        assert publication is again
+        handle = own.take(own.next_of(version, self.group.state().publications))
+        self.handles[rank, handle.announcement_id] = handle
+        return handle
 
     def wrote(self, rank: int, announcement_id: str, *values: int) -> None:
         blocks = self.parts[rank].blocks
         values = values or tuple(range(rank + 1, rank + 1 + blocks))
-        request = Written(
-            member=self.names[rank],
-            announcement_id=announcement_id,
-            fingerprints=np.array(values, dtype="<u8").tobytes(),
-        )
-        self.group.written(request, self.now)
+        fingerprints = np.array(values, dtype="<u8").tobytes()
+        report = Report(announcement_id, fingerprints)
+        self.group.report(self.names[rank], report, self.now)
 
     def publish(self, version: int) -> str:
         """By all ranks; returns the announcement."""
@@ -142,8 +140,17 @@ class Job:
             self.wrote(rank, name)
         return name
 
-    def end(self, rank: int, announcement_id: str) -> Released | None:
-        return self.group.end_of(self.names[rank], announcement_id)
+    def end(self, rank: int, announcement_id: str) -> Release | None:
+        """How the rank's handle has ended; ``None`` while it has not.
+
+        Raises:
+            RefitError: the one it ended with.
+        """
+        self.own[rank].apply(self.group.state())
+        try:
+            return self.handles[rank, announcement_id].wait(0)
+        except TimeoutError:
+            return None
 
     def lease(
         self, announcement_id: str, seconds: float = 10.0, epoch: int = 1
@@ -242,11 +249,10 @@ def test_parts_that_do_not_fit_are_everybodys_error() -> None:
     job.join(1)
     with pytest.raises(ManifestInvalid, match="hold 6 of 8"):
         job.join(2)
-    assert not job.group.all_told(but="rank-0")
     for rank in (0, 1, 2, 1):
         with pytest.raises(ManifestInvalid, match="hold 6 of 8"):
-            job.group.missing(job.names[rank])
-    assert job.group.all_told(but="rank-0")
+            job.group.member(job.names[rank])
+    assert "hold 6 of 8" in job.group.state().failure.message
 
 
 @pytest.mark.parametrize(
@@ -262,7 +268,7 @@ def test_a_rank_out_of_place_is_everybodys_error(changes: dict, message: str) ->
     with pytest.raises(ManifestInvalid, match=message):
         job.join(1, **changes)
     with pytest.raises(ManifestInvalid, match=message):
-        job.group.missing(job.names[0])
+        job.group.member(job.names[0])
 
 
 def test_a_manifest_that_workers_would_not_read_is_everybodys_error(
@@ -281,7 +287,7 @@ def test_a_manifest_that_workers_would_not_read_is_everybodys_error(
     with pytest.raises(ManifestInvalid, match=says):
         job.join(1)
     with pytest.raises(ManifestInvalid, match=says):
-        job.group.missing(job.names[0])
+        job.group.member(job.names[0])
 
 
 def test_settings_must_be_alike() -> None:
@@ -304,7 +310,8 @@ def test_a_restarted_rank_ends_what_is_out(job: Job) -> None:
     assert job.group.merged.manifest.fingerprint() != before.fingerprint()
     assert job.group.merged.manifest.sources[1].agent == "lower again"
     with pytest.raises(SourceLost, match="another process has joined"):
-        job.group.missing(zombie)
+        job.group.member(zombie)
+    assert job.group.state().refused[zombie].kind == "SourceLost"
     third = job.publish(3)
     assert [p.announcement_id for p in job.group.log.to_announce()] == [third]
 
@@ -314,7 +321,8 @@ def test_a_restarted_rank_that_does_not_fit_leaves_the_others_alone(job: Job) ->
     job.parts = (UPPER, part(tensor("w", (3, 4), dtype="float16")))
     with pytest.raises(ManifestInvalid):
         job.join(1, member="rank-1-again")
-    assert job.group.missing("rank-1") == ()
+    assert job.group.member("rank-1").rank == 1
+    assert set(job.group.state().refused) == {"rank-1-again"}
     job.lease(ready)
 
 
@@ -354,18 +362,9 @@ def test_a_rank_that_leaves_takes_its_memory_along(job: Job) -> None:
 
 def test_all_ranks_write_a_version_into_one_slot(job: Job) -> None:
     for version, slot in ((1, 0), (2, 1), (3, 0)):
-        first = job.take(1, version)
-        assert first == job.take(0, version)
-        assert first.slot == slot
-
-
-def test_the_same_turn_has_the_same_answer(job: Job) -> None:
-    first = job.take(0, 1)
-    assert job.take(0, 1, again=True) == first
-    assert job.take(0, 2) != first
-    late = TakeSlot(member=job.names[0], turn=1, version=1, in_flight=None)
-    with pytest.raises(SourceLost, match="turn 1 of rank 0 is over"):
-        job.group.take_slot(late, job.now)
+        first, other = job.take(1, version), job.take(0, version)
+        assert first.announcement_id == other.announcement_id
+        assert first.slot == other.slot == slot
 
 
 def test_a_rank_may_publish_a_version_twice(job: Job) -> None:
@@ -375,7 +374,7 @@ def test_a_rank_may_publish_a_version_twice(job: Job) -> None:
 def test_a_slow_rank_takes_part_in_what_the_others_have_left(job: Job) -> None:
     ahead = [job.take(0, version) for version in (1, 2, 3)]
     behind = [job.take(1, version) for version in (1, 2, 3)]
-    assert behind == ahead
+    assert [h.announcement_id for h in behind] == [h.announcement_id for h in ahead]
     job.wrote(1, behind[0].announcement_id)
     job.wrote(0, ahead[0].announcement_id)
     assert job.group.log.to_announce() == []
@@ -391,8 +390,6 @@ def test_a_leased_slot_is_refused_to_every_rank_once(job: Job) -> None:
     for rank in (1, 0):
         with pytest.raises(LeaseHeld, match="version 1 is still being read"):
             job.take(rank, 3)
-        with pytest.raises(LeaseHeld):
-            job.take(rank, 3, again=True)
     # It is the next slot's turn, as it is for a publisher of one rank.
     assert job.take(0, 4).slot == 1
     assert job.end(0, second).outcome == "superseded"
@@ -410,7 +407,7 @@ def test_a_refusal_stands_though_the_lease_has_ended_meanwhile(job: Job) -> None
     again = job.take(0, 3)
     with pytest.raises(LeaseHeld):
         job.take(1, 3)
-    assert job.take(1, 3) == again
+    assert job.take(1, 3).announcement_id == again.announcement_id
 
 
 def test_many_refusals_do_not_push_out_what_is_there(job: Job) -> None:
@@ -428,7 +425,7 @@ def test_many_refusals_do_not_push_out_what_is_there(job: Job) -> None:
 def test_old_publications_are_forgotten(job: Job) -> None:
     names = [job.publish(version) for version in range(3 * KEPT)]
     assert len(list(job.group.log)) <= KEPT + 3
-    with pytest.raises(SourceLost, match="not held here any more"):
+    with pytest.raises(SourceLost, match="not held on rank 0 any more"):
         job.end(1, names[0])
     assert job.end(1, names[-3]).outcome == "superseded"
 
@@ -485,7 +482,7 @@ def test_what_nobody_has_taken_up_ends_with_the_newer_one(
     job.release(second, outcome)
     assert job.end(0, second).outcome == outcome
     for rank in (0, 1):
-        assert job.end(rank, first) == Released(
+        assert job.end(rank, first) == Release(
             outcome="superseded", detail=f"version 2 was {outcome} before it"
         )
     assert repeated(job) == []
@@ -525,8 +522,11 @@ def test_a_refused_one_says_nothing_about_those_before_it(job: Job) -> None:
 
 def test_a_report_of_another_size_is_refused(job: Job) -> None:
     name = job.take(0, 1).announcement_id
-    with pytest.raises(ManifestInvalid, match="rank 0 reports 2 fingerprints of 1"):
-        job.wrote(0, name, 1, 2)
+    job.take(1, 1)
+    job.wrote(0, name, 1, 2)
+    for rank in (0, 1):
+        with pytest.raises(ManifestInvalid, match="rank 0 reports 2 fingerprints of 1"):
+            job.end(rank, name)
 
 
 def test_a_rank_that_does_not_write_is_named_in_time(job: Job) -> None:
@@ -549,13 +549,13 @@ def test_a_rank_that_does_not_write_is_named_in_time(job: Job) -> None:
 def test_a_failed_write_ends_it_for_every_rank(job: Job) -> None:
     name = job.take(0, 1).announcement_id
     job.take(1, 1)
-    error = PointerMoved("moved", tensor="w", rank=1)
-    failed = WriteFailed(member=job.names[1], announcement_id=name, failure=None)
-    job.group.write_failed(failed, error, job.now)
+    failure = failure_from(PointerMoved("moved", tensor="w", rank=1), stage="publish")
+    job.group.report(job.names[1], Report(name, failure=failure), job.now)
     job.wrote(0, name)
     for rank in (0, 1, 0):
-        with pytest.raises(PointerMoved, match="moved"):
+        with pytest.raises(PointerMoved, match="moved") as caught:
             job.end(rank, name)
+        assert (caught.value.tensor, caught.value.rank) == ("w", 1)
 
 
 def test_replicas_that_differ_are_not_announced() -> None:
@@ -583,7 +583,7 @@ def test_every_rank_hears_the_same_end(job: Job) -> None:
     assert job.end(0, name) is job.end(1, name) is None
     job.release(name, "failed")
     job.release(name, "completed")
-    expected = Released(outcome="failed", detail="so it went")
+    expected = Release(outcome="failed", detail="so it went")
     assert job.end(0, name) == job.end(1, name) == job.end(1, name) == expected
 
 
@@ -617,21 +617,12 @@ def test_the_end_of_rank_0_is_told(job: Job) -> None:
     job.release(first)
     job.lease(second)
     job.group.close("rank 0 was closed")
-    assert not job.group.all_told(but="rank-0")
     assert job.end(1, first).outcome == "completed"
-    assert not job.group.all_told(but="rank-0")
     with pytest.raises(SourceLost, match="rank 0 was closed"):
         job.end(1, second)
-    assert job.group.all_told(but="rank-0")
     with pytest.raises(SourceLost, match="rank 0 was closed"):
         job.take(1, 3)
-
-
-def test_nobody_waits_for_a_rank_that_has_left(job: Job) -> None:
-    job.publish(1)
-    job.group.leave(job.names[1], job.now)
-    job.group.close("rank 0 was closed")
-    assert job.group.all_told(but="rank-0")
+    assert job.group.state().failure.message == "rank 0 was closed"
 
 
 # Any order.
@@ -672,7 +663,6 @@ def test_leased_bytes_never_change(steps: list, in_place: bool) -> None:
             taken = job.take(rank, versions[rank])
         except LeaseHeld:
             return
-        assert job.take(rank, versions[rank], again=True) == taken
         for name in leased:
             assert held[rank].get(taken.slot) != name, "a leased slot is overwritten"
         held[rank][taken.slot] = taken.announcement_id
@@ -742,3 +732,112 @@ def test_a_newer_coordinator_s_word_ends_a_killed_one_s_lease(job: Job) -> None:
     job.release(name, "completed", epoch=200)
     assert job.end(0, name).outcome == "completed"
     assert not job.group.log.find(name).leased(job.now)
+
+
+# --- what is kept in the store ----------------------------------------------------
+
+
+def test_what_a_rank_says_is_taken_in_once(job: Job) -> None:
+    """Its state is read again with every heartbeat, and a payload may be."""
+    name = job.take(0, 1).announcement_id
+    wants = RankState("rank-1", wants=(1, 0))
+    for _ in (1, 2):
+        job.group.take_in(1, wants, {}, job.now)
+    reported = RankState("rank-1", payloads=("report",))
+    report = Report(name, np.array([3], dtype="<u8").tobytes())
+    for payloads in ({"report": report}, {"report": report}, {}):
+        job.group.take_in(1, reported, payloads, job.now)
+    assert len(job.group.state().publications) == 1
+    job.wrote(0, name)
+    assert job.group.log.readable(name).version == 1
+
+
+def test_a_report_of_something_forgotten_does_not_hide_what_a_rank_wants(
+    job: Job,
+) -> None:
+    state = RankState("rank-1", wants=(1, 0), payloads=("report",))
+    job.group.take_in(1, state, {"report": Report("old")}, job.now)
+    assert [p.version for p in job.group.state().publications] == [1]
+
+
+def test_a_rank_that_does_not_answer_ends_what_is_out_and_may_come_back(
+    job: Job,
+) -> None:
+    job.now = 100.0
+    job.group.take_in(1, RankState("rank-1"), {}, job.now)
+    job.group.take_in(2, RankState("nobody"), {}, 0.0)
+    name = job.publish(1)
+    job.now += 20
+    assert not job.group.expire(job.now)
+    job.now += 0.1
+    assert job.group.expire(job.now)
+    expected = Release("failed", "trainer rank 1 does not answer")
+    assert job.end(0, name) == job.end(1, name) == expected
+    job.group.take_in(1, RankState("rank-1"), {}, job.now)
+    assert not job.group.expire(job.now)
+    job.lease(job.publish(2))
+
+
+def generation() -> tuple[dist.HashStore, Generation]:
+    store = dist.HashStore()
+    return store, Generation.begin(store)
+
+
+@pytest.mark.parametrize("size", [0, 1, MAX_VALUE_BYTES, 2 * MAX_VALUE_BYTES + 1])
+def test_what_is_large_goes_through_the_store_in_pieces(size: int) -> None:
+    store, job = generation()
+    before = set(store.list_keys())
+    report = Report("life-1", bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    job.put("report/rank-1", report)
+    new = set(store.list_keys()) - before
+    assert max(len(store.get(key)) for key in new) <= MAX_VALUE_BYTES
+    assert job.holds("report/rank-1")
+    assert job.payload("report/rank-1") == report
+    job.delete("report/rank-1")
+    assert not job.holds("report/rank-1")
+    assert set(store.list_keys()) == before
+
+
+def test_a_state_is_written_when_it_changes_and_as_a_heartbeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, zero = generation()
+    one = Generation(store, zero.number, 1)
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    assert zero.read(range(1, 3), RankState) == {}
+    state = RankState("rank-1", wants=(5, 2), payloads=("report/x",))
+    for _ in (1, 2):
+        one.write(state)
+    first = msgspec.structs.replace(state, beat=1)
+    assert zero.read(range(1, 3), RankState) == {1: first}
+    now += 1.0
+    one.write(state)
+    assert zero.read(range(1, 3), RankState)[1].beat == 2
+    one.write(RankState("rank-1", left=True))
+    assert zero.read(range(1, 3), RankState)[1] == RankState("rank-1", 3, left=True)
+    zero.write(JobState(missing=(2,)))
+    assert one.read(range(1), JobState) == {0: JobState(beat=1, missing=(2,))}
+
+
+def test_a_place_is_free_when_its_rank_has_died_and_not_when_it_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, zero = generation()
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    before, again = (Generation(store, zero.number, 1) for _ in (1, 2))
+    assert again.has_place()
+    before.write(RankState("rank-1"))
+    assert not again.has_place()
+    now += 2.9
+    before.write(RankState("rank-1"))
+    assert not again.has_place()
+    now += 2.9
+    assert not again.has_place()
+    now += 0.2
+    assert again.has_place()
+    before.write(RankState("rank-1", left=True))
+    assert not again.has_place()
+    now += 60
+    assert not again.has_place()

@@ -14,12 +14,16 @@ import importlib
 import importlib.metadata
 import inspect
 import textwrap
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dynamo.refit.worker.torchvision_stub import stand_in_if_missing
 
@@ -933,3 +937,37 @@ def test_vllm_s_usual_loader_lists_what_it_loads(tmp_path: Path) -> None:
     found = dict(loader.get_all_weights(config, torch.nn.Module()))
     assert {name: t.shape for name, t in found.items()} == {"a": (1,), "b": (2, 3)}
     assert found["a"].item() == 1
+
+
+def test_the_default_process_group_has_a_store_that_can_be_cloned() -> None:
+    """Trainer ranks meet in it, over a connection of their own: one that waits for a
+    key does not keep another one."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        default = dist.distributed_c10d._get_default_store()
+        default.clone().set("of-ours", "1")
+        assert default.check(["of-ours"])
+    finally:
+        dist.destroy_process_group()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = server.clone()
+    waiting = threading.Thread(
+        target=lambda: server.wait(["late"], timedelta(seconds=60)), daemon=True
+    )
+    waiting.start()
+    time.sleep(0.2)
+    begun = time.monotonic()
+    own.set("late", "1")
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert time.monotonic() - begun < 10
+
+
+def test_a_store_deletes_what_was_read() -> None:
+    own = dist.PrefixStore("refit", dist.HashStore().clone())
+    own.multi_set(["a", "b"], ["1", "2"])
+    assert own.multi_get(["a", "b"]) == [b"1", b"2"]
+    assert own.delete_key("a")
+    assert not own.check(["a"])
+    assert own.add("generation", 0) == 0

@@ -142,8 +142,8 @@ class LeaseHeld(RefitError):
     """The buffers of a version are still being read."""
 
 
-class GroupUnnamed(RefitError):
-    """Several trainer ranks need a name that tells their job from any other."""
+class StoreMissing(RefitError):
+    """Several trainer ranks need a ``torch.distributed`` store to meet over."""
 
 
 def error_from(failure: Failure) -> RefitError:

@@ -7,8 +7,7 @@ Three conversations, each over one Dynamo endpoint or one ``collective_rpc``:
 - coordinator to worker, ``<ns>.<worker>.refit``: prepare, commit, abort, status.
   Fenced by ``epoch`` (a worker refuses a lower one) and idempotent by
   ``(version, epoch)``.
-- anyone to trainer, ``<ns>.<trainer>.weights``: manifest, fingerprints, lease, release;
-  and a trainer's ranks to its rank 0: join, take a slot, written, await the release.
+- anyone to trainer, ``<ns>.<trainer>.weights``: manifest, fingerprints, lease, release.
 - worker to its ranks: describe, stage, poll, install, restore, discard, and offer and
   withdraw what they hold.
 """
@@ -409,125 +408,8 @@ class Done(Message, frozen=True, kw_only=True, tag=True):
     """It was done, now or when it was first asked for."""
 
 
-# A trainer rank asks rank 0 of its job; every request may be repeated. ``member``
-# names one life of a rank, ``announcement_id`` one publication.
-
-
-class FindGroup(Message, frozen=True, kw_only=True, tag=True):
-    """Is this rank 0 of the job ``group``? Done, or it is not."""
-
-    group: str
-
-
-class Join(Message, frozen=True, kw_only=True, tag=True):
-    """Rank ``rank`` of ``world_size`` takes part in the job ``group``, with the blocks
-    in ``part`` (msgpack of :class:`dynamo.refit.publish.merge.RankPart`). It replaces
-    an earlier member of that rank."""
-
-    group: str
-    member: str
-    rank: int
-    world_size: int
-    part: bytes
-
-
-class OtherGroup(Message, frozen=True, kw_only=True, tag=True):
-    """This is rank 0 of another job."""
-
-
-class AwaitGroup(Message, frozen=True, kw_only=True, tag=True):
-    """Answer when all ranks have joined, or after ``seconds``."""
-
-    member: str
-    seconds: float
-
-
-class Joined(Message, frozen=True, kw_only=True, tag=True):
-    """The member is known; the ranks in ``missing`` have not joined yet."""
-
-    missing: tuple[int, ...]
-
-
-class TakeSlot(Message, frozen=True, kw_only=True, tag=True):
-    """The member is about to write ``version``: where, and under which name?
-
-    ``turn`` counts the member's own publications; the same turn has the same answer.
-    Of ``in_flight``, rank 0's counts, and of ``traceparent`` (W3C; the span that the
-    trainer was in).
-    """
-
-    member: str
-    turn: int
-    version: Version
-    in_flight: InFlightPolicy | None
-    traceparent: str | None = None
-
-
-class SlotTaken(Message, frozen=True, kw_only=True, tag=True):
-    """Nobody reads ``slot``, and nobody can lease what was in it: write."""
-
-    announcement_id: str
-    slot: int
-
-
-class Written(Message, frozen=True, kw_only=True, tag=True):
-    """The member's bytes are there. ``fingerprints`` has a little-endian uint64 for
-    each block of its part, in order."""
-
-    member: str
-    announcement_id: str
-    fingerprints: bytes
-
-
-class WriteFailed(Message, frozen=True, kw_only=True, tag=True):
-    """The member will not write this publication."""
-
-    member: str
-    announcement_id: str
-    failure: Failure
-
-
-class AwaitRelease(Message, frozen=True, kw_only=True, tag=True):
-    """Answer when the publication has ended, or after ``seconds``."""
-
-    member: str
-    announcement_id: str
-    seconds: float
-
-
-class Released(Message, frozen=True, kw_only=True, tag=True):
-    """How the publication ended; one that ended in an error is refused with it."""
-
-    outcome: ReleaseOutcome
-    detail: str
-
-
-class Waiting(Message, frozen=True, kw_only=True, tag=True):
-    """Not yet: ask again."""
-
-
-class Leave(Message, frozen=True, kw_only=True, tag=True):
-    """The member's memory is about to go."""
-
-    member: str
-
-
-GroupRequest = (
-    FindGroup
-    | Join
-    | AwaitGroup
-    | TakeSlot
-    | Written
-    | WriteFailed
-    | AwaitRelease
-    | Leave
-)
-GroupReply = OtherGroup | Joined | SlotTaken | Released | Waiting | Done
-
-TrainerRequest = (
-    GetManifest | GetFingerprints | AcquireLease | ReleaseLease | GroupRequest
-)
-TrainerReply = ManifestReply | FingerprintsReply | Done | GroupReply | Refused
+TrainerRequest = GetManifest | GetFingerprints | AcquireLease | ReleaseLease
+TrainerReply = ManifestReply | FingerprintsReply | Done | Refused
 
 
 # --- a worker's endpoint ----------------------------------------------------

@@ -26,7 +26,8 @@ from dynamo.refit.errors import RefitError
 from dynamo.refit.events import REFIT_EVENTS
 from dynamo.refit.protocol import FleetStatus, InFlightPolicy
 from dynamo.refit.publish.checkpoint import CheckpointInvalid, checkpoint_shards
-from dynamo.refit.publish.publisher import PublishedVersion, Release, WeightPublisher
+from dynamo.refit.publish.handle import PublishedVersion, Release
+from dynamo.refit.publish.publisher import WeightPublisher
 from dynamo.refit.publish.shard import LocalShard
 from dynamo.refit.rpc import Caller
 

@@ -2,62 +2,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rank 0 of a trainer job decides: who takes part, and who has written what.
 
-Pure: requests and the time go in, replies and errors come out; the shell around it is
-:mod:`dynamo.refit.publish.lead`. Every request may come again (an answer was lost) and
-in any order that a network can make of them.
+Pure: what the ranks say and the time go in, the job's state and errors come out; the
+shell around it is :mod:`dynamo.refit.publish.rank_zero`. Whatever a rank says may come
+again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dynamo.refit.errors import (
-    FingerprintMismatch,
     ManifestInvalid,
     RefitError,
     SourceLost,
+    error_from,
+    failure_from,
 )
-from dynamo.refit.protocol import (
-    Join,
-    Released,
-    SlotTaken,
-    TakeSlot,
-    WriteFailed,
-    Written,
-)
+from dynamo.refit.protocol import InFlightPolicy
+from dynamo.refit.publish.job import JobState, Payload, RankState, Report
 from dynamo.refit.publish.merge import Merged, RankPart, merge
 from dynamo.refit.publish.publication import Publication, PublicationLog
 
+#: A rank that was not heard of for so long is lost. Its interpreter may be busy for
+#: seconds.
+LOST_SECONDS = 20.0
 
-@dataclass
+
+@dataclass(frozen=True)
 class Member:
-    """One life of a rank. ``turn`` counts its publications; the last one it took part
-    in is ``publication``, and it is past the one with the number ``after``."""
+    """One life of a rank."""
 
     name: str
     rank: int
     part: RankPart
-    after: int
-    turn: int = 0
-    publication: Publication | None = None
-    left: bool = False
 
 
 class Group:
     """The ranks of one trainer job; ``log`` has their publications.
 
     Args:
-        name: what all ranks of the job call it.
         life: differs for every rank 0 there ever is.
         ready_seconds: from the first rank's slot to the last one's bytes.
+
+    Attributes:
+        merged: what the ranks make up, once all have joined.
+        fault: why the job is at its end.
     """
 
     def __init__(
         self,
-        name: str,
         life: str,
         *,
         world_size: int,
@@ -65,199 +62,181 @@ class Group:
         in_place: bool,
         ready_seconds: float,
     ) -> None:
-        self.name = name
         self.world_size = world_size
         self.merged: Merged | None = None
+        self.fault: RefitError | None = None
         self.log = PublicationLog(
             life, slots=slots, in_place=in_place, ready_seconds=ready_seconds
         )
         self._members: dict[int, Member] = {}
         self._names: dict[str, Member] = {}
-        self._fault: RefitError | None = None
-        self._warned: set[str] = set()
+        self._refused: dict[str, RefitError] = {}
+        self._heard_at: dict[int, float] = {}
+        self._since = 0
 
-    def join(self, request: Join, part: RankPart, now: float) -> None:
+    def take_in(
+        self, rank: int, state: RankState, payloads: Mapping[str, Payload], now: float
+    ) -> None:
+        """What a rank other than 0 says, and what of it was read now; the errors are in
+        :meth:`state`."""
+        for payload in (payloads[key] for key in state.payloads if key in payloads):
+            with contextlib.suppress(RefitError):
+                if isinstance(payload, RankPart):
+                    self.join(state.member, rank, payload, now)
+                else:
+                    self.report(state.member, payload, now)
+        if rank in self._members:
+            self._heard_at[rank] = now
+        with contextlib.suppress(RefitError):
+            if state.left:
+                self.leave(state.member, now)
+            elif state.wants is not None:
+                self.take_slot(state.member, *state.wants, now)
+
+    def join(self, name: str, rank: int, part: RankPart, now: float) -> None:
         """Take a rank in. One that was there before is replaced: its memory is gone.
 
         Raises:
             ManifestInvalid: this rank does not fit to the others, who go on. Where
-                the ranks do not fit together from the start, :meth:`missing` raises.
+                the ranks do not fit together from the start, :attr:`fault` says so.
         """
-        rank = request.rank
         known = self._members.get(rank)
-        if known is not None and known.name == request.member:
+        if known is not None and known.name == name:
             return
-        self._check_place(request)
-        member = Member(request.member, rank, part, self.log.last)
-        members = {**self._members, rank: member}
-        if len(members) == self.world_size and self._fault is None:
-            try:
+        members = {**self._members, rank: Member(name, rank, part)}
+        try:
+            self._check_place(rank, part.world_size)
+            if len(members) == self.world_size:
                 self.merged = merge({r: m.part for r, m in members.items()})
-            except ManifestInvalid as error:
-                if self.merged is not None:
-                    raise
-                self._fault = error
+        except ManifestInvalid as error:
+            if self.merged is None:
+                self.fault = self.fault or error
+            self._refused[name] = error
+            raise
         self._members = members
         self._names = {m.name: m for m in members.values()}
+        self._since = self.log.last
         if known is not None:
+            self._refused[known.name] = SourceLost(
+                f"another process has joined as trainer rank {rank}"
+            )
             self.log.fail_all(f"trainer rank {rank} was restarted", now)
 
-    def missing(self, member: str) -> tuple[int, ...]:
-        """The ranks that have not joined, told to ``member``.
-
-        Raises:
-            ManifestInvalid: the ranks do not fit together.
-            SourceLost: ``member`` was replaced, or rank 0 has closed.
-        """
-        self._member(member)
+    def missing(self) -> tuple[int, ...]:
+        """The ranks that have not joined."""
         return tuple(r for r in range(self.world_size) if r not in self._members)
 
-    def take_slot(self, request: TakeSlot, now: float) -> SlotTaken:
-        """The slot for a version: the same for all ranks, the next one in turn.
-
-        A rank takes part in the oldest publication of ``version`` that came after its
-        last one, and begins a new one if there is none.
+    def member(self, name: str) -> Member:
+        """Who speaks.
 
         Raises:
-            LeaseHeld: what is in the slot is being read. Every rank is told so once.
+            ManifestInvalid, SourceLost: the job is at its end, or ``name`` is not of
+                it.
         """
-        member = self._member(request.member)
-        if request.turn < member.turn:
-            raise SourceLost(f"turn {request.turn} of rank {member.rank} is over")
-        if request.turn > member.turn:
-            publication = self.log.next_of(request.version, member.after)
-            if publication is None:
-                publication = self.log.open(request.version, now)
-            member.turn, member.publication = request.turn, publication
-            member.after = publication.number
-            publication.takers.add(member.name)
-            if member.rank == 0:
-                publication.in_flight = request.in_flight
-        publication = member.publication
-        if publication.refused is not None:
-            raise publication.refused
-        return SlotTaken(
-            announcement_id=publication.announcement_id, slot=publication.slot
-        )
+        error = self.fault or self._refused.get(name)
+        if error is not None:
+            raise error
+        if name not in self._names:
+            raise SourceLost(f"{name} has not joined this trainer job")
+        return self._names[name]
 
-    def written(self, request: Written, now: float) -> None:
+    def take_slot(
+        self,
+        name: str,
+        version: int,
+        after: int,
+        now: float,
+        in_flight: InFlightPolicy | None = None,
+    ) -> Publication:
+        """The publication for a version, in the slot whose turn it is: the same for all
+        ranks, the oldest one of ``version`` that is later than number ``after``, or a
+        new one. Of ``in_flight``, rank 0's counts.
+
+        It may be a refused one, since what is in the slot is being read.
+        """
+        member = self.member(name)
+        publication = self.log.next_of(version, after)
+        if publication is None:
+            publication = self.log.open(version, now)
+        if member.rank == 0:
+            publication.in_flight = in_flight
+        return publication
+
+    def report(self, name: str, report: Report, now: float) -> None:
         """A rank's bytes are there; with the last rank's the version is ready.
 
-        What comes too late is forgotten. A version of which two ranks hold different
-        bytes ends with FingerprintMismatch.
+        What comes too late is forgotten. Where a rank cannot write, or two ranks hold
+        different bytes, the publication ends with the error on every rank.
         """
-        member = self._member(request.member)
-        publication = self.log.find(request.announcement_id)
+        member = self.member(name)
+        publication = self.log.find(report.announcement_id)
         if publication.verdict is not None or publication.ready:
             return
-        fingerprints = np.frombuffer(request.fingerprints, dtype="<u8")
-        if len(fingerprints) != member.part.blocks:
-            raise ManifestInvalid(
-                f"trainer rank {member.rank} reports {len(fingerprints)} fingerprints "
-                f"of {member.part.blocks} blocks",
-                rank=member.rank,
-            )
-        publication.written[member.rank] = fingerprints
-        if len(publication.written) < self.world_size:
-            return
         try:
-            publication.complete(self.merged.add_up(publication.written))
-        except FingerprintMismatch as error:
+            publication.written[member.rank] = _fingerprints(member, report)
+            if len(publication.written) == self.world_size:
+                publication.complete(self.merged.add_up(publication.written))
+        except RefitError as error:
             publication.decide(error, now)
-
-    def write_failed(self, request: WriteFailed, error: RefitError, now: float) -> None:
-        """A rank cannot write: the publication ends with its ``error`` everywhere."""
-        self._member(request.member)
-        publication = self.log.find(request.announcement_id)
-        if not publication.ready:
-            publication.decide(error, now)
-
-    def end_of(self, member: str, announcement_id: str) -> Released | None:
-        """How a publication ended, told to ``member``; ``None`` while it is out.
-
-        Raises:
-            RefitError: the one it ended with.
-            SourceLost: it is not known (any more), or ``member`` is not.
-        """
-        publication = self.log.find(announcement_id)
-        if not publication.ended:
-            self._member(member)
-            return None
-        publication.told.add(member)
-        if isinstance(publication.verdict, RefitError):
-            raise publication.verdict
-        return publication.verdict
-
-    def state(self) -> Hashable:
-        """Differs whenever :meth:`missing` or :meth:`end_of` may answer otherwise."""
-        ended = tuple(p.number for p in self.log if p.ended)
-        return (self.merged is not None, self._fault is not None, ended)
 
     def expire(self, now: float) -> bool:
-        """See :meth:`PublicationLog.expire`."""
-        return self.log.expire(now, range(self.world_size))
+        """As :meth:`PublicationLog.expire`; and what is out ends when a rank has not
+        been heard of for :data:`LOST_SECONDS`. It may come back."""
+        lost = [r for r, at in self._heard_at.items() if now - at > LOST_SECONDS]
+        for rank in lost:
+            self.log.fail_all(f"trainer rank {rank} does not answer", now)
+        return self.log.expire(now, range(self.world_size)) or bool(lost)
 
     def leave(self, name: str, now: float) -> None:
         """A member's memory goes; what is out ends, and nothing can be leased."""
-        member = self._names.get(name)
-        if member is not None and not member.left:
-            member.left = True
-            self.log.fail_all(f"trainer rank {member.rank} was closed", now)
+        closed = f"trainer rank {self.member(name).rank} was closed"
+        self._refused[name] = SourceLost(closed)
+        self.log.fail_all(closed, now)
 
     def close(self, reason: str) -> None:
         """Rank 0 ends: everything that is out ends with ``reason``."""
-        if self._fault is None:
-            self._fault = SourceLost(reason)
+        self.fault = self.fault or SourceLost(reason)
         self.log.close(SourceLost(reason))
 
-    def all_told(self, but: str) -> bool:
-        """After :meth:`close`: every member except ``but`` knows why it has ended.
+    def state(self) -> JobState:
+        """What all ranks are to know."""
+        failures = {
+            name: failure_from(error, stage="publish")
+            for name, error in self._refused.items()
+        }
+        return JobState(
+            missing=self.missing(),
+            since=self._since,
+            publications=tuple(publication.state() for publication in self.log),
+            refused=failures,
+            failure=self.fault and failure_from(self.fault, stage="publish"),
+        )
 
-        Where the ranks never came together that is why; else it is the ends of the
-        publications that the member took part in.
-        """
-        present = {m.name for m in self._members.values() if not m.left} - {but}
-        if self.merged is not None:
-            ends = [p for p in self.log if p.refused is None]
-            return all(p.takers & present <= p.told for p in ends)
-        if isinstance(self._fault, ManifestInvalid):
-            return len(self._warned - {but}) >= self.world_size - 1
-        return present <= self._warned
-
-    def _check_place(self, request: Join) -> None:
-        error = None
-        if request.world_size != self.world_size:
-            error = ManifestInvalid(
-                f"world_size is {request.world_size} on trainer rank {request.rank} "
-                f"and {self.world_size} on rank 0",
-                rank=request.rank,
+    def _check_place(self, rank: int, world_size: int) -> None:
+        if world_size != self.world_size:
+            raise ManifestInvalid(
+                f"world_size is {world_size} on trainer rank {rank} and "
+                f"{self.world_size} on rank 0",
+                rank=rank,
             )
-        elif not 0 <= request.rank < self.world_size:
-            error = ManifestInvalid(
-                f"there is no trainer rank {request.rank} of {self.world_size}",
-                rank=request.rank,
+        if not 0 <= rank < self.world_size:
+            raise ManifestInvalid(
+                f"there is no trainer rank {rank} of {self.world_size}", rank=rank
             )
-        if error is None:
-            return
-        if self.merged is None and self._fault is None:
-            self._fault = error
-        self._warned.add(request.member)
-        raise error
 
-    def _member(self, name: str) -> Member:
-        """Who asks.
 
-        Raises:
-            ManifestInvalid, SourceLost: the group has ended; or another process has
-                this one's rank.
-        """
-        if self._fault is not None:
-            self._warned.add(name)
-            raise self._fault
-        member = self._names.get(name)
-        if member is None or member.left:
-            raise SourceLost(
-                "rank 0 does not know this rank: it was closed, or another process has "
-                "joined as the same rank"
-            )
-        return member
+def _fingerprints(member: Member, report: Report) -> np.ndarray:
+    """
+    Raises:
+        RefitError: the rank has not written the version.
+    """
+    if report.failure is not None:
+        raise error_from(report.failure)
+    fingerprints = np.frombuffer(report.fingerprints, dtype="<u8")
+    if len(fingerprints) != member.part.blocks:
+        raise ManifestInvalid(
+            f"trainer rank {member.rank} reports {len(fingerprints)} fingerprints "
+            f"of {member.part.blocks} blocks",
+            rank=member.rank,
+        )
+    return fingerprints

@@ -67,12 +67,13 @@ class RankMemory:
         """Slots whose fingerprints are prepared."""
         return len(self._batches)
 
-    def part(self, model: str) -> RankPart:
+    def part(self, model: str, world_size: int = 1) -> RankPart:
         """What this rank holds, and where."""
         return RankPart(
             model=model,
             mode=self._mode,
             slots=self.slots,
+            world_size=world_size,
             tensors=tuple(self._buffers.entries),
             source=self._source,
         )

@@ -28,8 +28,8 @@ from dynamo.refit.manifest import (
 LISTED_RANKS = 8
 
 
-class RankPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What one trainer rank holds; its shards' ``source`` is 0.
+class RankPart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What one trainer rank of ``world_size`` holds; its shards' ``source`` is 0.
 
     ``source`` is ``None`` for a rank that holds nothing.
     """
@@ -39,6 +39,7 @@ class RankPart(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     tensors: tuple[TensorEntry, ...]
     source: Source | None
+    world_size: int = 1
 
     @property
     def blocks(self) -> int:

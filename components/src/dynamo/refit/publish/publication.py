@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynamo.refit.errors import LeaseHeld, RefitError, SourceLost
+from dynamo.refit.errors import LeaseHeld, RefitError, SourceLost, failure_from
 from dynamo.refit.fingerprint import version_fingerprint
-from dynamo.refit.protocol import InFlightPolicy, Released, ReleaseOutcome
+from dynamo.refit.protocol import InFlightPolicy, ReleaseOutcome
+from dynamo.refit.publish.handle import Release
+from dynamo.refit.publish.job import PublicationState
 
-#: Ended publications that are remembered, for ranks that are behind or ask again.
+#: Ended publications that are remembered, for ranks that are behind.
 KEPT = 64
 
 
@@ -35,9 +37,8 @@ class Publication:
 
     ``verdict`` is how it ends; it has ``ended`` when nobody can be reading it any more.
     ``fingerprint`` is there once it is ready, ``fingerprints`` are the tensors' as
-    little-endian uint64. One that is ``refused`` has no slot. ``takers`` are the
-    members that take part in it, ``told`` those that know its end. ``leased_until`` is
-    by the epoch of the coordinator that holds the lease.
+    little-endian uint64. One that is ``refused`` has no slot. ``leased_until`` is by
+    the epoch of the coordinator that holds the lease.
     """
 
     number: int
@@ -53,10 +54,8 @@ class Publication:
     announced: bool = False
     in_slot: bool = True
     leased_until: dict[int, float] = field(default_factory=dict)
-    verdict: Released | RefitError | None = None
+    verdict: Release | RefitError | None = None
     ended: bool = False
-    takers: set[str] = field(default_factory=set)
-    told: set[str] = field(default_factory=set)
 
     @property
     def ready(self) -> bool:
@@ -73,11 +72,25 @@ class Publication:
         self.fingerprint = version_fingerprint(totals)
         self.written = {}
 
-    def decide(self, verdict: Released | RefitError, now: float) -> None:
+    def decide(self, verdict: Release | RefitError, now: float) -> None:
         """Settle how it ends, unless that is settled, and end it if nobody reads."""
         if self.verdict is None:
             self.verdict = verdict
         self.ended = self.ended or not self.leased(now)
+
+    def state(self) -> PublicationState:
+        """What the ranks are to know of it."""
+        end = self.verdict if self.ended else None
+        failed = isinstance(end, RefitError)
+        return PublicationState(
+            number=self.number,
+            announcement_id=self.announcement_id,
+            version=self.version,
+            slot=self.slot,
+            refused=self.refused is not None,
+            release=None if failed else end,
+            failure=failure_from(end, stage="publish") if failed else None,
+        )
 
 
 class PublicationLog:
@@ -191,7 +204,7 @@ class PublicationLog:
             return
         if outcome == "completed" and publication.ready and not publication.ended:
             publication.verdict = None
-        publication.decide(Released(outcome=outcome, detail=detail), now)
+        publication.decide(Release(outcome, detail), now)
         if outcome != "refused":
             self._supersede_before(publication, outcome, now)
 
@@ -202,7 +215,7 @@ class PublicationLog:
         for older in self:
             open_ = older.verdict is None and not older.leased(now)
             if open_ and older.number < newer.number:
-                older.decide(Released(outcome="superseded", detail=detail), now)
+                older.decide(Release("superseded", detail), now)
 
     def to_announce(self) -> list[Publication]:
         """The publications that became ready since the last call."""
@@ -236,7 +249,7 @@ class PublicationLog:
         for publication in self:
             publication.in_slot = False
             if publication.verdict is None:
-                publication.decide(Released(outcome="failed", detail=detail), now)
+                publication.decide(Release("failed", detail), now)
 
     def close(self, error: RefitError) -> None:
         """Everything ends now, whoever reads."""
@@ -261,7 +274,7 @@ class PublicationLog:
             if publication.slot == slot and publication.in_slot:
                 publication.in_slot = False
                 publication.fingerprints, publication.written = b"", {}
-                publication.decide(Released(outcome="superseded", detail=detail), now)
+                publication.decide(Release("superseded", detail), now)
 
     def _lost(self, version: int, absent: list[int]) -> SourceLost:
         return SourceLost(

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from typing import get_args
 
-from dynamo.refit.errors import GroupUnnamed
 from dynamo.refit.protocol import MAX_VERSION, InFlightPolicy
 from dynamo.refit.publish.memory import Mode
 
@@ -80,21 +78,3 @@ def version_number(version: int) -> int:
     if not 0 <= number <= MAX_VERSION:
         raise ValueError(f"version {number} is no number from 0 to 2**63 - 1")
     return number
-
-
-def group_of_environment(world_size: int, name: str) -> str:
-    """torchrun's run id; a rank that is alone needs none.
-
-    Raises:
-        GroupUnnamed: there is none.
-    """
-    if world_size == 1:
-        return name
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # What torchrun says when nobody gave it an id.
-    if run == "none":
-        raise GroupUnnamed(
-            f"{world_size} trainer ranks need a name that no other job has: pass "
-            "group=..., or start them with torchrun --rdzv-id"
-        )
-    return run

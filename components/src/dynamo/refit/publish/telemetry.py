@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from dynamo.refit.protocol import TakeSlot
 from dynamo.refit.publish.publication import KEPT
 from dynamo.refit.tracing import Span, Tracer
 
@@ -20,12 +19,12 @@ class PublishTelemetry:
         self._tracer = tracer
         self._spans: OrderedDict[str, Span] = OrderedDict()
 
-    def taken(self, announcement_id: str, request: TakeSlot) -> None:
-        """Rank 0 begins to write, and may ask for its slot again."""
-        if announcement_id in self._spans:
-            return
+    def taken(
+        self, announcement_id: str, version: int, traceparent: str | None
+    ) -> None:
+        """Rank 0 begins to write, in the trainer's span ``traceparent`` (W3C)."""
         self._spans[announcement_id] = self._tracer.start(
-            "publish", request.traceparent, "producer", version=request.version
+            "publish", traceparent, "producer", version=version
         )
         while len(self._spans) > KEPT:
             self._spans.popitem(last=False)
