@@ -93,15 +93,15 @@ class BenchRankProcess(RankProcess):
 
     def forget(self) -> None:
         stager = self._stager
-        stager._session.close()
+        stager._sessions.close()
         stager._arena.close()
-        stager._session = stager._arena = None
+        stager._arena = None
         stager._versions = Versions()
         gc.collect()
 
     def open_baselines(self, payload: bytes) -> None:
         manifest = msgspec.msgpack.decode(payload, type=Manifest)
-        plan = self._stager._session.plan
+        plan = self._stager._sessions.current.plan
         nbytes = max(plan.arena.nbytes, plan.scratch_nbytes, plan.wire_nbytes)
         here, there = host_zeros(nbytes), host_zeros(plan.wire_nbytes)
         self._raw = RawRead(manifest, plan.wire_nbytes, here)
@@ -120,7 +120,7 @@ class BenchRankProcess(RankProcess):
     def alone(self) -> tuple[int, float]:
         """The last cycle's reads once more, with nothing to follow them."""
         stager = self._stager
-        session, shadow = stager._session, stager._arena.target
+        session, shadow = stager._sessions.current, stager._arena.target
         limit = Limit(time.monotonic() + SECONDS, lambda: False)
         pipeline = Pipeline(limit, stager._follower.submit, lambda number: None)
         for number, reads in enumerate(session._requests.waves[shadow][0]):

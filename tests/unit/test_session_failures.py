@@ -14,10 +14,15 @@ import torch
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.fingerprint import Batch
 from dynamo.refit.protocol import StagingMode
-from dynamo.refit.rank import session, stager
+from dynamo.refit.rank import session, sessions
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.session import MAX_ABANDONED, AbandonedSessions, Session
+from dynamo.refit.rank.session import Session
+from dynamo.refit.rank.sessions import (
+    MAX_ABANDONED,
+    AbandonedSessions,
+    KeptSessions,
+)
 from dynamo.refit.rank.stager import RankStager
 from tests.support.fake_nixl import NEVER
 from tests.support.layouts import ALWAYS_EXACT, ROOMY
@@ -276,9 +281,9 @@ def test_too_many_abandoned_sessions_are_an_error_until_one_ends(
 def _stager_of(rank: Rank) -> RankStager:
     """What a stager knows of sessions, without an engine."""
     made = object.__new__(RankStager)
-    made._session = made._proven = rank.session
-    made._spare, made._arena = None, rank.arena
-    made._abandoned = AbandonedSessions()
+    made._sessions, made._arena = KeptSessions(), rank.arena
+    made._sessions.put_in_place(rank.session)
+    made._sessions.installed()
     return made
 
 
@@ -297,7 +302,8 @@ def test_a_pull_that_is_given_up_keeps_the_arena_if_its_reads_end(
     made = _stager_of(rank)
     made._retire(rank.session, error)
     assert rank.agent.active == 0
-    assert (made._session, made._proven, made._arena, len(made._abandoned)) == (
+    kept = made._sessions
+    assert (kept.current, kept.proven, made._arena, len(kept.abandoned)) == (
         rank.session,
         rank.session,
         rank.arena,
@@ -316,14 +322,15 @@ def test_a_pull_that_is_given_up_keeps_the_arena_if_its_reads_end(
 def test_reads_that_do_not_end_are_waited_for_so_long_and_no_longer(
     follower: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stager, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(sessions, "SETTLE_SECONDS", 0.2)
     rank = layer()
     _give_up(rank, follower)
     made, began = _stager_of(rank), time.monotonic()
     made._retire(rank.session, StagingCancelled("superseded"))
     assert 0.2 <= time.monotonic() - began < 5
-    assert (made._session, made._proven, made._arena) == (None, None, None)
-    assert len(made._abandoned) == 1
+    kept = made._sessions
+    assert (kept.current, kept.proven, made._arena) == (None, None, None)
+    assert len(kept.abandoned) == 1
 
 
 def test_requests_to_a_source_that_was_loaded_anew_are_made_again(

@@ -40,12 +40,10 @@ class Extension(RefitWorkerExtension):
         stager = self._refit_rank()._stager
         # As a stage would.
         stager._live.wait()
-        for session in (stager._session, stager._spare):
-            if session is not None:
-                session.close()
+        stager._sessions.close()
         if stager._arena is not None:
             stager._arena.close()
-        stager._session = stager._spare = stager._proven = stager._arena = None
+        stager._arena = None
         stager._versions.staged = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

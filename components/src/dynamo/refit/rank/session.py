@@ -36,9 +36,6 @@ from dynamo.refit.transport.nixl import NixlAgent
 #: Makes what a conversion makes of its inputs, by name.
 Convert = Callable[[Conversion, Mapping[str, torch.Tensor]], Converted]
 
-#: Buffers of pulls that were given up but may still be written to.
-MAX_ABANDONED = 2
-
 
 class Session:
     """The plan and the requests of one layout on one rank.
@@ -377,42 +374,6 @@ class RuntimeParts:
                 "something else wrote them",
                 tensor=self._names[wrong[0]],
                 rank=rank,
-            )
-
-
-class AbandonedSessions:
-    """Sessions whose reads were given up while bytes were on their way.
-
-    NIXL cannot call such a read back: the bytes may land at any later poll. Their
-    buffers are kept, out of use, until the reads have ended.
-    """
-
-    def __init__(self) -> None:
-        self._sessions: list[Session] = []
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def add(self, session: Session) -> None:
-        self._sessions.append(session)
-
-    def sweep(self, offered: Callable[[Arena], bool] = lambda _: False) -> None:
-        """Give back those that have ended, but for an arena that is ``offered``: others
-        still read the version before from it.
-
-        Raises:
-            TransferFailed: too many are still waiting for a source.
-        """
-        for session in [s for s in self._sessions if not s.poll_active()]:
-            if offered(session.arena):
-                continue
-            self._sessions.remove(session)
-            session.close()
-            session.arena.close()
-        if len(self._sessions) > MAX_ABANDONED:
-            raise TransferFailed(
-                f"{len(self._sessions)} earlier pulls were given up and their sources "
-                "neither answer nor go away: stop the stuck trainer process"
             )
 
 

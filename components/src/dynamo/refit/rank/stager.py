@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,7 +23,6 @@ from dynamo.refit.errors import (
     LayoutRefused,
     NoWayBack,
     PeerUnsuitable,
-    StagingCancelled,
 )
 from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import CheckedManifest, Manifest
@@ -49,13 +47,9 @@ from dynamo.refit.rank.install import LiveModel
 from dynamo.refit.rank.loads import Filling, Loads
 from dynamo.refit.rank.memory import choose, free_memory
 from dynamo.refit.rank.offer import Offers
-from dynamo.refit.rank.pipeline import MAX_POLL_SECONDS
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
-from dynamo.refit.rank.session import (
-    AbandonedSessions,
-    Session,
-    whole_parts,
-)
+from dynamo.refit.rank.session import Session, whole_parts
+from dynamo.refit.rank.sessions import KeptSessions
 from dynamo.refit.rank.slices import (
     ArenaLayout,
     IntakeLayout,
@@ -67,11 +61,6 @@ from dynamo.refit.transport import ucx
 from dynamo.refit.transport.nixl import NixlAgent
 
 logger = init_logger("vllm.dynamo_refit")
-
-#: How long the reads of a pull that failed may take to end. NIXL cannot call them back,
-#: and a source that lives ends them in what the pull would have taken. Less than the
-#: coordinator's ``GRACE_SECONDS``, for which it waits for an answer after the deadline.
-SETTLE_SECONDS = 10.0
 
 #: Bytes a second of a rank's reads below which they are said to be slow: what one
 #: socket has. And the bytes from which on a rate says something.
@@ -99,11 +88,7 @@ class RankStager:
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
         self._arena: Arena | None = None
-        self._session: Session | None = None
-        #: Of another layout; kept until the one that replaced it is installed.
-        self._spare: Session | None = None
-        self._proven: Session | None = None
-        self._abandoned = AbandonedSessions()
+        self._sessions = KeptSessions()
         self._versions = Versions()
         #: The conversions of the pull that is under way.
         self.handover: Handover | None = None
@@ -193,8 +178,8 @@ class RankStager:
         _use_stream(self._stream)
         # The last install reads what is about to be overwritten.
         self._live.wait()
-        self._abandoned.sweep(self._offers.holds)
-        self._evict()
+        self._sessions.abandoned.sweep(self._offers.holds)
+        self._sessions.evict()
         session, use = self._find_session(checked, request, cycle)
         if use != "warm":
             self._address(session, checked, cycle)
@@ -204,7 +189,7 @@ class RankStager:
         except BaseException as error:
             self._retire(session, error)
             raise
-        self._put_in_place(session)
+        self._sessions.put_in_place(session)
         if use != "warm":
             _warn_if_slow(
                 self._rank, session.plan, checked.manifest, cycle.ms["wire"] / 1e3
@@ -259,8 +244,8 @@ class RankStager:
         self._live.copy_from(self._arena.staged)
         self._arena.installed()
         self._versions.installed()
-        # What is staged is what the last session pulled.
-        self._proven = self._session
+        # What is staged is what the current session pulled.
+        self._sessions.installed()
 
     def restore(self, version: int) -> None:
         """Put back what was live before ``version`` was installed, as an install does.
@@ -296,7 +281,7 @@ class RankStager:
         live = self._versions.require_live(version)
         _use_stream(self._stream)
         with self._offers.agent_use:
-            self._evict()
+            self._sessions.evict()
         copy_ms = self._live.wait()
         live.parts.check(live.landed, self._rank)
         self._in_a_hurry.clear()
@@ -372,8 +357,8 @@ class RankStager:
     ) -> tuple[Session, SessionUse]:
         held = [
             session
-            for session in (self._session, self._spare)
-            if session is not None and request.staging in ("auto", session.memory.mode)
+            for session in self._sessions.all
+            if request.staging in ("auto", session.memory.mode)
         ]
         for session in held:
             if session.addressed_to == checked.digest:
@@ -383,7 +368,7 @@ class RankStager:
             if session.layout == checked.layout:
                 cycle.built["hits"] += 1
                 return session, "re-addressed"
-        self._make_room()
+        self._sessions.make_room()
         return self._build_session(checked, request.staging, cycle), "cold"
 
     def _build_session(
@@ -500,7 +485,7 @@ class RankStager:
             with cycle.time("prepare"):
                 session.address(checked.manifest, checked.digest, cycle)
         except BaseException:
-            if session not in (self._session, self._spare):
+            if session not in self._sessions.all:
                 session.close()
             raise
 
@@ -519,60 +504,9 @@ class RankStager:
         finally:
             self.handover = None
 
-    def _put_in_place(self, session: Session) -> None:
-        """It holds what is staged. The one before it stays for now: whether ranks
-        together hold a version, and the published one, is not known here."""
-        if session is not self._session:
-            self._session, self._spare = session, self._session
-
-    def _make_room(self) -> None:
-        """Before another session is built: at most one is kept beside it."""
-        if self._spare is None:
-            return
-        if self._spare is self._proven:
-            self._session, self._spare = self._spare, self._session
-        self._spare.close()
-        self._spare = None
-
-    def _evict(self) -> None:
-        """Give back the session whose successor has been installed; not during an
-        install, which is in a pause."""
-        if self._spare is not None and self._session is self._proven:
-            self._make_room()
-
     def _retire(self, session: Session, error: BaseException) -> None:
-        """After a failed pull: keep what is sound, and nothing that may change.
-
-        Blocks until the pull's reads have ended, for :data:`SETTLE_SECONDS` at most: a
-        session that is abandoned takes the arena along, and the next version would
-        have to find memory for another.
-        """
-        held = [s for s in (self._session, self._spare) if s is not None]
-        if _ends(session):
-            if session not in held:
-                session.close()
-            # Requests that were only given up are as good as before.
-            elif not isinstance(error, StagingCancelled):
-                session.forget_requests()
-            return
-        self._abandoned.add(session)
-        for other in held:
-            # It reads into the same arena, or its own scratch is of no use to anyone.
-            if other is not session:
-                other.close()
-        self._session = self._spare = self._proven = None
-        if session.arena is self._arena:
+        if not self._sessions.retire(session, error):
             self._arena = None
-
-
-def _ends(session: Session) -> bool:
-    """Wait until the session's reads have ended; ``False``: they have not in time."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while session.poll_active():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(MAX_POLL_SECONDS)
-    return True
 
 
 def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> None:
