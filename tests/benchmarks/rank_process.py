@@ -94,8 +94,8 @@ class BenchRankProcess(RankProcess):
     def forget(self) -> None:
         stager = self._stager
         stager._sessions.close()
-        stager._arena.close()
-        stager._arena = None
+        stager.memory.arena.close()
+        stager.memory.arena = None
         stager._versions = Versions()
         gc.collect()
 
@@ -120,7 +120,7 @@ class BenchRankProcess(RankProcess):
     def alone(self) -> tuple[int, float]:
         """The last cycle's reads once more, with nothing to follow them."""
         stager = self._stager
-        session, shadow = stager._sessions.current, stager._arena.target
+        session, shadow = stager._sessions.current, stager.memory.arena.target
         limit = Limit(time.monotonic() + SECONDS, lambda: False)
         pipeline = Pipeline(limit, stager._follower.submit, lambda number: None)
         for number, reads in enumerate(session._requests.waves[shadow][0]):

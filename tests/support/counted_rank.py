@@ -104,7 +104,7 @@ class CountingRankProcess(RankProcess):
         return self._worker._refit_rank()._stager._agent.use()
 
     def spoil_shadows(self) -> None:
-        for shadow in self._worker._refit_rank()._stager._arena.shadows:
+        for shadow in self._worker._refit_rank()._stager.memory.arena.shadows:
             shadow.buffer.bytes[0] ^= 1
 
 

@@ -18,8 +18,8 @@ from dynamo.refit.rank import buffers
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.host_copy import CopyFailed
+from dynamo.refit.rank.model_arena import ModelArena
 from dynamo.refit.rank.slices import ArenaLayout, Parameter
-from dynamo.refit.rank.stager import RankStager
 from tests.support.device_arena import DISGUISED, DeviceEngine, assert_is
 from tests.support.fake_nixl import FakeNixlAgent
 from tests.support.layouts import one_slice, whole
@@ -205,22 +205,22 @@ def test_an_arena_for_other_tensors_is_given_back_if_no_version_came() -> None:
     refused, since the copy of what is live has no room for it."""
     engine = Engine()
     more = ArenaLayout([*LAYOUT.parameters, Parameter("bias", (2,), "float32")])
-    stager = object.__new__(RankStager)
-    stager._arena = None
-    assert stager._arrange(more) is more
-    stager._arena = engine.arena
-    assert stager._arrange(LAYOUT) is engine.arena.layout
-    assert stager._arrange(more) is more
-    assert stager._arena is None
+    memory = object.__new__(ModelArena)
+    memory.arena = None
+    assert memory.arrange(more) is more
+    memory.arena = engine.arena
+    assert memory.arrange(LAYOUT) is engine.arena.layout
+    assert memory.arrange(more) is more
+    assert memory.arena is None
     assert engine.agent.registered == {}
 
     engine = Engine()
     engine.stage(1)
-    stager._arena = engine.arena
+    memory.arena = engine.arena
     with pytest.raises(LayoutRefused, match="restart this worker") as refused:
-        stager._arrange(more)
+        memory.arrange(more)
     assert refused.value.tensor == "bias"
-    assert stager._arena is engine.arena
+    assert memory.arena is engine.arena
 
 
 def test_an_arena_that_cannot_keep_what_is_live_is_given_back() -> None:
@@ -230,13 +230,13 @@ def test_an_arena_that_cannot_keep_what_is_live_is_given_back() -> None:
     def fail(backup: dict[str, torch.Tensor]) -> None:
         raise CopyFailed("CUDA error 700")
 
-    stager = object.__new__(RankStager)
-    stager._agent, stager._device, stager._arena = agent, torch.device("cpu"), None
-    stager._live = SimpleNamespace(copy_to=fail)
+    made = object.__new__(ModelArena)
+    made._agent, made._device, made.arena = agent, torch.device("cpu"), None
+    made._live = SimpleNamespace(copy_to=fail)
     memory = MemoryUse(mode="host", device_nbytes=0, host_nbytes=0)
     with pytest.raises(CopyFailed):
-        stager._make_arena({}, LAYOUT, memory, Cycle())
-    assert stager._arena is None
+        made.make({}, LAYOUT, memory, Cycle())
+    assert made.arena is None
     assert agent.registered == {}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,7 +282,8 @@ def test_too_many_abandoned_sessions_are_an_error_until_one_ends(
 def _stager_of(rank: Rank) -> RankStager:
     """What a stager knows of sessions, without an engine."""
     made = object.__new__(RankStager)
-    made._sessions, made._arena = KeptSessions(), rank.arena
+    made._sessions = KeptSessions()
+    made.memory = SimpleNamespace(arena=rank.arena)
     made._sessions.put_in_place(rank.session)
     made._sessions.installed()
     return made
@@ -303,7 +305,7 @@ def test_a_pull_that_is_given_up_keeps_the_arena_if_its_reads_end(
     made._retire(rank.session, error)
     assert rank.agent.active == 0
     kept = made._sessions
-    assert (kept.current, kept.proven, made._arena, len(kept.abandoned)) == (
+    assert (kept.current, kept.proven, made.memory.arena, len(kept.abandoned)) == (
         rank.session,
         rank.session,
         rank.arena,
@@ -329,7 +331,7 @@ def test_reads_that_do_not_end_are_waited_for_so_long_and_no_longer(
     made._retire(rank.session, StagingCancelled("superseded"))
     assert 0.2 <= time.monotonic() - began < 5
     kept = made._sessions
-    assert (kept.current, kept.proven, made._arena) == (None, None, None)
+    assert (kept.current, kept.proven, made.memory.arena) == (None, None, None)
     assert len(kept.abandoned) == 1
 
 

@@ -41,9 +41,9 @@ class Extension(RefitWorkerExtension):
         # As a stage would.
         stager._live.wait()
         stager._sessions.close()
-        if stager._arena is not None:
-            stager._arena.close()
-        stager._arena = None
+        if stager.memory.arena is not None:
+            stager.memory.arena.close()
+        stager.memory.arena = None
         stager._versions.staged = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -108,7 +108,7 @@ class RefitRank:
             case Describe():
                 return self._describe(request)
             case Reserve(staging=staging):
-                self._stager.reserve(staging)
+                self._stager.memory.reserve(staging)
                 return Done()
             case Stage():
                 return self._stage(request)
@@ -138,8 +138,8 @@ class RefitRank:
             rank=self.rank,
             ranks=self._ranks,
             parameters=self._stager.parameters,
-            nbytes=self._stager.nbytes,
-            memory=self._stager.plan_memory(request.staging),
+            nbytes=self._stager.memory.nbytes,
+            memory=self._stager.memory.plan_memory(request.staging),
             layout=self._stager.layout,
         )
 

@@ -10,24 +10,19 @@ model's thread, between two steps.
 from __future__ import annotations
 
 import gc
-import threading
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
 from dynamo.refit.errors import (
-    LayoutRefused,
     NoWayBack,
     PeerUnsuitable,
 )
 from dynamo.refit.fingerprint import Batch, Part
 from dynamo.refit.manifest import CheckedManifest, Manifest
 from dynamo.refit.protocol import (
-    MemoryUse,
     Offer,
     Offered,
     RankVote,
@@ -35,7 +30,6 @@ from dynamo.refit.protocol import (
     Stage,
     Staged,
     StagingChoice,
-    StagingMode,
 )
 from dynamo.refit.rank import host_copy
 from dynamo.refit.rank.buffers import Arena
@@ -45,17 +39,13 @@ from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.image import held_tensors, runtime_layout, tensors_of_image
 from dynamo.refit.rank.install import LiveModel
 from dynamo.refit.rank.loads import Filling, Loads
-from dynamo.refit.rank.memory import choose, free_memory
+from dynamo.refit.rank.model_arena import ModelArena
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
 from dynamo.refit.rank.session import Session, whole_parts
 from dynamo.refit.rank.sessions import KeptSessions
-from dynamo.refit.rank.slices import (
-    ArenaLayout,
-    IntakeLayout,
-    Parameter,
-    order_of_arrival,
-)
+from dynamo.refit.rank.slices import IntakeLayout, order_of_arrival
+from dynamo.refit.rank.streams import new_stream, one_thread, use_stream
 from dynamo.refit.rank.versions import Version, Versions
 from dynamo.refit.transport import ucx
 from dynamo.refit.transport.nixl import NixlAgent
@@ -87,31 +77,16 @@ class RankStager:
         ucx.show_reads()
         # Half a second, so before the first refit.
         self._agent = NixlAgent(f"refit-{rank}-{uuid.uuid4().hex[:12]}")
-        self._arena: Arena | None = None
         self._sessions = KeptSessions()
         self._versions = Versions()
         #: The conversions of the pull that is under way.
         self.handover: Handover | None = None
-        # Made once: torch has 32 streams and gives them out in turn, the model's among
-        # them.
-        self._stream = _new_stream(self._device)
-        self._follower = ThreadPoolExecutor(
-            1,
-            "refit-follower",
-            initializer=_use_stream,
-            initargs=(_new_stream(self._device),),
-        )
-        # Not the follower's: who wants to read what is live would wait for the copy.
-        self._backup = ThreadPoolExecutor(
-            1,
-            "refit-backup",
-            initializer=_use_stream,
-            initargs=(_new_stream(self._device),),
-        )
-        #: A copy of what is live, made at leisure, and whether it is waited for.
-        self._keeping: Future | None = None
-        self._in_a_hurry = threading.Event()
+        self._stream = new_stream(self._device)
+        self._follower = one_thread("refit-follower", self._device)
         self._offers = Offers(self._agent, self._follower.submit)
+        self.memory = ModelArena(
+            self._agent, self._loads, self._live, self._device, ranks, self._offers.know
+        )
         _warm_up_fingerprints(self._device)
         if self._device.type == "cuda":
             host_copy.warm_up()
@@ -120,41 +95,6 @@ class RankStager:
     def parameters(self) -> int:
         """How many parameters this rank loads."""
         return len(self._loads.form.parameters)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what this rank computes with."""
-        return self._layout(self._loads.filled).nbytes
-
-    def plan_memory(self, staging: StagingChoice) -> MemoryUse:
-        """Where a version would be staged, as things are now.
-
-        Raises:
-            MemoryShort: nowhere.
-        """
-        held = self._arena.memory if self._arena is not None else None
-        if held is not None and staging == "auto":
-            staging = held.mode
-        intake = IntakeLayout(self._loads.taken_in, self._limits.scratch)
-        return choose(
-            staging,
-            arena=self.nbytes,
-            scratch=2 * self._limits.scratch + intake.working_nbytes,
-            free=free_memory(self._device, self._ranks),
-            held=held,
-        )
-
-    def reserve(self, staging: StagingMode) -> None:
-        """Have the memory for versions ready, with a copy of what is live, before the
-        first one comes: pinned memory takes half a second per GB. Where the start
-        checkpoint does not say what a version fills, its first one has to.
-
-        Raises:
-            MemoryShort: there is none.
-        """
-        if self._loads.known and self._arena is None:
-            live, memory = self._loads.filled, self.plan_memory(staging)
-            self._make_arena(live, self._layout(live), memory, Cycle())
 
     def stage(self, request: Stage, checked: CheckedManifest, limit: Limit) -> Staged:
         """Bring the version into the arena.
@@ -169,13 +109,13 @@ class RankStager:
         """
         cycle = Cycle()
         self._versions.staged = None
-        with self._offers.overwriting(self._arena, limit), self._offers.agent_use:
+        with self._offers.overwriting(self.memory.arena, limit), self._offers.agent_use:
             return self._stage(request, checked, limit, cycle)
 
     def _stage(
         self, request: Stage, checked: CheckedManifest, limit: Limit, cycle: Cycle
     ) -> Staged:
-        _use_stream(self._stream)
+        use_stream(self._stream)
         # The last install reads what is about to be overwritten.
         self._live.wait()
         self._sessions.abandoned.sweep(self._offers.holds)
@@ -241,8 +181,8 @@ class RankStager:
                 written, after it everything is.
         """
         self._versions.require_staged(version)
-        self._live.copy_from(self._arena.staged)
-        self._arena.installed()
+        self._live.copy_from(self.memory.arena.staged)
+        self.memory.arena.installed()
         self._versions.installed()
         # What is staged is what the current session pulled.
         self._sessions.installed()
@@ -254,7 +194,7 @@ class RankStager:
             NoWayBack: there is no copy of it.
         """
         self._versions.require_staged(version)
-        arena = self._arena
+        arena = self.memory.arena
         if not arena.memory.can_undo:
             raise NoWayBack(
                 f"{arena.memory.mode} staging keeps no copy of the old weights: give "
@@ -279,21 +219,20 @@ class RankStager:
             NothingStaged: another version, or none, was installed last.
         """
         live = self._versions.require_live(version)
-        _use_stream(self._stream)
+        use_stream(self._stream)
         with self._offers.agent_use:
             self._sessions.evict()
         copy_ms = self._live.wait()
         live.parts.check(live.landed, self._rank)
-        self._in_a_hurry.clear()
-        self._keeping = self._backup.submit(self._arena.keep, self._in_a_hurry.is_set)
+        self.memory.keep()
         return copy_ms
 
     def discard(self) -> None:
         """Forget what is staged; the session stays. Others may not read it any more,
         unless it is live."""
         staged = self._versions.staged
-        if staged is not None and self._arena is not None:
-            live = self._arena, self._arena.live
+        if staged is not None and self.memory.arena is not None:
+            live = self.memory.arena, self.memory.arena.live
             self._offers.end(staged.number, besides=live)
         self._versions.staged = None
 
@@ -334,7 +273,7 @@ class RankStager:
 
     def _find_copy(self, request: Offer) -> tuple[Version, Arena, int]:
         """The version, and the shadow that has it."""
-        arena = self._arena
+        arena = self.memory.arena
         held, shadow = self._versions.staged, arena and arena.target
         if request.live:
             held, shadow = self._versions.live, arena and arena.live
@@ -378,8 +317,8 @@ class RankStager:
         with cycle.time("plan"):
             filling = self._filling(manifest)
             first = order_of_arrival(manifest, filling.slices)
-            layout = self._arrange(self._layout(filling.live, first))
-            memory = self.plan_memory(staging)
+            layout = self.memory.arrange(self.memory.layout(filling.live, first))
+            memory = self.memory.plan_memory(staging)
             conversions = filling.conversions
             intake = IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
             plan = make_plan(
@@ -401,14 +340,14 @@ class RankStager:
             plan.wire_nbytes,
             plan.descriptors,
         )
-        if self._arena is None:
-            self._make_arena(filling.live, layout, memory, cycle)
+        if self.memory.arena is None:
+            self.memory.make(filling.live, layout, memory, cycle)
         return Session(
             self._agent,
             checked.layout,
             plan,
             memory,
-            self._arena,
+            self.memory.arena,
             self._live.filled,
             cycle,
             conversions,
@@ -420,63 +359,6 @@ class RankStager:
             return self._loads.filling(manifest.tensors)
         tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
         return self._loads.filling_of_image(tensors)
-
-    def _make_arena(
-        self,
-        live: Mapping[str, torch.Tensor],
-        layout: ArenaLayout,
-        memory: MemoryUse,
-        cycle: Cycle,
-    ) -> None:
-        """Memory for versions that fill ``live``, and a copy of it as it is now."""
-        self._live.filled = dict(live)
-        arena = Arena(self._agent, layout, memory, self._device, cycle)
-        try:
-            with cycle.time("backup"):
-                arena.preserve(self._live)
-        except BaseException:
-            arena.close()
-            raise
-        self._arena = arena
-        self._offers.know(arena)
-
-    def _layout(
-        self, live: Mapping[str, torch.Tensor], first: Sequence[str] = ()
-    ) -> ArenaLayout:
-        """Of an arena for images of ``live``."""
-        unloaded = {p.name: p.unloaded for p in self._loads.form.parameters.values()}
-        return ArenaLayout(
-            [
-                Parameter.of(name, tensor, unloaded.get(name, 0))
-                for name, tensor in live.items()
-            ],
-            first,
-        )
-
-    def _arrange(self, layout: ArenaLayout) -> ArenaLayout:
-        """How the arena is laid out: by ``layout``, if no version has come before.
-
-        Raises:
-            LayoutRefused: it was for other tensors.
-        """
-        arena = self._arena
-        if arena is None:
-            return layout
-        there, wanted = (
-            {parameter.name for parameter in each.parameters}
-            for each in (arena.layout, layout)
-        )
-        if there == wanted:
-            arena.arrange(layout)
-            return arena.layout
-        if arena.is_used:
-            raise LayoutRefused(
-                "earlier versions, or this one, did not fill it: restart this worker",
-                tensor=min(there ^ wanted),
-            )
-        arena.close()
-        self._arena = None
-        return layout
 
     def _address(
         self, session: Session, checked: CheckedManifest, cycle: Cycle
@@ -494,10 +376,7 @@ class RankStager:
     ) -> np.ndarray:
         """The version's bytes in the arena."""
         with cycle.time("backup"):
-            self._in_a_hurry.set()
-            if self._keeping is not None:
-                wait([self._keeping])
-            session.arena.begin()
+            self.memory.begin()
         self.handover = handover = session.hand_over()
         try:
             return session.pull(slot, limit, self._follower.submit, cycle, handover)
@@ -506,7 +385,7 @@ class RankStager:
 
     def _retire(self, session: Session, error: BaseException) -> None:
         if not self._sessions.retire(session, error):
-            self._arena = None
+            self.memory.arena = None
 
 
 def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> None:
@@ -520,17 +399,6 @@ def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> 
         sources,
         plan.wire_nbytes / seconds / 1e9,
     )
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-def _use_stream(stream: torch.cuda.Stream | None) -> None:
-    """On the calling thread: copies on the model's stream would hold it up."""
-    if stream is not None:
-        torch.cuda.set_device(stream.device)
-        torch.cuda.set_stream(stream)
 
 
 def _warm_up_fingerprints(device: torch.device) -> None:
