@@ -388,3 +388,12 @@ def _copy_and_fold_parts(
         )
         start = end
     return parts
+
+
+def warm_up(device: torch.device) -> None:
+    """Have the kernels for ``device`` and the host compiled before they are needed."""
+    for place in {device, torch.device("cpu")}:
+        words, copy = torch.zeros(2, 2, 2, device=place)
+        batch = Batch([Part(words, ((0, 2), (0, 2)), (2, 2), copy_to=copy)], [True])
+        batch.fold()
+        batch.fold(copy=True)

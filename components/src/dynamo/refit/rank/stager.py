@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's side of a refit: stage into the session, install, restore, verify.
 
-Owns the NIXL agent, the arena and the session. Staging and verifying run on a
-background thread while the model serves; conversions, install and restore run on the
-model's thread, between two steps.
+Owns the NIXL agent, the model's arena, the sessions and the versions. Staging and
+verifying run on a background thread while the model serves; conversions, install and
+restore run on the model's thread, between two steps.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import gc
 import uuid
 
 import numpy as np
-import torch
 from vllm.logger import init_logger
 
-from dynamo.refit.errors import (
-    NoWayBack,
-    PeerUnsuitable,
-)
-from dynamo.refit.fingerprint import Batch, Part
+from dynamo.refit import fingerprint
+from dynamo.refit.errors import NoWayBack, PeerUnsuitable
 from dynamo.refit.manifest import CheckedManifest, Manifest
 from dynamo.refit.protocol import (
     Offer,
@@ -87,7 +83,7 @@ class RankStager:
         self.memory = ModelArena(
             self._agent, self._loads, self._live, self._device, ranks, self._offers.know
         )
-        _warm_up_fingerprints(self._device)
+        fingerprint.warm_up(self._device)
         if self._device.type == "cuda":
             host_copy.warm_up()
 
@@ -159,6 +155,104 @@ class RankStager:
             # A plan that is made anew may have its pieces in another order.
             reads=session.reads if request.want_reads or use == "cold" else (),
         )
+
+    def _find_session(
+        self, checked: CheckedManifest, request: Stage, cycle: Cycle
+    ) -> tuple[Session, SessionUse]:
+        held = [
+            session
+            for session in self._sessions.all
+            if request.staging in ("auto", session.memory.mode)
+        ]
+        for session in held:
+            if session.addressed_to == checked.digest:
+                cycle.built["hits"] += 1
+                return session, "warm"
+        for session in held:
+            if session.layout == checked.layout:
+                cycle.built["hits"] += 1
+                return session, "re-addressed"
+        self._sessions.make_room()
+        return self._build_session(checked, request.staging, cycle), "cold"
+
+    def _build_session(
+        self, checked: CheckedManifest, staging: StagingChoice, cycle: Cycle
+    ) -> Session:
+        manifest = checked.manifest
+        with cycle.time("plan"):
+            filling = self._filling(manifest)
+            first = order_of_arrival(manifest, filling.slices)
+            layout = self.memory.arrange(self.memory.layout(filling.live, first))
+            memory = self.memory.plan_memory(staging)
+            conversions = filling.conversions
+            intake = IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
+            plan = make_plan(
+                manifest,
+                filling.parameters,
+                filling.slices,
+                rank=self._rank,
+                limits=self._limits,
+                arena=layout,
+                intake=intake,
+            )
+        logger.info(
+            "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
+            "host memory; %d bytes come in %d runs",
+            self._rank,
+            memory.mode,
+            memory.device_nbytes,
+            memory.host_nbytes,
+            plan.wire_nbytes,
+            plan.descriptors,
+        )
+        if self.memory.arena is None:
+            self.memory.make(filling.live, layout, memory, cycle)
+        return Session(
+            self._agent,
+            checked.layout,
+            plan,
+            memory,
+            self.memory.arena,
+            self._live.filled,
+            cycle,
+            conversions,
+            self._loads.form.convert,
+        )
+
+    def _filling(self, manifest: Manifest) -> Filling:
+        if not manifest.layouts:
+            return self._loads.filling(manifest.tensors)
+        tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
+        return self._loads.filling_of_image(tensors)
+
+    def _address(
+        self, session: Session, checked: CheckedManifest, cycle: Cycle
+    ) -> None:
+        try:
+            with cycle.time("prepare"):
+                session.address(checked.manifest, checked.digest, cycle)
+        except BaseException:
+            if session not in self._sessions.all:
+                session.close()
+            raise
+
+    def _pull(
+        self, session: Session, slot: int, limit: Limit, cycle: Cycle
+    ) -> np.ndarray:
+        """The version's bytes in the arena."""
+        with cycle.time("backup"):
+            self.memory.begin()
+        self.handover = handover = session.hand_over()
+        try:
+            return session.pull(slot, limit, self._follower.submit, cycle, handover)
+        finally:
+            self.handover = None
+
+    def _retire(self, session: Session, error: BaseException) -> None:
+        if not self._sessions.retire(session, error):
+            self.memory.arena = None
+
+    # --- after a stage ----------------------------------------------------------
 
     def check(self, version: int) -> None:
         """Whether :meth:`install` could begin, without writing anything.
@@ -289,104 +383,6 @@ class RankStager:
             )
         return held, arena, shadow
 
-    # --- staging ----------------------------------------------------------------
-
-    def _find_session(
-        self, checked: CheckedManifest, request: Stage, cycle: Cycle
-    ) -> tuple[Session, SessionUse]:
-        held = [
-            session
-            for session in self._sessions.all
-            if request.staging in ("auto", session.memory.mode)
-        ]
-        for session in held:
-            if session.addressed_to == checked.digest:
-                cycle.built["hits"] += 1
-                return session, "warm"
-        for session in held:
-            if session.layout == checked.layout:
-                cycle.built["hits"] += 1
-                return session, "re-addressed"
-        self._sessions.make_room()
-        return self._build_session(checked, request.staging, cycle), "cold"
-
-    def _build_session(
-        self, checked: CheckedManifest, staging: StagingChoice, cycle: Cycle
-    ) -> Session:
-        manifest = checked.manifest
-        with cycle.time("plan"):
-            filling = self._filling(manifest)
-            first = order_of_arrival(manifest, filling.slices)
-            layout = self.memory.arrange(self.memory.layout(filling.live, first))
-            memory = self.memory.plan_memory(staging)
-            conversions = filling.conversions
-            intake = IntakeLayout([c.inputs for c in conversions], self._limits.scratch)
-            plan = make_plan(
-                manifest,
-                filling.parameters,
-                filling.slices,
-                rank=self._rank,
-                limits=self._limits,
-                arena=layout,
-                intake=intake,
-            )
-        logger.info(
-            "dynamo-refit: rank %d stages in mode %s: %d bytes on the device, %d in "
-            "host memory; %d bytes come in %d runs",
-            self._rank,
-            memory.mode,
-            memory.device_nbytes,
-            memory.host_nbytes,
-            plan.wire_nbytes,
-            plan.descriptors,
-        )
-        if self.memory.arena is None:
-            self.memory.make(filling.live, layout, memory, cycle)
-        return Session(
-            self._agent,
-            checked.layout,
-            plan,
-            memory,
-            self.memory.arena,
-            self._live.filled,
-            cycle,
-            conversions,
-            self._loads.form.convert,
-        )
-
-    def _filling(self, manifest: Manifest) -> Filling:
-        if not manifest.layouts:
-            return self._loads.filling(manifest.tensors)
-        tensors = tensors_of_image(manifest, self._rank, self._ranks, self.layout)
-        return self._loads.filling_of_image(tensors)
-
-    def _address(
-        self, session: Session, checked: CheckedManifest, cycle: Cycle
-    ) -> None:
-        try:
-            with cycle.time("prepare"):
-                session.address(checked.manifest, checked.digest, cycle)
-        except BaseException:
-            if session not in self._sessions.all:
-                session.close()
-            raise
-
-    def _pull(
-        self, session: Session, slot: int, limit: Limit, cycle: Cycle
-    ) -> np.ndarray:
-        """The version's bytes in the arena."""
-        with cycle.time("backup"):
-            self.memory.begin()
-        self.handover = handover = session.hand_over()
-        try:
-            return session.pull(slot, limit, self._follower.submit, cycle, handover)
-        finally:
-            self.handover = None
-
-    def _retire(self, session: Session, error: BaseException) -> None:
-        if not self._sessions.retire(session, error):
-            self.memory.arena = None
-
 
 def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> None:
     if plan.wire_nbytes < SLOW_NBYTES or plan.wire_nbytes > SLOW_RATE * seconds:
@@ -399,13 +395,3 @@ def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> 
         sources,
         plan.wire_nbytes / seconds / 1e9,
     )
-
-
-def _warm_up_fingerprints(device: torch.device) -> None:
-    """Have the kernels compiled before the first version comes."""
-    for place in {device, torch.device("cpu")}:
-        words, copy = torch.zeros(2, 2, 2, device=place)
-        part = Part(words, ((0, 2), (0, 2)), (2, 2), copy_to=copy)
-        batch = Batch([part], [True])
-        batch.fold()
-        batch.fold(copy=True)
