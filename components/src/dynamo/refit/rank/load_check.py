@@ -27,7 +27,7 @@ from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank.capture import refuse_tensors
 from dynamo.refit.rank.conversion import Conversion, RuntimeForm
 from dynamo.refit.rank.plan import whole
-from dynamo.refit.rank.session import piece_view
+from dynamo.refit.rank.runtime_parts import piece_view
 from dynamo.refit.rank.slices import Parameter, ReadSlice
 from dynamo.refit.rank.twin import held_tensors, made_real, same_bits
 

@@ -9,19 +9,19 @@ nothing. It never writes live weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 
-from dynamo.refit.errors import FingerprintMismatch, TransferFailed
+from dynamo.refit.errors import TransferFailed
 from dynamo.refit.fingerprint import Batch, Part, version_fingerprint
 from dynamo.refit.manifest import Box, Manifest
 from dynamo.refit.protocol import MemoryUse
 from dynamo.refit.rank import bounce, boxes
 from dynamo.refit.rank.bounce import Bounce
-from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, Shadow, views_of
+from dynamo.refit.rank.buffers import Arena, RegisteredBuffer, views_of
 from dynamo.refit.rank.conversion import Conversion, Converted
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
@@ -30,7 +30,7 @@ from dynamo.refit.rank.pipeline import Pipeline, Submit
 from dynamo.refit.rank.plan import Piece, Plan, Wave
 from dynamo.refit.rank.processing import Function
 from dynamo.refit.rank.requests import Requests
-from dynamo.refit.rank.slices import ReadSlice
+from dynamo.refit.rank.runtime_parts import RuntimeParts, piece_view, whole_parts
 from dynamo.refit.transport.nixl import NixlAgent
 
 #: Makes what a conversion makes of its inputs, by name.
@@ -320,77 +320,6 @@ class _WaveWork:
         if self._converted:
             self.landed = self.parts.copy()
             self.landed[self._converted] = self._placed.fold()
-
-
-class RuntimeParts:
-    """Shows that the live tensors, or their image in a shadow, are those of one
-    version. Its views are made once, when they are looked at first: neither the first
-    read of a version nor an install waits for them.
-
-    Args:
-        pieces: the boxes that make the parameters up that are served as read.
-        converted: names of the other tensors.
-        tensors: what is looked at, by name.
-    """
-
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        converted: Sequence[str],
-        tensors: Mapping[str, torch.Tensor],
-    ) -> None:
-        self._of = pieces, converted
-        self._tensors = tensors
-        self._names = [*(piece.parameter for piece in pieces), *converted]
-
-    @functools.cached_property
-    def _pieces(self) -> Batch:
-        return Batch(
-            [
-                Part(piece_view(p, self._tensors[p.parameter]), p.box, p.shape)
-                for p in self._of[0]
-            ]
-        )
-
-    @functools.cached_property
-    def _converted(self) -> Batch:
-        return whole_parts(self._tensors[name] for name in self._of[1])
-
-    def in_shadow(self, shadow: Shadow) -> RuntimeParts:
-        """The same of the image in ``shadow``."""
-        return RuntimeParts(*self._of, shadow.by_name)
-
-    def check(self, landed: np.ndarray, rank: int) -> None:
-        """Compare with ``landed``, one part per piece and per converted tensor.
-
-        Raises:
-            FingerprintMismatch: names the parameter.
-        """
-        found = np.concatenate([self._pieces.fold(), self._converted.fold()])
-        wrong = np.flatnonzero(found != landed)
-        if len(wrong):
-            raise FingerprintMismatch(
-                f"{len(wrong)} blocks of the weights are not what was staged: "
-                "something else wrote them",
-                tensor=self._names[wrong[0]],
-                rank=rank,
-            )
-
-
-def whole_parts(tensors: Iterable[torch.Tensor]) -> Batch:
-    """One part of each of ``tensors``: its fingerprint."""
-    return Batch(
-        [Part(t, tuple((0, size) for size in t.shape), tuple(t.shape)) for t in tensors]
-    )
-
-
-def piece_view(piece: Piece | ReadSlice, parameter: torch.Tensor) -> torch.Tensor:
-    """The elements of ``parameter`` that ``piece`` fills, in the box's shape."""
-    if not parameter.is_contiguous():
-        # What is loaded has no gaps: it is of an image, and the box one of its own.
-        return parameter[tuple(slice(start, stop) for start, stop in piece.box)]
-    offset = parameter.storage_offset() + piece.offset
-    return parameter.as_strided(boxes.extent(piece.box), piece.strides, offset)
 
 
 def _scratch_view(piece: Piece, scratch: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,8 @@ from dynamo.refit.rank.loads import Filling, Loads
 from dynamo.refit.rank.model_arena import ModelArena
 from dynamo.refit.rank.offer import Offers
 from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
-from dynamo.refit.rank.session import Session, whole_parts
+from dynamo.refit.rank.runtime_parts import whole_parts
+from dynamo.refit.rank.session import Session
 from dynamo.refit.rank.sessions import KeptSessions
 from dynamo.refit.rank.slices import IntakeLayout, order_of_arrival
 from dynamo.refit.rank.streams import new_stream, one_thread, use_stream

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynamo.refit.errors import NothingStaged
 from dynamo.refit.rank.processing import Function
-from dynamo.refit.rank.session import RuntimeParts
+from dynamo.refit.rank.runtime_parts import RuntimeParts
 
 
 @dataclass(frozen=True)
