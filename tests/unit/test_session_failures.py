@@ -15,7 +15,7 @@ import torch
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.fingerprint import Batch
 from dynamo.refit.protocol import StagingMode
-from dynamo.refit.rank import session, sessions
+from dynamo.refit.rank import runtime_parts, session, sessions
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.pipeline import Submit
 from dynamo.refit.rank.session import Session
@@ -92,7 +92,8 @@ def test_a_session_that_finds_no_memory_leaves_nothing_registered(
         )
 
     with monkeypatch.context() as short:
-        short.setattr(session, "Batch", run_short)
+        for module in (session, runtime_parts):
+            short.setattr(module, "Batch", run_short)
         with pytest.raises(torch.OutOfMemoryError):
             build()
     # Scratch was there.

@@ -17,11 +17,10 @@ layer of a tied model keeps its old packed copy), and rebinds bare tensors.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,6 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from dynamo.refit.errors import LayoutRefused, UnsupportedConfiguration
 from dynamo.refit.manifest import ITEMSIZE, TensorEntry
 from dynamo.refit.rank.capture import LoadGeometry, describe_parameters
+from dynamo.refit.rank.grouping import Group, group
 from dynamo.refit.rank.plan import whole
 from dynamo.refit.rank.processing import (
     Function,
@@ -46,10 +46,6 @@ from dynamo.refit.rank.runtime_layout import (
 )
 from dynamo.refit.rank.slices import Parameter
 from dynamo.refit.rank.twin import BITS, held_tensors, made_real
-
-#: Bytes of published tensors that one call of the loader is given, if it takes them
-#: for parameters of different layers: each call looks through the whole model.
-LOADED_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +173,11 @@ class RuntimeForm:
         """What has to be made of ``tensors``: in the model's order of layers, and then
         what belongs to no processed layer."""
         published = {tensor.name: tensor for tensor in tensors}
-        groups = _load_small_together(_group(self, geometry), published)
-        return [self._conversion(group, published) for group in groups]
+        groups = group(self.layers, geometry, published)
+        return [self._conversion(each, published) for each in groups]
 
     def _conversion(
-        self, group: _Group, published: Mapping[str, TensorEntry]
+        self, group: Group, published: Mapping[str, TensorEntry]
     ) -> Conversion:
         sliced, outputs = [], []
         alone = set(group.loaded)
@@ -300,65 +296,6 @@ class RuntimeForm:
             set_default_torch_dtype(self.config.model_config.dtype),
         ):
             yield
-
-
-@dataclass
-class _Group:
-    """What is converted together: layers, and tensors that the loader fills."""
-
-    layers: list[ProcessedLayer]
-    loaded: list[str]
-    sources: set[str] = field(default_factory=set)
-
-
-def _group(form: RuntimeForm, geometry: LoadGeometry) -> list[_Group]:
-    """The smallest groups of which none reads a tensor that another one loads."""
-    groups, owners = [], {}
-    for layer in form.layers:
-        loaded = [n for n in layer.parameters.values() if n in geometry.loaded]
-        groups.append(_Group([layer], loaded))
-        owners |= dict.fromkeys(loaded)
-    groups += [_Group([], [name]) for name in geometry.loaded if name not in owners]
-    first: dict[str, _Group] = {}
-    joined: list[_Group] = []
-    for group in groups:
-        group.sources = set().union(*(geometry.loaded[n] for n in group.loaded))
-        others = {id(first[s]): first[s] for s in group.sources if s in first}
-        if others:
-            into, *rest = others.values()
-            for other in (*rest, group):
-                into.layers += other.layers
-                into.loaded += other.loaded
-                into.sources |= other.sources
-            joined = [g for g in joined if not any(g is other for other in rest)]
-            group = into
-        else:
-            joined.append(group)
-        first |= dict.fromkeys(group.sources, group)
-    return joined
-
-
-def _load_small_together(
-    groups: Sequence[_Group], published: Mapping[str, TensorEntry]
-) -> list[_Group]:
-    """Joins groups without layers until the loader gets :data:`LOADED_TOGETHER`."""
-    joined: list[_Group] = [group for group in groups if group.layers]
-    room = 0
-    for group in groups:
-        if group.layers:
-            continue
-        nbytes = sum(_nbytes(published[name]) for name in group.sources)
-        if nbytes > room:
-            joined.append(_Group([], []))
-            room = max(LOADED_TOGETHER, nbytes)
-        joined[-1].loaded += group.loaded
-        joined[-1].sources |= group.sources
-        room -= nbytes
-    return joined
-
-
-def _nbytes(tensor: TensorEntry) -> int:
-    return math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
 
 
 def _place(tensor: torch.Tensor) -> tuple:
