@@ -33,6 +33,7 @@ from dynamo.refit.protocol import (
 )
 from dynamo.refit.rank.cycle import Limit
 from dynamo.refit.rank.pipeline import Pipeline
+from dynamo.refit.rank.sessions import KeptSessions
 from dynamo.refit.rank.versions import Versions
 from tests.benchmarks.baselines import ModelExpressRead, PlainCopy, RawRead
 from tests.benchmarks.ranks import SECONDS, CycleTimes
@@ -93,7 +94,9 @@ class BenchRankProcess(RankProcess):
 
     def forget(self) -> None:
         stager = self._stager
-        stager._sessions.close()
+        for session in stager._sessions.all:
+            session.close()
+        stager._sessions = KeptSessions()
         stager.memory.arena.close()
         stager.memory.arena = None
         stager._versions = Versions()

@@ -11,6 +11,7 @@ import time
 import torch
 
 from dynamo.refit.rank.extension import RefitWorkerExtension
+from dynamo.refit.rank.sessions import KeptSessions
 from tests.benchmarks.gpu.model import empty, fill
 
 
@@ -40,7 +41,9 @@ class Extension(RefitWorkerExtension):
         stager = self._refit_rank()._stager
         # As a stage would.
         stager._live.wait()
-        stager._sessions.close()
+        for session in stager._sessions.all:
+            session.close()
+        stager._sessions = KeptSessions()
         if stager.memory.arena is not None:
             stager.memory.arena.close()
         stager.memory.arena = None

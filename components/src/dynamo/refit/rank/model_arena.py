@@ -89,7 +89,7 @@ class ModelArena:
 
     def reserve(self, staging: StagingMode) -> None:
         """Have the memory for versions ready, with a copy of what is live, before the
-        first one comes: pinned memory takes half a second per GB. Where the start
+        first one comes, since that takes a second for some GB. Where the start
         checkpoint does not say what a version fills, its first one has to.
 
         Raises:

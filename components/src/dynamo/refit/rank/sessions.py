@@ -92,12 +92,6 @@ class KeptSessions:
         self.current = self._spare = self.proven = None
         return False
 
-    def close(self) -> None:
-        """Give all of them back, but not the arena. Only when no read is active."""
-        for session in self.all:
-            session.close()
-        self.current = self._spare = self.proven = None
-
 
 class AbandonedSessions:
     """Sessions whose reads were given up while bytes were on their way.
