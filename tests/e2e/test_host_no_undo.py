@@ -13,7 +13,7 @@ import pytest
 from dynamo.runtime import DistributedRuntime
 
 from dynamo.refit.events import WorkerFenced, WorkerStaged
-from dynamo.refit.rank.plan import LIMITS
+from dynamo.refit.rank.limits import LIMITS
 from dynamo.refit.rpc import Caller
 from graphs.client import Client, Load
 from graphs.references import prompts

@@ -14,7 +14,7 @@ import pytest
 
 from dynamo.refit.manifest import ALIGNMENT
 from dynamo.refit.protocol import Describe, StagingChoice
-from dynamo.refit.rank.plan import LIMITS
+from dynamo.refit.rank.limits import LIMITS
 from tests.support.megatron_sources import MegatronSources
 from tests.support.rank_group import RankGroup, RanksRefused
 from tests.support.raw_sources import CUTS, RawSources, cut, name_cut, shapes

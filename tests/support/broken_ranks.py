@@ -20,7 +20,7 @@ from torch import nn
 from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank import conversion, loads
 from dynamo.refit.rank.capture import LoadGeometry, capture_load
-from dynamo.refit.rank.plan import ReadSlice
+from dynamo.refit.rank.slices import ReadSlice
 from tests.support.child import answer_requests
 from tests.support.survey import SurveyedRanks
 from tests.support.surveyed_rank import SurveyedRankProcess

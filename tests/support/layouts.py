@@ -26,7 +26,8 @@ from dynamo.refit.manifest import (
     Source,
     TensorEntry,
 )
-from dynamo.refit.rank.plan import Limits, Plan, TransferCost, make_plan
+from dynamo.refit.rank.limits import Limits, TransferCost
+from dynamo.refit.rank.plan import Plan, make_plan
 from dynamo.refit.rank.slices import (
     CONVERTIBLE,
     IntakeLayout,

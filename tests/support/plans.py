@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dynamo.refit.manifest import ALIGNMENT, ITEMSIZE, Box, Manifest, Shard, align
-from dynamo.refit.rank.plan import Limits, Piece, Plan, Wave
+from dynamo.refit.rank.limits import Limits
+from dynamo.refit.rank.plan import Piece, Plan, Wave
 from tests.support.layouts import Layout, convert, extent, index, volume
 
 #: What lies in a source's memory between the shards, and in scratch beforehand.

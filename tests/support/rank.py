@@ -19,8 +19,8 @@ from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.conversion import Conversion
 from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
+from dynamo.refit.rank.limits import Limits, TransferCost
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.plan import Limits, TransferCost
 from dynamo.refit.rank.session import Convert, Session
 from dynamo.refit.rank.slices import IntakeLayout
 from tests.support.fake_nixl import FakeNixlAgent, FakeTrainers

@@ -19,8 +19,8 @@ from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.rank import bounce, session
 from dynamo.refit.rank.bounce import Bounce
 from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.limits import Limits, TransferCost
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.plan import Limits, TransferCost
 from tests.support.drawn_layouts import layouts
 from tests.support.fake_nixl import NEVER, FakeTrainers
 from tests.support.layouts import (

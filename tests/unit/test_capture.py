@@ -19,7 +19,7 @@ from dynamo.refit.rank.capture import (
     capture_load,
     refuse_tensors,
 )
-from dynamo.refit.rank.plan import ReadSlice
+from dynamo.refit.rank.slices import ReadSlice
 from tests.support.toy_models import (
     COLUMNS,
     ROWS,

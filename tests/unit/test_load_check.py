@@ -21,8 +21,8 @@ from dynamo.refit.rank.load_check import (
     rehearse,
     rehearse_conversions,
 )
-from dynamo.refit.rank.plan import ReadSlice
 from dynamo.refit.rank.processing import LayerFailed
+from dynamo.refit.rank.slices import ReadSlice
 from dynamo.refit.rank.twin import same_bits
 from tests.support.toy_models import (
     COLUMNS,

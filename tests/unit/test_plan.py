@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.refit.manifest import Manifest, Region, TensorEntry, align
-from dynamo.refit.rank.plan import COST, Limits, Scratch, TransferCost
+from dynamo.refit.rank.limits import COST, Limits, TransferCost
+from dynamo.refit.rank.plan import Scratch
 from dynamo.refit.rank.slices import Parameter, ReadSlice
 from tests.support.drawn_layouts import layouts
 from tests.support.layouts import (

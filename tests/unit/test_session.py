@@ -22,11 +22,11 @@ from dynamo.refit.fingerprint import add_up
 from dynamo.refit.protocol import CacheCounters, StagingMode
 from dynamo.refit.rank.conversion import Converted
 from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.limits import Limits, TransferCost
 from dynamo.refit.rank.pipeline import Submit
-from dynamo.refit.rank.plan import Limits, TransferCost
-from dynamo.refit.rank.plan import whole as whole_of
 from dynamo.refit.rank.processing import Function, LayerFailed
 from dynamo.refit.rank.slices import IntakeLayout, Parameter
+from dynamo.refit.rank.slices import whole as whole_of
 from tests.support.drawn_layouts import layouts
 from tests.support.fake_nixl import FakeTrainers
 from tests.support.layouts import (

@@ -28,8 +28,9 @@ import torch
 from dynamo.refit.publish.merge import merge
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle, Limit
+from dynamo.refit.rank.limits import LIMITS, Limits
 from dynamo.refit.rank.memory import choose, free_memory
-from dynamo.refit.rank.plan import LIMITS, Limits, make_plan
+from dynamo.refit.rank.plan import make_plan
 from dynamo.refit.rank.session import Session
 from dynamo.refit.rank.slices import ArenaLayout, Parameter, ReadSlice
 from dynamo.refit.transport.nixl import NixlAgent

@@ -36,8 +36,8 @@ from dynamo.refit.rank.load_trace import (
     SourceTrace,
     vocabulary_padding,
 )
-from dynamo.refit.rank.plan import Parameter, ReadSlice
 from dynamo.refit.rank.runtime_layout import find_layout
+from dynamo.refit.rank.slices import Parameter, ReadSlice
 
 logger = init_logger("vllm.dynamo_refit")
 

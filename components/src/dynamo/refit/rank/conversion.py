@@ -31,7 +31,6 @@ from dynamo.refit.errors import LayoutRefused, UnsupportedConfiguration
 from dynamo.refit.manifest import ITEMSIZE, TensorEntry
 from dynamo.refit.rank.capture import LoadGeometry, describe_parameters
 from dynamo.refit.rank.grouping import Group, group
-from dynamo.refit.rank.plan import whole
 from dynamo.refit.rank.processing import (
     Function,
     LayerFailed,
@@ -44,7 +43,7 @@ from dynamo.refit.rank.runtime_layout import (
     find_layout,
     quantization_method,
 )
-from dynamo.refit.rank.slices import Parameter
+from dynamo.refit.rank.slices import Parameter, whole
 from dynamo.refit.rank.twin import BITS, held_tensors, made_real
 
 

@@ -24,9 +24,8 @@ from dynamo.refit.errors import PeerUnsuitable
 from dynamo.refit.manifest import Manifest, TensorEntry, image_prefix
 from dynamo.refit.protocol import HeldTensor
 from dynamo.refit.rank.conversion import RuntimeForm
-from dynamo.refit.rank.plan import read_whole
 from dynamo.refit.rank.runtime_layout import quantization_method
-from dynamo.refit.rank.slices import ArenaLayout, Parameter, ReadSlice
+from dynamo.refit.rank.slices import ArenaLayout, Parameter, ReadSlice, read_whole
 
 
 def runtime_layout(form: RuntimeForm, rank: int, ranks: int) -> str:

@@ -26,9 +26,8 @@ from dynamo.refit.errors import LayoutRefused
 from dynamo.refit.manifest import TensorEntry
 from dynamo.refit.rank.capture import refuse_tensors
 from dynamo.refit.rank.conversion import Conversion, RuntimeForm
-from dynamo.refit.rank.plan import whole
 from dynamo.refit.rank.runtime_parts import piece_view
-from dynamo.refit.rank.slices import Parameter, ReadSlice
+from dynamo.refit.rank.slices import Parameter, ReadSlice, whole
 from dynamo.refit.rank.twin import held_tensors, made_real, same_bits
 
 #: Made-up numbers repeat after this many: a prime, so that no two rows are alike.

@@ -18,9 +18,9 @@ from dynamo.refit.protocol import MemoryUse, StagingChoice, StagingMode
 from dynamo.refit.rank.buffers import Arena
 from dynamo.refit.rank.cycle import Cycle
 from dynamo.refit.rank.install import LiveModel
+from dynamo.refit.rank.limits import LIMITS
 from dynamo.refit.rank.loads import Loads
 from dynamo.refit.rank.memory import choose, free_memory
-from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rank.slices import ArenaLayout, IntakeLayout, Parameter
 from dynamo.refit.rank.streams import one_thread
 from dynamo.refit.transport.nixl import NixlAgent

@@ -18,8 +18,8 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from dynamo.refit.rank.conversion import RuntimeForm
+from dynamo.refit.rank.limits import LIMITS
 from dynamo.refit.rank.memory import STAGING_VARIABLE, room_for_cache
-from dynamo.refit.rank.plan import LIMITS
 from dynamo.refit.rank.slices import ArenaLayout, IntakeLayout, Parameter
 from dynamo.refit.rank.start_failure import told_to_worker
 from dynamo.refit.rank.twin import build_twin

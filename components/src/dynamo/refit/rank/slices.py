@@ -65,6 +65,22 @@ class Parameter:
         return self.elements * ITEMSIZE[self.dtype]
 
 
+def whole(tensor: str) -> str:
+    """How an intake names all of a published tensor, as opposed to a parameter."""
+    return f"all of {tensor}"
+
+
+def read_whole(tensor: TensorEntry) -> ReadSlice:
+    """All of ``tensor``, as it is published, into an intake."""
+    return ReadSlice(
+        tensor=tensor.name,
+        box=tuple((0, size) for size in tensor.shape),
+        parameter=whole(tensor.name),
+        offset=0,
+        strides=boxes.row_major(tensor.shape),
+    )
+
+
 class IntakeLayout:
     """Where what a conversion takes in waits for it: in one half of the intake, or in
     the other, in turns.

@@ -34,10 +34,11 @@ from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.handover import Handover
 from dynamo.refit.rank.image import held_tensors, runtime_layout, tensors_of_image
 from dynamo.refit.rank.install import LiveModel
+from dynamo.refit.rank.limits import LIMITS
 from dynamo.refit.rank.loads import Filling, Loads
 from dynamo.refit.rank.model_arena import ModelArena
 from dynamo.refit.rank.offer import Offers
-from dynamo.refit.rank.plan import LIMITS, Plan, make_plan
+from dynamo.refit.rank.plan import Plan, make_plan
 from dynamo.refit.rank.runtime_parts import whole_parts
 from dynamo.refit.rank.session import Session
 from dynamo.refit.rank.sessions import KeptSessions
