@@ -416,10 +416,18 @@ def test_what_a_kernel_of_the_twin_makes_of_the_weights_is_the_live_one_s() -> N
     assert twin.first.quant_method.kernel.gain is None
 
 
+class Bare(Eighths):
+    """Without a kernel: modules hold all of it."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self.kernel = None
+
+
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What :mod:`reserve` sees of a worker of vLLM; ``twins`` counts what was built."""
-    model = _loaded(Eighths, 1)
+    model = _loaded(Bare, 1)
     model.cache = torch.empty(0)
     worker = SimpleNamespace(
         rank=0,
@@ -432,7 +440,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def build(config: object, live: nn.Module) -> nn.Module:
         assert (config, live) == (CONFIG, model)
         worker.twins += 1
-        return _twin(Eighths)
+        return _twin(Bare)
 
     monkeypatch.setattr(reserve, "build_twin", build)
     monkeypatch.setattr(reserve, "_determine_available_memory", lambda _: 4 << 30)
@@ -466,6 +474,17 @@ def test_a_form_whose_tensors_have_moved_since_is_built_again(
     form = reserve.runtime_form(worker)
     assert worker.twins == 2
     assert form.live()[name].data_ptr() == moved.data_ptr()
+
+
+def test_a_form_of_what_only_a_kernel_holds_is_built_again(
+    worker: SimpleNamespace,
+) -> None:
+    """Nobody sees there whether vLLM has replaced it since."""
+    reserve.determine_with_staging(worker)
+    before = vars(worker)[reserve._FORM]
+    before.made["second.kernel.weight"] = torch.zeros(4)
+    assert reserve.runtime_form(worker) is not before
+    assert worker.twins == 2
 
 
 class Scales(BaseKVCacheMethod):

@@ -130,13 +130,16 @@ class RuntimeForm:
             self._rehearse(model)
 
     def look_again(self) -> bool:
-        """Whether all that versions fill is still where it was at construction; looks
-        the other tensors of modules up again, such as KV caches."""
+        """Whether all that versions fill is known to be where it was at construction;
+        looks the other tensors of modules up again, such as KV caches."""
         before = self.held
         self.held = {name: tensor for name, _, _, tensor in held_tensors(self.model)}
+        # What only a kernel holds is not looked up.
         return all(
-            name in self.held and _place(self.held[name]) == _place(before[name])
-            for name in before.keys() & (self.plain.keys() | self.made.keys())
+            name in before
+            and name in self.held
+            and _place(self.held[name]) == _place(before[name])
+            for name in (*self.plain, *self.made)
         )
 
     def live(self, loaded: Iterable[str] = ()) -> dict[str, torch.Tensor]:
