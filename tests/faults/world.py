@@ -47,6 +47,7 @@ from dynamo.refit.publish.endpoint import REANNOUNCE_SECONDS
 from dynamo.refit.publish.publication import Publication, PublicationLog
 from dynamo.refit.rpc import PeerLost
 from dynamo.refit.worker.agent import RefitAgent
+from tests.faults.barrier import BarrierJudge
 from tests.support.fake_replica import (
     FakeEngine,
     FakeRank,
@@ -420,13 +421,17 @@ class World:
         fleet = FleetWatch(caller, config)
         seen = await fleet.look()
         epoch = max(next_epoch(seen), self._life())
-        coordinator = Coordinator(config, caller, self.events.append, epoch)
+        judge = BarrierJudge(caller, self.events.append, self._wrong_end)
+        coordinator = Coordinator(config, judge, judge.publish, epoch)
         coordinator.hear(seen)
         tasks = [
             self.spawn(coordinator.run()),
             self.spawn(fleet.watch(coordinator.hear)),
         ]
         self.coordinators.append((coordinator, caller, tasks))
+
+    def _wrong_end(self, what: str) -> None:
+        self.broken = self.broken or Violated("wrong_end", what)
 
     def kill_coordinator(self) -> None:
         if self.coordinators:

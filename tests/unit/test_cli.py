@@ -46,6 +46,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (("publish", "."), "Missing option '--version'"),
         (("publish", ".", "--version", 1, "--policy", "drop"), "'--policy'"),
         (("publish", ".", "--version", 1, "--timeout", 0), "'--timeout'"),
+        *(
+            (
+                ("publish", ".", "--version", 1, "--timeout", seconds),
+                f"'--timeout': '{seconds}' is no number of seconds above 0",
+            )
+            for seconds in ("nan", "inf", "-1", "soon")
+        ),
         (("publish", "--version", 1), "Missing argument 'DIR'"),
         (("doctor", "--model", "."), "No such option"),
         (("unpublish",), "No such command 'unpublish'"),

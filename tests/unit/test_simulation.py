@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from dynamo.refit.coordinator.commit import CommitRound
 from dynamo.refit.coordinator.reconciler import Reconciler
 from dynamo.refit.worker.switch import Switch
 from tests.faults import simulation
@@ -45,33 +46,48 @@ def test_whatever_goes_wrong_the_fleet_comes_to_the_newest_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "name", "faults"),
+    ("target", "name", "faults", "kind"),
     [
         # Admitted whatever the fleet serves: where everyone who serves it is silent.
         (
             Reconciler,
             "_may_be_served",
             ("publish", "kill worker", "stall worker", "kill coordinator"),
+            "wrong_version",
         ),
         # Says that it serves what it has only staged.
-        (Switch, "_serve", simulation.FAULTS),
+        (Switch, "_serve", simulation.FAULTS, "wrong_version"),
+        # Takes a worker that died of its install for one that only left.
+        (
+            CommitRound,
+            "left",
+            ("publish", "install and undo fail", "kill worker"),
+            "wrong_end",
+        ),
     ],
 )
 def test_it_finds_what_is_broken(
-    target: type, name: str, faults: tuple[str, ...]
+    target: type, name: str, faults: tuple[str, ...], kind: str
 ) -> None:
     """Of all that may go wrong, what it takes comes together too seldom."""
     with (
         mock.patch.object(target, name, broken(name)),
         mock.patch.object(simulation, "FAULTS", faults),
-        pytest.raises(Violated, match="wrong_version"),
+        pytest.raises(Violated, match=kind),
     ):
         for seed in range(200):
             simulate(seed)
 
 
 def broken(name: str) -> Callable:
+    left = CommitRound.left
+
+    def only_left(self: CommitRound, worker: int) -> None:
+        self._done(worker)
+        left(self, worker)
+
     return {
+        "left": only_left,
         "_may_be_served": lambda self: False,
         "_serve": lambda self, staged: self._engine.begin_epoch(staged.version),
     }[name]

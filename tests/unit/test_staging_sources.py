@@ -342,6 +342,8 @@ def test_where_one_made_something_else_of_it_nothing_is_installed(wrong: int) ->
     assert {a.worker for a in of_type(actions, SendAbort)} == {1, 2, 3}
     [event] = events(actions, RefitFailed)
     assert event.failure.kind == "FingerprintMismatch"
+    assert event.failure.version == 5
+    assert "different weights of it in rank 0: publish it again" in str(event.failure)
     assert event.serving == ((1, None), (2, None), (3, None))
 
 

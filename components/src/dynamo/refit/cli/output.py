@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from dynamo.refit.args import BOUND
 from dynamo.refit.errors import RefitError
 from dynamo.refit.events import Event
 
@@ -23,6 +25,14 @@ Model = Annotated[
     typer.Option(help="served model name; needed where a namespace has several"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="one line of JSON each")]
+
+
+def bound(text: str) -> float:
+    """An option's seconds, as the components' own flags have them: above 0, finite."""
+    try:
+        return BOUND(text)
+    except argparse.ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def time_of(event: Event) -> str:

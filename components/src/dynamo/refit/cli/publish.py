@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dynamo.refit.cli.output import AsJson, Namespace
+from dynamo.refit.cli.output import AsJson, Namespace, bound
 from dynamo.refit.errors import UnsupportedConfiguration
 from dynamo.refit.protocol import MAX_VERSION, InFlightPolicy
 
@@ -35,7 +35,11 @@ def publish(
     namespace: Namespace = "dynamo",
     timeout: Annotated[
         float,
-        typer.Option(min=1, help="seconds to wait; DIR is then withdrawn"),
+        typer.Option(
+            parser=bound,
+            metavar="SECONDS",
+            help="seconds to wait; DIR is then withdrawn",
+        ),
     ] = 600.0,
     as_json: AsJson = False,
 ) -> int:

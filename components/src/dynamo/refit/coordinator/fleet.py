@@ -60,6 +60,8 @@ class FleetWatch:
         #: Models of other coordinators, and those that were warned of.
         self._neighbours: set[str] = set()
         self._reported: set[str] = set()
+        #: The workers of each layout, when that was last looked at.
+        self._layouts: dict[str, list[int]] = {}
 
     async def watch(self, hear: Callable[[FleetSeen], None]) -> None:
         """Tell of the fleet every ``fleet_poll_seconds``.
@@ -92,6 +94,7 @@ class FleetWatch:
         others = frozenset((models | self._neighbours) - {self._model})
         self._report(models - {self._model})
         fleet = [m for m in self._known.values() if m.status.model == self._model]
+        self._report_layouts(fleet)
         return FleetSeen(tuple(fleet), silent, others)
 
     def _report(self, others: set[str]) -> None:
@@ -104,6 +107,24 @@ class FleetWatch:
                 model,
             )
         self._reported |= others
+
+    def _report_layouts(self, fleet: list[FleetMember]) -> None:
+        """Warn where workers have several layouts: once, until they are others."""
+        layouts: dict[str, list[int]] = {}
+        for member in sorted(fleet, key=lambda member: member.worker):
+            if member.status.layout:
+                layouts.setdefault(member.status.layout, []).append(member.worker)
+        if len(layouts) > 1 and layouts != self._layouts:
+            groups = (", ".join(map(str, group)) for group in layouts.values())
+            logger.warning(
+                "workers of %d layouts are in this fleet (%s): a worker reads weights "
+                "from others of its own layout only. The only one of a layout reads "
+                "every version from the trainer; where it joins when the trainer does "
+                "not keep the served version any more, it waits for the next one",
+                len(layouts),
+                " | ".join(groups),
+            )
+        self._layouts = layouts
 
     def _path(self, component: str) -> str:
         return f"{self._config.namespace}.{component}.refit"

@@ -213,10 +213,12 @@ class Staging:
         alike[worker] = converted
         if len(set(alike.values())) == 1:
             return []
+        by_rank = zip(ranks, *alike.values(), strict=False)
+        differ = [str(rank.rank) for rank, *made in by_rank if len(set(made)) > 1]
         error = FingerprintMismatch(
             f"workers {', '.join(map(str, sorted(alike)))} compute in the same form, "
-            "and have made different weights of it: publish it again, and replace the "
-            "worker that differs from the others once more"
+            f"and have made different weights of it in rank {', '.join(differ)}: "
+            "publish it again, and replace the worker that differs from the others then"
         )
         apart = self.readers.keys() & alike
         for each in sorted(apart):
