@@ -349,17 +349,24 @@ def test_both_waits_at_the_barrier_are_shorter_than_the_hold() -> None:
     assert BARRIER.hold_seconds > 2 * STEP_SECONDS
 
 
-@pytest.mark.parametrize("step", ["pause", "install"])
-def test_a_worker_that_has_answered_and_leaves_the_barrier_makes_the_fleet_smaller(
-    step: str,
-) -> None:
-    reconciler = barrier_at(step)
-    reconciler.handle(stepped(3, V5, step), 2.1)
-    reconciler.handle(stepped(1, V5, step), 2.1)
+def test_a_worker_that_has_installed_and_leaves_makes_the_fleet_smaller() -> None:
+    reconciler = barrier_at("install")
+    reconciler.handle(stepped(3, V5, "install"), 2.1)
+    reconciler.handle(stepped(1, V5, "install"), 2.1)
     assert reconciler.handle(fleet(1, 2), 2.2) == []
-    after = "install" if step == "pause" else "resume"
-    actions = reconciler.handle(stepped(2, V5, step), 2.3)
-    assert actions == commits(V5, 1, 2, step=after)
+    actions = reconciler.handle(stepped(2, V5, "install"), 2.3)
+    assert actions == commits(V5, 1, 2, step="resume")
+
+
+def test_a_worker_that_has_paused_and_leaves_sends_everyone_back() -> None:
+    """As it does when it was told to install meanwhile."""
+    reconciler = barrier_at("pause")
+    reconciler.handle(stepped(3, V5, "pause"), 2.1)
+    actions = reconciler.handle(fleet(1, 2), 2.2)
+    assert aborts(actions) == {1: 5, 2: 5}
+    [event] = events(actions)
+    assert isinstance(event, RefitFailed)
+    assert (event.failure.kind, event.failure.worker) == ("WorkerLeft", 3)
 
 
 @pytest.mark.parametrize("step", ["pause", "install"])

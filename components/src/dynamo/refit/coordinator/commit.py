@@ -226,11 +226,14 @@ class CommitRound:
     def left(self, worker: int) -> None:
         """The worker is gone from discovery. If it was asked to change and has not
         answered, that is its refusal: it may have died of the version, and whether its
-        answer is quicker than the news is chance. Else it serves nobody, and the others
-        go on."""
+        answer is quicker than the news is chance; as is at a barrier whether the next
+        step was. Else it serves nobody, and the others go on."""
         if worker not in self._members:
             return
-        gone = self.refused if worker in self._busy else self.lost
+        asked = worker in self._busy or (
+            self._step == "pause" and worker not in self._waiting
+        )
+        gone = self.refused if asked else self.lost
         del self._members[worker]
         self._waiting.pop(worker, None)
         self._done(worker)
