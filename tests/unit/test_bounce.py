@@ -6,10 +6,13 @@ the target is host memory, and every read goes through slots of a few bytes."""
 from __future__ import annotations
 
 import functools
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from dynamo.refit.errors import StagingCancelled, TransferFailed
 from dynamo.refit.rank import bounce, session
 from dynamo.refit.rank.bounce import Bounce
-from dynamo.refit.rank.cycle import Limit
+from dynamo.refit.rank.cycle import Cycle, Limit
 from dynamo.refit.rank.limits import Limits, TransferCost
 from dynamo.refit.rank.pipeline import Submit
 from tests.support.drawn_layouts import layouts
@@ -166,9 +169,43 @@ def test_a_warm_pull_makes_no_read_and_registers_nothing(follower: Submit) -> No
 
 
 def test_a_closed_session_gives_its_slots_back(follower: Submit) -> None:
+    """At once: what is frozen, as after a cold stage, no collection looks at."""
     rank = layer()
+    rank.pull(0, follower)
     before = len(rank.agent.registered)
-    rank.session.close()
-    # Scratch, and the slots.
-    assert len(rank.agent.registered) == before - 2
-    assert rank.agent.held == []
+    slots = weakref.ref(rank.session._bounced)
+    arrived = weakref.ref(rank.arena.shadows[rank.arena.target].buffer)
+    gc.collect()
+    gc.disable()
+    try:
+        rank.session.close()
+        # Scratch, and the slots.
+        assert len(rank.agent.registered) == before - 2
+        assert rank.agent.held == []
+        rank.session = rank.handover = None
+        rank.arena.shadows.clear()
+        assert (slots(), arrived()) == (None, None)
+    finally:
+        gc.enable()
+
+
+def test_small_reads_are_under_way_together(follower: Submit) -> None:
+    """Each begins in the slot after the last one's."""
+    rank = layer(limits=ROOMY)
+    agent, target = rank.agent, rank.arena.shadows[0].buffer.bytes
+    held = Bounce(agent, Cycle(), slots=SLOTS, slot_nbytes=SLOT_NBYTES)
+    (source, *_) = rank.trainers.manifest.sources
+    peer, address = agent.connect(source.metadata), source.slots[0][0].address
+    one = np.array([8], dtype=np.int64)
+    reads = [
+        held.prepare_read(peer, 0, one * 0 + address, one * 0, target, one * n, one)
+        for n in range(SLOTS + 1)
+    ]
+    agent.late = NEVER
+    for read in reads:
+        read.post()
+    assert agent.active == SLOTS
+    agent.late = 0
+    while not all([read.done() for read in reads]):
+        pass
+    assert target[: 8 * SLOTS].any()

@@ -33,7 +33,7 @@ from dynamo.refit.publish.handle import PublishedVersion, Release
 from dynamo.refit.publish.job import JobState, OwnVersions, RankState, Report
 from dynamo.refit.publish.merge import RankPart, merge
 from dynamo.refit.publish.publication import KEPT
-from dynamo.refit.publish.store import MAX_VALUE_BYTES, Generation
+from dynamo.refit.publish.store import MAX_VALUE_BYTES, Generation, store_error
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
 
@@ -841,3 +841,20 @@ def test_a_place_is_free_when_its_rank_has_died_and_not_when_it_has_left(
     assert not again.has_place()
     now += 60
     assert not again.has_place()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Broken pipe\nat 0x1"), "Broken pipe; start"),
+        # Such as the CancelledError of a loop that has ended.
+        (RuntimeError(), "RuntimeError; start"),
+    ],
+)
+def test_what_ends_the_use_of_a_store_is_said_in_one_line(
+    error: Exception, said: str
+) -> None:
+    lost = store_error(error)
+    assert isinstance(lost, SourceLost)
+    assert f"does not answer: {said}" in str(lost)
+    assert "\n" not in str(lost)

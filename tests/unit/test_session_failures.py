@@ -104,6 +104,30 @@ def test_a_session_that_finds_no_memory_leaves_nothing_registered(
     assert rank.agent.registered == before
 
 
+def test_what_shows_the_live_weights_finds_no_memory_at_stage(
+    monkeypatch: pytest.MonkeyPatch, follower: Submit
+) -> None:
+    """And not after an install, where it would fence the worker."""
+    rank = layer()
+    full = rank.layout.random_tensors(seed=9)
+    rank.trainers.write(0, full)
+
+    def run_short(*_: object) -> Batch:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as short:
+        short.setattr(runtime_parts, "Batch", run_short)
+        with pytest.raises(torch.OutOfMemoryError):
+            rank.pull(0, follower)
+    assert not rank.session.poll_active()
+    rank.pull(0, follower)
+    assert bytes_of(rank.staged) == rank.loaded(full)
+    with monkeypatch.context() as short:
+        short.setattr(runtime_parts, "Batch", run_short)
+        rank.install()
+        rank.session.live_parts.check(rank.session.landed, rank=0)
+
+
 @pytest.mark.parametrize("late", [0, 2])
 @pytest.mark.parametrize("mode", ["host", "host-no-undo"])
 def test_a_read_that_breaks_off_ends_the_pull_and_the_next_one_is_whole(

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dynamo.refit.rank import stager
+from dynamo.refit.rank.slices import IntakeLayout
 from tests.support.layouts import decoder_layer
 
 pytestmark = [pytest.mark.unit, pytest.mark.pre_merge, pytest.mark.gpu_0]
@@ -33,6 +34,9 @@ def test_slow_reads_are_named_with_their_sources(
     layout = decoder_layer(0)
     plan = replace(layout.plan(rank=0), wire_nbytes=nbytes)
     stager._warn_if_slow(3, plan, layout.manifest, seconds)
+    # Reads that wait for conversions, which wait for the model's steps, are as slow.
+    waits = replace(plan, intake=IntakeLayout([layout.parameters[:1]], 0))
+    stager._warn_if_slow(3, waits, layout.manifest, seconds)
     if said is None:
         assert told == []
     else:

@@ -367,3 +367,23 @@ def test_one_that_has_left_is_not_compared_with() -> None:
     reconciler.handle(fleet(of_layout("wide", member(2))), 2.0)
     actions = reconciler.handle(voted(2, V5, converted="b"), 2.0)
     assert [a.worker for a in of_type(actions, SendCommit)] == [2]
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+def test_who_read_what_is_disputed_does_not_hold_the_version(read_before: bool) -> None:
+    """It made nothing, and holds what its peer has made."""
+    tree = replace(AT_ONCE, direct_readers=1, peer_readers=1, quorum=0.1)
+    reconciler = voting("wide", "wide", "wide", policy=tree)
+    actions = reconciler.handle(voted(1, V5, converted="a"), 2.0)
+    assert asked(actions) == {3: 1}
+    reconciler.handle(serves(1, 3, V5), 2.0)
+    last = [voted(3, V5), voted(2, V5, converted="b")]
+    said = [
+        action
+        for answer in (last if read_before else last[::-1])
+        for action in reconciler.handle(answer, 2.0)
+    ]
+    assert of_type(said, SendCommit) == []
+    assert {a.worker for a in of_type(said, SendAbort)} == {1, 2, 3}
+    [event] = events(said, RefitFailed)
+    assert event.failure.kind == "FingerprintMismatch"

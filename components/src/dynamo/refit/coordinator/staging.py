@@ -193,7 +193,7 @@ class Staging:
         if isinstance(reply, Vote):
             reader.state = "staged"
             reader.can_undo = all(rank.can_undo for rank in reply.ranks)
-            return [*self._release(reader), *self._compare(worker, reply)]
+            return [*self._release(reader), *self._compare(worker, reader, reply)]
         released = self._release(reader)
         if reader.peer is None:
             self.fail(worker, reply.failure)
@@ -202,14 +202,17 @@ class Staging:
             self._wait_for_another(reader)
         return released
 
-    def _compare(self, worker: int, vote: Vote) -> list[Action]:
+    def _compare(self, worker: int, reader: Reader, vote: Vote) -> list[Action]:
         """What workers of one layout make of a version is the same. Where it is not,
         nobody knows who is right, and none of them holds the version."""
         ranks = sorted(vote.ranks, key=lambda rank: rank.rank)
         converted = tuple(rank.converted for rank in ranks)
-        if not any(converted):
-            return []
         alike = self._converted[self._layouts[worker]]
+        if not any(converted):
+            if reader.peer not in alike:
+                return []
+            # It holds what its peer has made.
+            converted = alike[reader.peer]
         alike[worker] = converted
         if len(set(alike.values())) == 1:
             return []

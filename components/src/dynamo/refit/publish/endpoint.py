@@ -96,6 +96,10 @@ class WeightsEndpoint:
 
     async def stop(self) -> None:
         """Stop serving."""
+        if not self.tasks:
+            # It never began.
+            self._runtime.shutdown()
+            return
         serving, *others = self.tasks
         for task in others:
             task.cancel()

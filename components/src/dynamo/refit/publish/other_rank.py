@@ -95,7 +95,11 @@ class OtherRank:
             while (error := self._ended or self._lost()) is None:
                 publication = self._own.next_of(version, self._job.publications)
                 if publication is not None:
-                    return self._own.take(publication)
+                    handle = self._own.take(publication)
+                    if self._ended is not None:
+                        # Meanwhile, so that nobody else ends it.
+                        self._own.end_all(self._ended)
+                    return handle
                 time.sleep(POLL_SECONDS)
             raise error
         finally:

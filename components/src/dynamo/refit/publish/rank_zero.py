@@ -108,6 +108,10 @@ class RankZero:
             return self._decide(take).result(CALL_SECONDS)
         except concurrent.futures.CancelledError as error:
             raise SourceLost("this publisher is closed") from error
+        except TimeoutError as error:
+            raise SourceLost(
+                f"this publisher has not answered within {CALL_SECONDS:g} s"
+            ) from error
 
     def report(self, report: Report) -> None:
         """A version is written, or will not be."""

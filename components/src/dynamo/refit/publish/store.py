@@ -63,9 +63,10 @@ def store_error(error: Exception) -> RefitError:
     raises RuntimeErrors of several kinds."""
     if isinstance(error, RefitError):
         return error
+    first, *_ = str(error).splitlines() or [type(error).__name__]
     return SourceLost(
         "the store of this trainer job, and so the other ranks, does not answer: "
-        f"{str(error).splitlines()[0]}; start all ranks again"
+        f"{first}; start all ranks again"
     )
 
 

@@ -27,7 +27,7 @@ from dynamo.refit.transport.nixl import Memory, NixlAgent, Read
 SLOTS = 4
 
 #: Bytes of a slice. Nobody asks whether a pull was cancelled while :data:`SLOTS` of
-#: them are copied by the CPU, some 20 ms. All slots are within ``memory.HEADROOM``.
+#: them are copied by the CPU, some 20 ms. What :mod:`memory` plans does not have them.
 SLOT_NBYTES = 32 << 20
 
 
@@ -82,6 +82,7 @@ class Bounce:
         self._slot_nbytes = slot_nbytes
         on_host = torch.device("cpu")
         self._buffer = RegisteredBuffer(agent, slots * slot_nbytes, on_host, cycle)
+        self._prepared = 0
         self._waiting: deque[_Slice] = deque()
         #: By slot.
         self._coming: dict[int, _Slice] = {}
@@ -111,9 +112,10 @@ class Bounce:
         )
         read = BouncedRead(self, peer)
         try:
-            slices = enumerate(runs.cut(nbytes, self._slot_nbytes))
-            for number, (which, skipped, sizes) in slices:
-                slot = number % self._slots
+            for which, skipped, sizes in runs.cut(nbytes, self._slot_nbytes):
+                # On from the read before it: small ones are under way together.
+                slot = self._prepared % self._slots
+                self._prepared += 1
                 here = np.cumsum(sizes) - sizes + slot * self._slot_nbytes
                 lands = runs.merge(remote[which] + skipped, here, sizes, regions[which])
                 goes_up = runs.merge(local[which] + skipped, here, sizes)
@@ -224,6 +226,8 @@ class BouncedRead:
         """See :meth:`Read.release`."""
         for each in self.slices:
             each.read.release()
+        # They refer to this, and to memory that has to be free without a collection.
+        self.slices.clear()
 
 
 def _views(

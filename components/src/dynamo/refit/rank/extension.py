@@ -149,7 +149,7 @@ class RefitRank:
             raise RefitError(f"this rank has no manifest {request.manifest[:12]}")
 
         def stage(limit: Limit) -> RankReply:
-            # Here: on the thread that runs the model it would hold up its steps.
+            # Not on the thread that runs the model: a large one takes a second.
             if not self._knows(request.manifest):
                 self._manifest = check_manifest(request.payload, request.manifest)
             return self._stager.stage(request, self._manifest, limit)

@@ -165,5 +165,7 @@ class ModelArena:
 
     def keep(self) -> None:
         """The target is live for good: begin to copy it out, until :meth:`begin`."""
+        if self.arena is None:
+            return
         self._in_a_hurry.clear()
         self._keeping = self._backup.submit(self.arena.keep, self._in_a_hurry.is_set)

@@ -74,7 +74,8 @@ class Pipeline:
     ) -> None:
         """Start the reads of wave ``number``, which lands in ``half`` of scratch.
 
-        Where UCX copies with the CPU, this does the whole copy.
+        Where UCX copies with the CPU, this does the whole copy, or the first slices of
+        one through a bounce.
         """
         self._limit.check("pulling")
         if half is not None:

@@ -20,8 +20,8 @@ from dynamo.refit.rank.slices import ReadSlice
 
 class RuntimeParts:
     """Shows that the live tensors, or their image in a shadow, are those of one
-    version. Its views are made once, when they are looked at first: neither the first
-    read of a version nor an install waits for them.
+    version. Its views are made once, by :meth:`prepare` or the first :meth:`check`: the
+    first read of a version does not wait for them.
 
     Args:
         pieces: the boxes that make the parameters up that are served as read.
@@ -51,6 +51,11 @@ class RuntimeParts:
     @functools.cached_property
     def _converted(self) -> Batch:
         return whole_parts(self._tensors[name] for name in self._of[1])
+
+    def prepare(self) -> None:
+        """Make its views and tables, unless they are there: what is short of memory is
+        so here, and not when an install is checked."""
+        _ = self._pieces, self._converted
 
     def in_shadow(self, shadow: Shadow) -> RuntimeParts:
         """The same of the image in ``shadow``."""

@@ -207,6 +207,7 @@ class Session:
         with cycle.time("convert"):
             handover.wait(handover.total, limit)
             self._converted_parts = self._converted[shadow].fold()
+        self.live_parts.prepare()
         self._forget_former()
         return np.concatenate([work.parts for work in self._current])
 

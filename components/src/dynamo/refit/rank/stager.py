@@ -387,6 +387,9 @@ class RankStager:
 
 
 def _warn_if_slow(rank: int, plan: Plan, manifest: Manifest, seconds: float) -> None:
+    # Conversions wait for the model's steps, and reads for them.
+    if plan.intake.groups:
+        return
     if plan.wire_nbytes < SLOW_NBYTES or plan.wire_nbytes > SLOW_RATE * seconds:
         return
     sources = ", ".join(manifest.sources[number].agent for number in plan.sources)
