@@ -139,16 +139,10 @@ class Part:
         ]
         if any(place % WORD for place in (address, *(s for n, s in steps if n > 1))):
             return None
-        # A model has millions of rows: each is computed once, by the last dimension.
         addresses = np.array([address], dtype=np.int64)
         for extent, step in steps:
-            places = np.arange(extent, dtype=np.int64)
-            places *= step
-            if len(addresses) == 1:
-                places += addresses[0]
-                addresses = places
-            else:
-                addresses = (addresses[:, None] + places[None, :]).reshape(-1)
+            places = np.arange(extent, dtype=np.int64) * step
+            addresses = (addresses[:, None] + places[None, :]).reshape(-1)
         return addresses
 
     def _word_rows(self, view: torch.Tensor) -> tuple[np.ndarray, np.ndarray] | None:

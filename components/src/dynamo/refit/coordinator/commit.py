@@ -226,8 +226,9 @@ class CommitRound:
     def left(self, worker: int) -> None:
         """The worker is gone from discovery. If it was asked to change and has not
         answered, that is its refusal: it may have died of the version, and whether its
-        answer is quicker than the news is chance; as is at a barrier whether the next
-        step was. Else it serves nobody, and the others go on."""
+        answer is quicker than the news is chance. At a barrier that goes for a worker
+        that has paused, too: it may have been told to install already. Else the worker
+        serves nobody, and the others go on."""
         if worker not in self._members:
             return
         asked = worker in self._busy or (

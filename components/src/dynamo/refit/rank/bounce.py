@@ -27,7 +27,8 @@ from dynamo.refit.transport.nixl import Memory, NixlAgent, Read
 SLOTS = 4
 
 #: Bytes of a slice. Nobody asks whether a pull was cancelled while :data:`SLOTS` of
-#: them are copied by the CPU, some 20 ms. What :mod:`memory` plans does not have them.
+#: them are copied by the CPU, some 20 ms. The plan of :mod:`memory` does not count the
+#: slots.
 SLOT_NBYTES = 32 << 20
 
 
@@ -38,8 +39,8 @@ def is_needed(source: Memory, target: torch.device) -> bool:
 
 @dataclass
 class _Slice:
-    """What a read brings at a time: through ``slot`` of the pinned memory, where it
-    lies in ``landed``, to ``targets``."""
+    """A part of a read: its bytes land in ``landed``, which is in slot number ``slot``,
+    and go up from there to ``targets``."""
 
     of: BouncedRead
     slot: int

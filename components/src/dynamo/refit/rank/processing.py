@@ -44,8 +44,8 @@ class LayerFailed(RefitError):
 
 @dataclass(frozen=True)
 class Function:
-    """A function that holds tensors, to be the attribute ``name`` of ``holder``; or
-    that there is to be none."""
+    """A function that holds tensors, to be the attribute ``name`` of ``holder``; with
+    ``_MISSING`` for it, the attribute is to be deleted."""
 
     holder: Any
     name: str

@@ -22,8 +22,8 @@ except ImportError:
 
 READS = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
 
-#: Of UCX's tables of what it has chosen, once for each kind of peer and memory, those
-#: of reads.
+#: The variable that has UCX write tables of the protocols that it chooses, one for each
+#: kind of peer and memory, and the pattern of the tables about reads.
 TABLES, OF_READS = "UCX_PROTO_INFO", "*memory read*"
 
 #: They say what is to be seen of UCX, and choose nothing.
